@@ -1,0 +1,26 @@
+"""Exact-error sparse attention over NumPy and CuPy arrays: S2O with early stopping, a better ranking and a tail."""
+
+from pathlib import Path
+
+if not (Path(__file__).parent / "kernels").is_dir():  # a checkout or editable install: kernels/ lies beside us
+    __path__.append(str(Path(__file__).parent.parent))
+
+from s2o_cupy._version import __version__
+from s2o_cupy.api import attend, attention, dense_attention, plan
+from s2o_cupy.planning import Plan
+from s2o_cupy.results import AttentionResult, Stats
+from s2o_cupy.samples import load_sample
+from s2o_cupy.settings import Settings
+
+__all__ = [
+    "AttentionResult",
+    "Plan",
+    "Settings",
+    "Stats",
+    "__version__",
+    "attend",
+    "attention",
+    "dense_attention",
+    "load_sample",
+    "plan",
+]

@@ -1,0 +1,108 @@
+"""Call: one call's arrays, problem, backend, and the arrays that stage 3 fills."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from s2o_cupy import backends
+from s2o_cupy.arrays import as_four_axes, check_finite, check_out, check_together, in_kind, namespace, native
+from s2o_cupy.planning import Plan
+from s2o_cupy.problem import Problem, make_problem
+from s2o_cupy.results import AttentionResult, Stats
+from s2o_cupy.settings import Settings
+
+
+@dataclass
+class Arrays:
+    """What stage 3 fills: 4-D out, and lse, tiles, tail_blocks, tail_mass as `Stats` describes them."""
+
+    out: Any
+    lse: Any
+    tiles: Any
+    tail_blocks: Any
+    tail_mass: Any
+
+
+@dataclass
+class Call:
+    """One call: the user's q, native 4-D arrays, the problem, the backend and what it fills."""
+
+    original: Any
+    given_out: Any
+    shape: tuple[int, ...]
+    arrays: list
+    problem: Problem
+    engine: Any
+    result: Arrays
+
+    @classmethod
+    def take(cls, q, k, v, settings, backend, out, finite) -> Call:
+        named = natives(q=q, k=k, v=v)
+        problem = make_problem(*named.values(), settings)
+        shape = (*named["q"].shape[:-1], problem.dim_v)
+        if out is not None:
+            check_out(out, shape, named)
+        engine = backends.get(backend, named)
+        if finite:
+            check_finite(named)
+        arrays = [as_four_axes(name, x) for name, x in named.items()]
+        return cls(q, out, shape, arrays, problem, engine, _empty(problem, arrays[0], out))
+
+    def under(self, problem: Problem) -> Call:
+        """The same call under a problem with other row tiles."""
+        self.problem, self.result = problem, _empty(problem, self.arrays[0], self.given_out)
+        return self
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to compute: the arrays already hold the answer."""
+        p = self.problem
+        return not (p.batch and p.n_q and p.n_k)
+
+    def answer(self, full_output: bool, path: str, settings: Settings | None, plan: Plan | None = None):
+        r = self.result
+        out = self.given_out if self.given_out is not None else in_kind(r.out.reshape(self.shape), self.original)
+        if not full_output:
+            return out
+        lead = self.shape[:-2]
+        if path == "dense":
+            p = self.problem
+            r.tiles[...] = namespace(r.tiles).asarray(-(-p.listed[p.tile_segment] // p.settings.block_k))
+        stats = Stats(
+            self.problem,
+            r.tiles.reshape(*lead, -1),
+            r.tail_blocks.reshape(*lead, -1),
+            r.tail_mass.reshape(self.shape[:-1]),
+            path,
+        )
+        lse = in_kind(r.lse.reshape(self.shape[:-1]), self.original)
+        return AttentionResult(out, lse, stats, settings, plan)
+
+
+def _empty(problem: Problem, q, out) -> Arrays:
+    xp, heads = namespace(q), (problem.batch, problem.heads_q)
+    rows = (*heads, problem.n_q)
+    if out is None:
+        filled = xp.zeros((*rows, problem.dim_v), q.dtype)
+    else:
+        filled = as_four_axes("out", out)
+        if not (problem.n_k and problem.n_q):
+            filled[...] = 0
+    return Arrays(
+        out=filled,
+        lse=xp.full(rows, -np.inf, problem.compute_dtype),
+        tiles=xp.zeros((*heads, len(problem.tile_start)), np.int32),
+        tail_blocks=xp.zeros((*heads, len(problem.tile_start)), np.int32),
+        tail_mass=xp.zeros(rows, np.float32),
+    )
+
+
+def natives(**named) -> dict:
+    views = {name: native(name, x) for name, x in named.items()}
+    for name, x in views.items():
+        as_four_axes(name, x)
+    check_together(views)
+    return views

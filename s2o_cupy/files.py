@@ -1,0 +1,103 @@
+"""Files of arrays: npz and npy in, memory-mapped where they can be, and npz out, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def load_arrays(path: str | os.PathLike, names, optional=()) -> dict[str, np.ndarray]:
+    """The named arrays of an npz; pickles are refused, stored members are memory-mapped.
+
+    Raises
+    ------
+    ValueError
+        The file is no npz, holds a pickle, or lacks an array.
+    OSError
+        It cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a directory; allowed: an npz file")
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} does not exist")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            present = {n.removesuffix(".npy") for n in archive.namelist()}
+            for name in names:
+                if name not in present:
+                    held = ", ".join(sorted(present)) or "nothing"
+                    raise ValueError(f"{str(path)!r} has no array {name!r}; it holds {held}")
+            wanted = [n for n in (*names, *optional) if n in present]
+            return {name: _member(path, archive, f"{name}.npy") for name in wanted}
+    except zipfile.BadZipFile:
+        raise ValueError(f"{str(path)!r} is not an npz file") from None
+
+
+def load_array(path: str | os.PathLike) -> np.ndarray:
+    """One npy file, memory-mapped; a pickle is refused."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a directory; allowed: an npy file")
+    try:
+        return _typed(np.load(path, mmap_mode="r", allow_pickle=False))
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} is not an npy file of numbers: {error}") from None
+
+
+def save_arrays(path: str | os.PathLike, **arrays) -> None:
+    """Write an npz beside its place and move it there, so that no half-written file is ever left."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a directory; allowed: a file to write")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"folder {str(path.parent)!r} does not exist")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array of an open npz: mapped where its bytes lie plain in the file, else read."""
+    info = archive.getinfo(name)
+    with archive.open(name) as file:
+        try:
+            shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{str(path)!r}: {name} is not an array: {error}") from None
+        if dtype.hasobject:
+            raise ValueError(f"{str(path)!r}: {name} is a pickle of Python objects; allowed: arrays of numbers")
+        header = file.tell()
+    if info.compress_type == zipfile.ZIP_STORED and np.prod(shape, dtype=np.int64) and shape:
+        with open(path, "rb") as raw:  # the local header's name and extra field have lengths of their own
+            raw.seek(info.header_offset + 26)
+            lengths = raw.read(4)
+        start = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+        array = np.memmap(path, dtype, "r", start + header, shape, "F" if fortran else "C")
+    else:
+        with archive.open(name) as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    return _typed(array)
+
+
+def _typed(array: np.ndarray) -> np.ndarray:
+    """npy has no bfloat16: NumPy writes it as two raw bytes."""
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,166 @@
+"""Settings: every choice of the method, with every check and its message."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+MAX_HEAD_DIM = 256
+_CHOICES = {
+    "rank": ("mean", "gaussian"),
+    "tail": ("pooled", None),
+    "query_order": ("position", "guide"),
+}
+# The settings that only stage 3 reads: `attend` may change them after a plan was made.
+ATTEND_SETTINGS = ("tau", "tail", "block_q", "block_k")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How attention is computed: every choice of the method, validated, immutable.
+
+    Parameters
+    ----------
+    causal : bool
+        Query ``i`` sees keys ``j <= i + Nk - Nq`` (bottom-right aligned); else every key.
+    scale : float or None
+        Positive factor on ``q . k``; ``None`` is ``1 / sqrt(D)``.
+    segment : int
+        Queries that share one ranking of the keys (paper section 3).
+    block_q, block_k : int
+        Queries of a row tile and ranked keys of a key tile: the granularity of the stop.
+    pool : int
+        Keys of a pool block, a power of two; a causal history ends on a block's edge.
+    rank : {"gaussian", "mean"}
+        Score of a key: the segment's mean query (paper), or with its covariance added.
+    rank_terms : int or None
+        Rank of the covariance factor (7, 15 or 31 keep stage 1 one tensor-core GEMM);
+        ``None`` is the full covariance. Read by ``rank="gaussian"`` only.
+    rank_levels : int or None
+        Equal steps a list's scores are quantised to before ordering; ``None`` orders exactly.
+    tail : {"pooled", None}
+        Keys never walked enter as one pooled key a block, or not at all (paper).
+    tau : float or sequence of float
+        Stop after the first key tile that adds less than this share to every row's softmax sum;
+        0 never stops. One number, or one for each query head.
+    query_order : {"position", "guide"}
+        Order of the queries inside a segment; ``"guide"`` is the paper's.
+    share_order : bool
+        One ranking for all the query heads of a K/V head.
+    cap : float
+        Share of a history, in (0, 1], that is ordered and can be walked.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the setting, its value and what is allowed.
+
+    Examples
+    --------
+    >>> from s2o_cupy import Settings
+    >>> Settings(tau=3e-3).replace(segment=256).segment
+    256
+    """
+
+    causal: bool = True
+    scale: float | None = None
+    segment: int = 512
+    block_q: int = 128
+    block_k: int = 128
+    pool: int = 256
+    rank: str = "gaussian"
+    rank_terms: int | None = 15
+    rank_levels: int | None = 1024
+    tail: str | None = "pooled"
+    tau: float | tuple[float, ...] = 1e-2
+    query_order: str = "position"
+    share_order: bool = False
+    cap: float = 1.0
+
+    def __post_init__(self):
+        for name in ("causal", "share_order"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"{name} is {value!r}; allowed: True or False")
+            object.__setattr__(self, name, bool(value))
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+        for name in ("segment", "block_q", "block_k", "pool"):
+            object.__setattr__(self, name, integer(name, getattr(self, name), 1, 2**30))
+        if self.pool & (self.pool - 1):
+            raise ValueError(f"pool is {self.pool}; allowed: a power of two")
+        for name, low, high in (("rank_terms", 1, MAX_HEAD_DIM), ("rank_levels", 2, 2**16)):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, integer(name, getattr(self, name), low, high, " or None"))
+        if self.scale is not None:
+            object.__setattr__(self, "scale", _real("scale", self.scale, "a finite number above 0, or None"))
+            if self.scale <= 0:
+                raise ValueError(f"scale is {self.scale}; allowed: a finite number above 0, or None")
+        object.__setattr__(self, "cap", _real("cap", self.cap, "a number in (0, 1]"))
+        if not 0 < self.cap <= 1:
+            raise ValueError(f"cap is {self.cap}; allowed: a number in (0, 1]")
+        object.__setattr__(self, "tau", _tau(self.tau))
+
+    @classmethod
+    def paper(cls, **changes) -> Settings:
+        """S2O as published (arXiv 2602.22575): mean rank, no tail, guide order of the queries."""
+        return cls().replace(**{"rank": "mean", "tail": None, "query_order": "guide", **changes})
+
+    def replace(self, **changes) -> Settings:
+        """A copy with some settings changed; an unknown name is refused."""
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
+        if unknown:
+            allowed = ", ".join(f.name for f in dataclasses.fields(self))
+            raise TypeError(f"unknown setting {unknown[0]!r}; allowed: {allowed}")
+        return dataclasses.replace(self, **changes)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the settings as JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Settings:
+        """Read settings written by `save`; a missing field takes its default, an unknown one is refused."""
+        try:
+            fields = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"settings file {os.fspath(path)!r} is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"settings file {os.fspath(path)!r} holds a {type(fields).__name__}; allowed: an object")
+        return cls().replace(**fields)
+
+
+def integer(name: str, value, low: int, high: int, also: str = "") -> int:
+    allowed = f"an integer from {low} to {high}{also}"
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is {value!r}; allowed: {allowed}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}; allowed: {allowed}")
+    return int(value)
+
+
+def _real(name: str, value, allowed: str) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} is {value!r}; allowed: {allowed}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; allowed: {allowed}")
+    return float(value)
+
+
+def _tau(value) -> float | tuple[float, ...]:
+    allowed = "a finite number, 0 or above, or one for each q head"
+    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1 and len(value):
+        numbers = tuple(_real("tau", t, allowed) for t in value)
+    else:
+        numbers = (_real("tau", value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value, allowed),)
+    for number in numbers:
+        if number < 0:
+            raise ValueError(f"tau is {number}; allowed: {allowed}")
+    return numbers if isinstance(value, (list, tuple)) or np.ndim(value) else numbers[0]
