@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from s2o_cupy import arrays, backends, planning
@@ -25,6 +27,7 @@ def attention(
     workspace: int = WORKSPACE,
     full_output: bool = False,
     check_finite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
     **changes,
 ):
     """Sparse attention: keys ranked for each segment of queries, walked until they add too little.
@@ -52,6 +55,8 @@ def attention(
     check_finite : bool
         Refuse NaN and infinity, naming the place. Otherwise a non-finite query gives NaN in its own row, and a
         non-finite key or value may give NaN in the rows that see it.
+    progress : callable, optional
+        Called with the number of lists done and of all lists, after each step that `workspace` allows.
     **changes
         Any field of `Settings`, in place of what `settings` holds.
 
@@ -87,11 +92,15 @@ def attention(
     xp = namespace(call.arrays[0])
     query_order = planning.query_order(problem, *call.arrays[:2])
     pooled = engine.pool(problem, *call.arrays[1:])
+    done = 0
     for slab in problem.split(problem.whole, workspace, problem.listed):
         offsets = problem.offsets(slab)
         kv_order, kv_offsets = xp.empty(int(offsets[-1, -1]), np.int32), xp.asarray(offsets)
         planning.rank(problem, *call.arrays[:2], slab, kv_offsets, kv_order, engine)
         engine.attend(problem, *call.arrays, slab, kv_order, kv_offsets, query_order, pooled, call.result)
+        done += (slab.kv_stop - slab.kv_start) * slab.segments
+        if progress is not None:
+            progress(done, problem.batch * problem.heads_kv * problem.segments)
     return call.answer(full_output, "ranked", settings)
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -52,7 +55,14 @@ def load_array(path: str | os.PathLike) -> np.ndarray:
 
 
 def save_arrays(path: str | os.PathLike, **arrays) -> None:
-    """Write an npz beside its place and move it there, so that no half-written file is ever left."""
+    """Write an npz, whole or not at all."""
+    with replacing(path) as file:
+        np.savez(file, **arrays)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write, moved to `path` when all went well: no half-written file is ever left."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a directory; allowed: a file to write")
@@ -61,7 +71,7 @@ def save_arrays(path: str | os.PathLike, **arrays) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            yield file
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException:

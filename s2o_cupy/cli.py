@@ -1,0 +1,141 @@
+"""The command `s2o`: arguments in, one clear line for every error, exit codes that mean something."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+from s2o_cupy import commands
+from s2o_cupy._version import __version__
+from s2o_cupy.samples import NAMES
+from s2o_cupy.settings import Settings
+
+DESCRIPTION = """\
+Sparse attention over NumPy and CuPy arrays: S2O (arXiv 2602.22575) with a better ranking and a tail.
+
+  s2o demo                     real attention heads, dense against sparse, with a picture
+  s2o run FILE.npz --dense     your own q, k, v, checked against exact attention
+  s2o info                     what is installed, which backends work, and what is missing for the others
+"""
+EXIT_CODES = """\
+exit codes: 0 done; 1 it could not be done (a file, memory, a missing package); 2 the input or an option is wrong;
+130 interrupted"""
+_SETTINGS_HELP = {
+    "causal": "query i sees keys up to i + Nk - Nq (default); --no-causal: every key",
+    "scale": "factor on q.k, above 0 (default 1/sqrt(D))",
+    "segment": "queries that share one ranking of the keys",
+    "block_q": "queries of a row tile: what stops together",
+    "block_k": "ranked keys of a key tile: a stop falls after one",
+    "pool": "keys of a pool block of the tail, a power of two",
+    "rank": "gaussian or mean (the paper's)",
+    "rank_terms": "rank of the covariance factor, or none for the full covariance",
+    "rank_levels": "steps that scores are quantised to before ordering, or none",
+    "tail": "pooled, or none (the paper's)",
+    "tau": "stop after a key tile that adds less than this share to every row; 0 never stops",
+    "query_order": "position, or guide (the paper's)",
+    "share_order": "one ranking for all the query heads of a K/V head",
+    "cap": "share of a history, in (0, 1], that can be walked",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `s2o` with these arguments (default: the process's); returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        if "paper" in options:
+            options.settings = _settings(options)
+        commands.COMMANDS[options.command](options)
+    except KeyboardInterrupt:
+        print("s2o: interrupted", file=sys.stderr)
+        return 130
+    except (TypeError, ValueError) as error:
+        return _refuse(error, 2)
+    except (OSError, ImportError, MemoryError) as error:
+        return _refuse(error, 1)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """The settings that a command line asks for: a file's, or the defaults, then each flag given."""
+    base = Settings.load(options.settings) if options.settings else Settings()
+    if options.paper:
+        base = Settings.paper()
+    names = (f.name for f in dataclasses.fields(Settings))
+    return base.replace(**{n: getattr(options, n) for n in names if hasattr(options, n)})
+
+
+def _refuse(error: Exception, code: int) -> int:
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and not text.startswith("'"):
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    print(f"s2o: error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("s2o", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"s2o_cupy {__version__}")
+    commands_ = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    demo = commands_.add_parser(
+        "demo",
+        help="real attention heads computed sparsely: table and picture",
+        description="Runs the shipped heads of a language model dense and sparse, prints what it cost and what it "
+        "saved, and draws one head before and after ranking with the place where each row tile stopped.",
+        epilog="example: s2o demo --tau 0.003 --png demo.png",
+    )
+    demo.add_argument("--sample", choices=NAMES, action="append", help="only this sample (may be repeated)")
+    demo.add_argument("--png", default="s2o_demo.png", metavar="FILE", help="picture to write (default %(default)s)")
+    _common(demo)
+
+    run = commands_.add_parser(
+        "run",
+        help="attention over your own q, k, v",
+        description="Sparse attention over q (B, Hq, Nq, D), k (B, Hkv, Nk, D), v (B, Hkv, Nk, Dv); leading axes may "
+        "be missing. Files are memory-mapped where they can be.",
+        epilog="example: s2o run heads.npz --tau 0.003 --dense --out answer.npz",
+    )
+    run.add_argument("files", nargs="+", metavar="FILE", help="one npz with q, k and v, or three npy files: q k v")
+    run.add_argument("--out", metavar="OUT.npz", help="write out and lse here, whole or not at all")
+    run.add_argument("--dense", action="store_true", help="compute exact attention too: error and speed-up")
+    run.add_argument("--check-finite", action="store_true", help="refuse NaN and infinity, naming the place")
+    _common(run)
+
+    info = commands_.add_parser("info", help="versions, devices, backends", description=commands.info.__doc__)
+    info.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    parser.add_argument("--backend", choices=commands.BACKENDS, help="default: the CPU")
+    group = parser.add_argument_group("settings (docs/design.md section 2)")
+    group.add_argument("--settings", metavar="FILE.json", help="settings written by Settings.save; flags override them")
+    group.add_argument("--paper", action="store_true", help="start from S2O as published")
+    for field in dataclasses.fields(Settings):
+        flag, text = "--" + field.name.replace("_", "-"), _SETTINGS_HELP[field.name]
+        if isinstance(field.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            shown = "1/sqrt(D)" if field.name == "scale" else field.default
+            group.add_argument(
+                flag, type=_value, default=argparse.SUPPRESS, metavar="X", help=f"{text} [{shown}]".replace("%", "%%")
+            )
+
+
+def _value(text: str):
+    """A flag's value: none, a whole number, a number, or a word; `Settings` judges it."""
+    if text.lower() == "none":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,185 @@
+"""What each command of `s2o` does: demo, run, info."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import numba
+import numpy as np
+
+import s2o_cupy as s2o
+from s2o_cupy import backends, plots, quality
+from s2o_cupy.files import load_array, load_arrays, save_arrays
+from s2o_cupy.progress import Bar
+from s2o_cupy.samples import NAMES, load_sample
+
+BACKENDS = tuple(backends.NAMES)
+_STEP = 2**26  # bytes of ranking between two moves of a progress bar
+
+
+def demo(options) -> None:
+    """Run the sample heads dense and sparse; print the table and draw the picture."""
+    settings = options.settings
+    plots.require()
+    names = options.sample or list(NAMES)
+    samples = {name: load_sample(name) for name in names}
+    rows = []
+    with Bar("demo", 1 + sum(len(x.q) for x in samples.values()) + 1) as bar:
+        warm_up(settings, options.backend)
+        bar.step()
+        for name, (q, k, v, _) in samples.items():
+            for head in range(len(q)):
+                rows.append({"head": f"{name}:{head}", **compare(q[head : head + 1], k, v, settings, options.backend)})
+                bar.step()
+        q, k, v, _ = samples[names[0]]
+        _picture(options.png, q[:1], k, v, settings, f"{names[0]} head 0, N={q.shape[1]}")
+        bar.step()
+    _report(options, rows, picture=options.png)
+
+
+def run(options) -> None:
+    """Attention over the user's files, with or without exact attention beside it."""
+    settings = options.settings
+    q, k, v = _load(options.files)
+    if options.out and (folder := os.path.dirname(options.out)) and not os.path.isdir(folder):
+        raise FileNotFoundError(f"folder {folder!r} does not exist")
+    with Bar("attention", 1) as bar:
+        start = time.perf_counter()
+        result = s2o.attention(
+            q,
+            k,
+            v,
+            settings,
+            backend=options.backend,
+            workspace=_STEP,
+            full_output=True,
+            check_finite=options.check_finite,
+            progress=bar.show,
+        )
+        seconds = time.perf_counter() - start
+    exact = exact_seconds = error = None
+    if options.dense:
+        start = time.perf_counter()
+        exact = s2o.dense_attention(q, k, v, causal=settings.causal, scale=settings.scale, backend=options.backend)
+        exact_seconds = time.perf_counter() - start
+        error = quality.relative_error(result.out, exact).reshape(-1)
+    if options.out:
+        save_arrays(options.out, out=result.out, lse=result.lse)
+    density = result.stats.head_density.reshape(-1)
+    tail = np.asarray(result.stats.tail_mass).reshape(len(density), -1).mean(axis=1)
+    rows = [
+        {
+            "head": str(head),
+            "density": float(density[head]),
+            "error": None if error is None else float(error[head]),
+            "tail_mass": float(tail[head]),
+            "dense_s": None if exact_seconds is None else exact_seconds / len(density),
+            "sparse_s": seconds / len(density),
+        }
+        for head in range(len(density))
+    ]
+    _report(options, rows, path=result.stats.path, out=options.out)
+
+
+def info(options) -> None:
+    """Versions, devices, and for each backend whether it works here and, where it does not, what to install."""
+    versions = {"python": platform.python_version(), "s2o_cupy": s2o.__version__}
+    for package in ("numpy", "numba", "scipy", "ml_dtypes", "matplotlib", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    state = {
+        "versions": versions,
+        "cpu": {"machine": platform.machine(), "threads": numba.config.NUMBA_NUM_THREADS},
+        "numba_cache": numba.config.CACHE_DIR or "__pycache__ beside the package's files, or the user's cache folder",
+        "backends": backends.status(),
+    }
+    if options.json:
+        print(json.dumps(state, indent=2))
+        return
+    print("versions   " + ", ".join(f"{name} {value or '(missing)'}" for name, value in versions.items()))
+    print(f"cpu        {state['cpu']['machine']}, {state['cpu']['threads']} threads (NUMBA_NUM_THREADS)")
+    print(f"cache      compiled CPU code: {state['numba_cache']} (NUMBA_CACHE_DIR)")
+    for name, (works, why) in state["backends"].items():
+        print(f"backend    {name:<6} {'available' if works else 'not available'}: {why}")
+
+
+def compare(q, k, v, settings, backend, repeats: int = 3) -> dict:
+    """Dense and sparse attention over one head, timed in turn: density, error, tail mass and median seconds."""
+    dense, sparse = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        exact = s2o.dense_attention(q, k, v, causal=settings.causal, scale=settings.scale, backend=backend)
+        dense.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        result = s2o.attention(q, k, v, settings, backend=backend, full_output=True)
+        sparse.append(time.perf_counter() - start)
+    return {
+        "density": result.stats.density,
+        "error": float(quality.relative_error(result.out, exact).max()),
+        "tail_mass": float(result.stats.tail_mass.mean()),
+        "dense_s": statistics.median(dense),
+        "sparse_s": statistics.median(sparse),
+    }
+
+
+def warm_up(settings, backend) -> None:
+    """Compile what the timed calls will need."""
+    q, k, v, _ = load_sample(NAMES[1])
+    compare(q[:1, :2048], k[:, :2048], v[:, :2048], settings, backend, repeats=1)
+
+
+def _picture(path, q, k, v, settings, title) -> None:
+    positions = settings.replace(query_order="position")
+    plan = s2o.plan(q, k, positions)
+    stats = s2o.attend(q, k, v, plan, full_output=True).stats
+    mass = quality.tile_mass(q[0], k[0], settings.block_q, causal=settings.causal, scale=settings.scale)
+    plots.save_before_after(path, mass, plan, stats, title)
+
+
+def _load(paths: list[str]):
+    if len(paths) == 3:
+        return [load_array(path) for path in paths]
+    if len(paths) != 1:
+        raise ValueError(f"{len(paths)} files given; allowed: one npz with q, k and v, or three npy files")
+    return list(load_arrays(paths[0], ("q", "k", "v")).values())
+
+
+def _report(options, rows: list[dict], **more) -> None:
+    """The table on standard output, or with --json everything as JSON."""
+    more = {key: value for key, value in more.items() if value is not None}
+    if options.json:
+        print(json.dumps({"settings": dataclasses.asdict(options.settings), "heads": rows, **more}, indent=2))
+        return
+    print(
+        f"{'head':<22} {'density':>8} {'rel. error':>10} {'tail mass':>10} {'dense':>10} {'sparse':>10} {'speed-up':>9}"
+    )
+    for row in rows:
+        dense, sparse = row["dense_s"], row["sparse_s"]
+        print(
+            f"{row['head']:<22} {row['density']:8.3f} {_number(row['error'], '.4f'):>10} {row['tail_mass']:10.4f} "
+            f"{_milliseconds(dense):>10} {_milliseconds(sparse):>10} "
+            f"{_number(dense / sparse if dense else None, '.2f'):>8}x"
+        )
+    for key, value in more.items():
+        print(f"{key}: {value}")
+    sys.stdout.flush()
+
+
+def _number(value, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _milliseconds(seconds) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.1f} ms"
+
+
+COMMANDS = {"demo": demo, "run": run, "info": info}
