@@ -16,6 +16,11 @@ def namespace(x):
     return np if isinstance(x, np.ndarray) else sys.modules["cupy"]
 
 
+def on_host(x) -> np.ndarray:
+    """A native array as NumPy; waits for the device."""
+    return x if isinstance(x, np.ndarray) else x.get()
+
+
 def native(name: str, x):
     """`x` as a NumPy or CuPy array over the same memory; anything that would need a copy is refused."""
     if isinstance(x, np.ma.MaskedArray):

@@ -15,7 +15,8 @@ import numba
 import numpy as np
 
 import s2o_cupy as s2o
-from s2o_cupy import backends, plots, quality
+from s2o_cupy import backends, plots
+from s2o_cupy.exact import relative_error, tile_mass
 from s2o_cupy.files import load_array, load_arrays, save_arrays
 from s2o_cupy.progress import Bar
 from s2o_cupy.samples import NAMES, load_sample
@@ -69,7 +70,7 @@ def run(options) -> None:
         start = time.perf_counter()
         exact = s2o.dense_attention(q, k, v, causal=settings.causal, scale=settings.scale, backend=options.backend)
         exact_seconds = time.perf_counter() - start
-        error = quality.relative_error(result.out, exact).reshape(-1)
+        error = relative_error(result.out, exact).reshape(-1)
     if options.out:
         save_arrays(options.out, out=result.out, lse=result.lse)
     density = result.stats.head_density.reshape(-1)
@@ -124,7 +125,7 @@ def compare(q, k, v, settings, backend, repeats: int = 3) -> dict:
         sparse.append(time.perf_counter() - start)
     return {
         "density": result.stats.density,
-        "error": float(quality.relative_error(result.out, exact).max()),
+        "error": float(relative_error(result.out, exact).max()),
         "tail_mass": float(result.stats.tail_mass.mean()),
         "dense_s": statistics.median(dense),
         "sparse_s": statistics.median(sparse),
@@ -141,7 +142,7 @@ def _picture(path, q, k, v, settings, title) -> None:
     positions = settings.replace(query_order="position")
     plan = s2o.plan(q, k, positions)
     stats = s2o.attend(q, k, v, plan, full_output=True).stats
-    mass = quality.tile_mass(q[0], k[0], settings.block_q, causal=settings.causal, scale=settings.scale)
+    mass = tile_mass(q[0], k[0], settings.block_q, causal=settings.causal, scale=settings.scale)
     plots.save_before_after(path, mass, plan, stats, title)
 
 

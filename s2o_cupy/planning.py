@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from s2o_cupy.arrays import namespace
+from s2o_cupy.arrays import namespace, on_host
 from s2o_cupy.files import load_arrays, save_arrays
 from s2o_cupy.problem import Problem, Slab, make_problem
 from s2o_cupy.settings import ATTEND_SETTINGS, Settings
@@ -82,7 +82,7 @@ class Plan:
         shape = (p.batch, p.heads_order, p.segments + 1)
         _check_array("kv_offsets", self.kv_offsets, xp, np.int64, shape)
         _check_array("kv_order", self.kv_order, xp, np.int32, (None,))
-        offsets, order = _host(self.kv_offsets).reshape(-1, p.segments + 1), _host(self.kv_order)
+        offsets, order = on_host(self.kv_offsets).reshape(-1, p.segments + 1), on_host(self.kv_order)
         steps = np.diff(offsets, axis=1)
         bad = np.argwhere((steps < 0) | (steps > p.history))
         if len(bad):
@@ -97,7 +97,7 @@ class Plan:
             _check_list(order[offsets[h, s] : offsets[h, s + 1]], int(p.history[s]), h, s)
         if self.query_order is not None:
             _check_array("query_order", self.query_order, xp, np.int32, (p.batch, p.heads_q, p.n_q))
-            rows = _host(self.query_order).reshape(-1, p.n_q)
+            rows = on_host(self.query_order).reshape(-1, p.n_q)
             for s in range(p.segments):
                 part = np.arange(s * p.settings.segment, min((s + 1) * p.settings.segment, p.n_q))
                 wrong = (np.sort(rows[:, part], axis=1) != part).any(axis=1)
@@ -110,7 +110,7 @@ class Plan:
         meta = {"format": FORMAT, "settings": dataclasses.asdict(self.settings), "dtype": self.problem.dtype}
         meta |= {name: getattr(self.problem, name) for name in _SIZES}
         arrays = {"kv_order": self.kv_order, "kv_offsets": self.kv_offsets, "query_order": self.query_order}
-        arrays = {name: _host(x) for name, x in arrays.items() if x is not None}
+        arrays = {name: on_host(x) for name, x in arrays.items() if x is not None}
         save_arrays(path, meta=np.array(json.dumps(meta)), **arrays)
 
     @classmethod
@@ -195,7 +195,3 @@ def _check_list(keys: np.ndarray, history: int, h: int, s: int) -> None:
     counts = np.bincount(keys, minlength=1)
     if counts.max() > 1:
         raise ValueError(f"kv_order repeats key {counts.argmax()} in list {s}, order head {h}; allowed: each once")
-
-
-def _host(x) -> np.ndarray:
-    return x if isinstance(x, np.ndarray) else x.get()

@@ -26,7 +26,7 @@ def save_before_after(path: str | os.PathLike, mass: np.ndarray, plan: Plan, sta
     path : path
         Where the PNG goes.
     mass : array (row tiles, Nk)
-        Mean probability of each key over each row tile: `quality.tile_mass`.
+        Mean probability of each key over each row tile: `exact.tile_mass`.
     plan, stats
         Of one head (B = Hq = 1), in position order.
     """

@@ -1,70 +1,183 @@
-"""Error, density and mass: what a sparse answer is worth, measured against the exact one."""
+"""Error, captured mass and density of a sparse answer, measured against exact attention: audit and sweep."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
-from s2o_cupy.arrays import namespace
+from s2o_cupy.api import attend, plan
+from s2o_cupy.arrays import as_four_axes, check_finite, on_host
+from s2o_cupy.call import natives
+from s2o_cupy.exact import compare_rows, exact_rows, positive, sample_errors, sample_rows
+from s2o_cupy.problem import Problem, make_problem
+from s2o_cupy.results import AttentionResult
+from s2o_cupy.settings import Settings
+
+TAUS = tuple(float(x) for x in np.geomspace(0.3, 1e-4, 12).round(6))
 
 
-def relative_error(out, exact):
-    """``|out - exact|_F / |exact|_F`` of each head.
+@dataclass(frozen=True)
+class Audit:
+    """What a sparse answer is worth, estimated on sampled query rows; arrays are (B, Hq) float64.
+
+    Attributes
+    ----------
+    error : relative L2 error
+    low, high : its 95 % confidence interval (bootstrap over the sampled rows)
+    error_p99 : 99th percentile over rows of a row's own relative error
+    mse : mean squared error of an output element
+    cosine : mean cosine between a row and the exact one
+    captured_mass : mean share of the exact softmax mass that was walked; `captured_min` the least
+    density : computed over allowed pairs
+    rows : int64, the rows that were sampled
+    """
+
+    error: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    error_p99: np.ndarray
+    mse: np.ndarray
+    cosine: np.ndarray
+    captured_mass: np.ndarray
+    captured_min: np.ndarray
+    density: np.ndarray
+    rows: np.ndarray
+
+    def table(self) -> list[dict]:
+        """One dict of floats a head."""
+        names = ("density", "error", "low", "high", "error_p99", "mse", "cosine", "captured_mass", "captured_min")
+        return [{n: float(getattr(self, n)[place]) for n in names} for place in np.ndindex(self.error.shape)]
+
+    def __str__(self) -> str:
+        lines = ["head density  rel. error (95 % interval)      p99 row  cosine   captured mass (least)"]
+        for head, x in enumerate(self.table()):
+            lines.append(
+                f"{head:4d} {x['density']:7.3f}  {x['error']:.5f} ({x['low']:.5f} to {x['high']:.5f})  "
+                f"{x['error_p99']:.5f}  {x['cosine']:.5f}  {x['captured_mass']:.4f} ({x['captured_min']:.4f})"
+            )
+        return "\n".join(lines)
+
+
+def audit(q, k, v, result: AttentionResult, rows: int = 256, seed: int = 0) -> Audit:
+    """Sampled query rows of an answer against exact attention, in bounded memory, where the arrays are.
 
     Parameters
     ----------
-    out, exact : array (..., N, Dv)
-        Any float dtype, same shape and device; compared in float64.
-
-    Returns
-    -------
-    float64 array (...)
-        The leading axes' shape; 0 where both are zero.
+    q, k, v : arrays
+        What `attention` was given.
+    result : AttentionResult
+        Of ``attention(q, k, v, ..., full_output=True)``.
+    rows : int
+        Rows to sample, one from each of as many equal runs of rows; all rows where there are no more.
+    seed : int
+        Of the sample and of the bootstrap.
 
     Examples
     --------
-    >>> import numpy as np
-    >>> float(relative_error(np.array([[3.0, 4.4]]), np.array([[3.0, 4.0]])).round(3))
-    0.08
+    >>> import numpy as np, s2o_cupy as s2o
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 2048, 64), np.float32)
+    >>> report = s2o.audit(q, k, v, s2o.attention(q, k, v, tau=0.05, full_output=True))
+    >>> bool(report.low <= report.error <= report.high)
+    True
     """
-    xp = namespace(out)
-    if out.shape != exact.shape:
-        raise ValueError(f"out has shape {out.shape} and exact {exact.shape}; allowed: the same")
-    gap, norm = xp.empty(out.shape[:-2]), xp.empty(out.shape[:-2])
-    for lead in np.ndindex(out.shape[:-2]):
-        wanted = exact[lead].astype(np.float64)
-        gap[lead] = ((out[lead].astype(np.float64) - wanted) ** 2).sum()
-        norm[lead] = (wanted**2).sum()
-    return xp.sqrt(gap / xp.where(norm > 0, norm, 1))
+    if not isinstance(result, AttentionResult):
+        raise TypeError(f"result is a {type(result).__name__}; allowed: the AttentionResult of full_output=True")
+    problem = result.stats.problem
+    arrays = _finite(q, k, v, problem)
+    found = sample_errors(problem, *arrays, result, sample_rows(problem.n_q, rows, seed))
+    draws = np.random.default_rng(seed).integers(0, len(found.rows), (500, len(found.rows)))
+    resampled = np.sqrt(found.gap[..., draws].sum(axis=-1) / positive(found.norm[..., draws].sum(axis=-1)))
+    low, high = np.quantile(resampled, (0.025, 0.975), axis=-1)
+    return Audit(
+        error=found.relative,
+        low=low,
+        high=high,
+        error_p99=np.quantile(found.relative_rows, 0.99, axis=-1),
+        mse=found.gap.mean(axis=-1) / problem.dim_v,
+        cosine=(found.dot / np.sqrt(positive(found.norm * found.length))).mean(axis=-1),
+        captured_mass=found.captured.mean(axis=-1),
+        captured_min=found.captured.min(axis=-1),
+        density=result.stats.head_density,
+        rows=found.rows,
+    )
 
 
-def tile_mass(q, k, rows: int, *, causal: bool = True, scale: float | None = None) -> np.ndarray:
-    """Mean softmax probability of every key, over each run of `rows` queries of one head.
+@dataclass(frozen=True)
+class Sweep:
+    """Density against error along `tau`, under one ranking; arrays are (taus, B, Hq) float64."""
+
+    settings: Settings
+    tau: np.ndarray
+    density: np.ndarray
+    error: np.ndarray
+    captured_mass: np.ndarray
+    tail_mass: np.ndarray
+
+    def error_at(self, density: float) -> np.ndarray:
+        """(B, Hq) relative error at a density, interpolated in its logarithm; NaN outside of what was swept."""
+        return self._interpolated(self.density, np.log(positive(self.error)), density, np.exp)
+
+    def density_at(self, error: float) -> np.ndarray:
+        """(B, Hq) density at a relative error, interpolated in its logarithm; NaN outside of what was swept."""
+        return self._interpolated(np.log(positive(self.error)), self.density, math.log(error), np.asarray)
+
+    def _interpolated(self, x, y, at, back):
+        answer = np.empty(x.shape[1:])
+        for place in np.ndindex(answer.shape):
+            one = (slice(None), *place)
+            order = np.argsort(x[one], kind="stable")
+            answer[place] = np.interp(at, x[one][order], y[one][order], left=np.nan, right=np.nan)
+        return back(answer)
+
+
+def sweep(q, k, v, settings: Settings | None = None, tau=TAUS, *, rows: int = 1024, seed: int = 0, **changes) -> Sweep:
+    """Density against error for each head: one ranking, attended with each `tau`.
 
     Parameters
     ----------
-    q : array (Nq, D)
-    k : array (Nk, D)
-    rows : int
-        Queries averaged over: a row tile.
+    q, k, v, settings, **changes
+        As in `attention`.
+    tau : sequence of float
+        What to try.
+    rows, seed
+        Query rows compared with exact attention, as in `audit`.
 
-    Returns
-    -------
-    float32 array (ceil(Nq / rows), Nk)
-        Each row sums to 1.
+    Examples
+    --------
+    >>> import s2o_cupy as s2o
+    >>> q, k, v, _ = s2o.load_sample("smollm2_prose_l08")
+    >>> curve = s2o.sweep(q[:1], k, v, tau=(0.1, 0.01), rows=256)
+    >>> bool(curve.density[1, 0, 0] > curve.density[0, 0, 0] and curve.error[1, 0, 0] < curve.error[0, 0, 0])
+    True
     """
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    n_q, n_k = len(q), len(k)
-    keys = np.asarray(k, np.float32).T * np.float32(scale)
-    mass = np.zeros((-(-n_q // rows), n_k), np.float32)
-    for tile, start in enumerate(range(0, n_q, rows)):
-        block = np.asarray(q[start : start + rows], np.float32)
-        seen = min(start + rows + n_k - n_q, n_k) if causal else n_k
-        logit = block @ keys[:, :seen]
-        if causal:
-            position = np.arange(start, start + len(block))[:, None] + n_k - n_q
-            logit[np.arange(seen) > position] = -np.inf
-        np.exp(logit - logit.max(axis=1, keepdims=True), out=logit)
-        mass[tile, :seen] = (logit / logit.sum(axis=1, keepdims=True)).mean(axis=0)
-    return mass
+    settings = (settings or Settings()).replace(**changes)
+    taus = np.asarray([Settings(tau=t).tau for t in tau], np.float64)
+    if not len(taus):
+        raise ValueError("tau is empty; allowed: one number or more")
+    ranking = plan(q, k, settings, check_finite=True)
+    exact = None
+    points = []
+    for t in taus:
+        result = attend(q, k, v, ranking, tau=float(t), full_output=True)
+        problem = result.stats.problem
+        if exact is None:
+            arrays = _finite(q, k, v, problem)
+            exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed))
+        found = compare_rows(problem, result, exact)
+        tail = result.stats.tail_mass.reshape(problem.batch, problem.heads_q, -1).mean(axis=-1)
+        points.append((result.stats.head_density, found.relative, found.captured.mean(axis=-1), on_host(tail)))
+    return Sweep(settings, taus, *(np.stack(x) for x in zip(*points, strict=True)))
+
+
+def _finite(q, k, v, problem: Problem):
+    """The 4-D arrays, refused where they are not those of `problem` or not finite."""
+    named = natives(q=q, k=k, v=v)
+    found = make_problem(*named.values(), problem.settings)
+    if found != problem:
+        raise ValueError(f"q, k, v make {found}; the result is of {problem}")
+    if not (problem.batch and problem.n_q and problem.n_k):
+        raise ValueError(f"q has shape {q.shape} and k {k.shape}; allowed: at least one query and one key")
+    check_finite(named)
+    return [as_four_axes(name, x) for name, x in named.items()]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from s2o_cupy.arrays import on_host
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 
@@ -43,7 +44,7 @@ class Stats:
         shape = (p.batch, p.heads_q)
         if not p.allowed_pairs:
             return np.ones(shape)
-        tiles, blocks = (_on_host(x).reshape(*shape, -1).astype(np.int64) for x in (self.tiles, self.tail_blocks))
+        tiles, blocks = (on_host(x).reshape(*shape, -1).astype(np.int64) for x in (self.tiles, self.tail_blocks))
         walked = np.minimum(tiles * p.settings.block_k, p.listed[p.tile_segment])
         pairs = p.window_pairs.sum() + ((walked + blocks) * p.tile_rows).sum(axis=-1)
         return pairs / p.allowed_pairs
@@ -81,7 +82,3 @@ class AttentionResult:
 
     def __repr__(self) -> str:
         return f"AttentionResult(out={tuple(self.out.shape)} {self.out.dtype}, {self.stats!r})"
-
-
-def _on_host(x) -> np.ndarray:
-    return x if isinstance(x, np.ndarray) else x.get()

@@ -1,0 +1,174 @@
+"""Exact attention of sampled query rows and row tiles, and a sparse answer beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from s2o_cupy.arrays import namespace, native, on_host
+from s2o_cupy.problem import Problem
+from s2o_cupy.results import AttentionResult
+from s2o_cupy.settings import integer
+
+_CHUNK = 2**23  # logits held at a time
+
+
+def relative_error(out, exact):
+    """``|out - exact|_F / |exact|_F`` of each head.
+
+    Parameters
+    ----------
+    out, exact : array (..., N, Dv)
+        Any float dtype, same shape and device; compared in float64.
+
+    Returns
+    -------
+    float64 array (...)
+        The leading axes' shape; 0 where both are zero.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> float(relative_error(np.array([[3.0, 4.4]]), np.array([[3.0, 4.0]])).round(3))
+    0.08
+    """
+    xp = namespace(out)
+    if out.shape != exact.shape:
+        raise ValueError(f"out has shape {out.shape} and exact {exact.shape}; allowed: the same")
+    gap, norm = xp.empty(out.shape[:-2]), xp.empty(out.shape[:-2])
+    for lead in np.ndindex(out.shape[:-2]):
+        wanted = exact[lead].astype(np.float64)
+        gap[lead] = ((out[lead].astype(np.float64) - wanted) ** 2).sum()
+        norm[lead] = (wanted**2).sum()
+    return xp.sqrt(gap / xp.where(norm > 0, norm, 1))
+
+
+def sample_rows(n_q: int, rows: int, seed: int) -> np.ndarray:
+    """Sorted row indices, one drawn from each of `rows` equal runs; all rows where there are no more."""
+    rows = integer("rows", rows, 1, 2**31)
+    if rows >= n_q:
+        return np.arange(n_q)
+    edges = np.linspace(0, n_q, rows + 1).astype(np.int64)
+    return np.random.default_rng(seed).integers(edges[:-1], edges[1:])
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """Exact attention of some query rows: out (B, Hq, rows, Dv) and lse (B, Hq, rows), in the compute dtype."""
+
+    rows: np.ndarray
+    out: Any
+    lse: Any
+
+
+def exact_rows(problem: Problem, q, k, v, rows: np.ndarray) -> ExactRows:
+    """Exact attention of the query rows `rows`, keys a chunk at a time, where the arrays are."""
+    xp, dtype = namespace(q), problem.compute_dtype
+    picked = xp.asarray(rows)
+    position = picked + problem.shift
+    last = int(rows.max()) + problem.shift + 1 if problem.settings.causal else problem.n_k
+    out = xp.empty((problem.batch, problem.heads_q, len(rows), problem.dim_v), dtype)
+    lse = xp.empty(out.shape[:-1], dtype)
+    chunk = max(_CHUNK // (problem.group * len(rows)), 256)
+    for b, kv in np.ndindex(problem.batch, problem.heads_kv):
+        heads = slice(kv * problem.group, (kv + 1) * problem.group)
+        queries = q[b, heads][:, picked].astype(dtype) * dtype.type(problem.scale)
+        high, mass, total = -np.inf, dtype.type(0), dtype.type(0)
+        for start in range(0, last, chunk):
+            keys, values = (x[b, kv, start : min(start + chunk, last)].astype(dtype) for x in (k, v))
+            logit = queries @ keys.T
+            if problem.settings.causal:
+                logit = xp.where(xp.arange(start, start + len(keys)) <= position[:, None], logit, -np.inf)
+            frame = xp.maximum(high, logit.max(axis=-1, keepdims=True))
+            shrink = xp.exp(high - frame)
+            weight = xp.exp(logit - frame)
+            mass = mass * shrink + weight.sum(axis=-1, keepdims=True)
+            total = total * shrink + weight @ values
+            high = frame
+        out[b, heads], lse[b, heads] = total / mass, (high + xp.log(mass))[..., 0]
+    return ExactRows(rows, out, lse)
+
+
+def compare_rows(problem: Problem, result: AttentionResult, exact: ExactRows) -> RowErrors:
+    """The sampled rows of an answer beside the exact ones."""
+    heads, picked = (problem.batch, problem.heads_q), namespace(exact.out).asarray(exact.rows)
+    out = native("out", result.out).reshape(*heads, problem.n_q, -1)[:, :, picked].astype(np.float64)
+    lse = native("lse", result.lse).reshape(*heads, -1)[:, :, picked].astype(np.float64)
+    tail = result.stats.tail_mass.reshape(*heads, -1)[:, :, picked].astype(np.float64)
+    wanted, xp = exact.out.astype(np.float64), namespace(exact.out)
+    captured = (1 - tail) * xp.exp(lse - exact.lse)
+    sums = (((out - wanted) ** 2).sum(-1), (wanted**2).sum(-1), (out * wanted).sum(-1), (out**2).sum(-1), captured)
+    return RowErrors(*map(on_host, sums), exact.rows)
+
+
+def sample_errors(problem: Problem, q, k, v, result: AttentionResult, rows: np.ndarray) -> RowErrors:
+    """`compare_rows` against `exact_rows`."""
+    return compare_rows(problem, result, exact_rows(problem, q, k, v, rows))
+
+
+@dataclass(frozen=True)
+class RowErrors:
+    """Sampled query rows of a sparse answer beside the exact ones, all NumPy float64 of shape (B, Hq, rows).
+
+    Attributes
+    ----------
+    gap, norm : squared L2 norm of (out - exact), and of exact
+    dot, length : inner product of out and exact, squared norm of out
+    captured : share of the exact softmax mass that was walked
+    rows : int64 (rows,), the sampled rows
+    """
+
+    gap: np.ndarray
+    norm: np.ndarray
+    dot: np.ndarray
+    length: np.ndarray
+    captured: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def relative(self) -> np.ndarray:
+        """(B, Hq) relative L2 error."""
+        return np.sqrt(self.gap.sum(axis=-1) / positive(self.norm.sum(axis=-1)))
+
+    @property
+    def relative_rows(self) -> np.ndarray:
+        """(B, Hq, rows) relative L2 error of each row."""
+        return np.sqrt(self.gap / positive(self.norm))
+
+
+def tile_mass(q, k, rows: int, *, causal: bool = True, scale: float | None = None) -> np.ndarray:
+    """Mean softmax probability of every key, over each run of `rows` queries of one head.
+
+    Parameters
+    ----------
+    q : array (Nq, D)
+    k : array (Nk, D)
+    rows : int
+        Queries averaged over: a row tile.
+
+    Returns
+    -------
+    float32 array (ceil(Nq / rows), Nk)
+        Each row sums to 1.
+    """
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    n_q, n_k = len(q), len(k)
+    keys = np.asarray(k, np.float32).T * np.float32(scale)
+    mass = np.zeros((-(-n_q // rows), n_k), np.float32)
+    for tile, start in enumerate(range(0, n_q, rows)):
+        block = np.asarray(q[start : start + rows], np.float32)
+        seen = min(start + rows + n_k - n_q, n_k) if causal else n_k
+        logit = block @ keys[:, :seen]
+        if causal:
+            position = np.arange(start, start + len(block))[:, None] + n_k - n_q
+            logit[np.arange(seen) > position] = -np.inf
+        np.exp(logit - logit.max(axis=1, keepdims=True), out=logit)
+        mass[tile, :seen] = (logit / logit.sum(axis=1, keepdims=True)).mean(axis=0)
+    return mass
+
+
+def positive(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, np.finfo(np.float64).tiny)
