@@ -1,0 +1,42 @@
+// half.cuh: the 16-bit element types, without CUDA's headers (they cost more to compile than a kernel does).
+// IS_BF16: 1 for bfloat16, 0 for float16. Elements travel as unsigned short, pairs as unsigned int, low half first.
+#pragma once
+
+typedef unsigned short half_t;
+
+#ifdef S2O_EMULATION
+static inline float half_to_float(half_t x) { return s2o_emulation::half_to_float(x); }
+static inline half_t float_to_half(float x) { return s2o_emulation::float_to_half(x); }
+#else
+__device__ __forceinline__ float half_to_float(half_t x) {
+#if IS_BF16
+    return __uint_as_float((unsigned int)x << 16);
+#else
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+#endif
+}
+
+// Two floats, rounded to nearest even, as one register.
+__device__ __forceinline__ unsigned int pack_halves(float low, float high) {
+    unsigned int y;
+#if IS_BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#endif
+    return y;
+}
+
+__device__ __forceinline__ half_t float_to_half(float x) { return (half_t)pack_halves(x, 0.f); }
+#endif
+
+__device__ __forceinline__ bool half_is_finite(half_t x) {
+    const unsigned int exponent = IS_BF16 ? 0x7f80 : 0x7c00;
+    return (x & exponent) != exponent;
+}
+
+__device__ __forceinline__ bool halves_are_finite(unsigned int pair) {
+    return half_is_finite((half_t)pair) && half_is_finite((half_t)(pair >> 16));
+}
