@@ -1,0 +1,160 @@
+"""The CPU backend: score, remap, pool, attend and dense as Numba kernels on a few threads.
+
+Every kernel does one work item with the GIL released; a call hands its items, longest first, to
+threads of its own, so calls from several threads are safe.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numba
+import numpy as np
+from numba import types
+
+from ..problem import Problem, Slab
+from . import _attend, _ranking
+
+# Scores that stage 1 leaves for stage 2 at a time.
+SCORE_BYTES = 2**24
+_LOG2E = float(np.log2(np.e))
+# Query lanes of a work item: enough to make packing a key tile cheap, few enough for the second cache.
+_LANES = 512
+_INT = types.int64
+
+
+def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndarray:
+    """Stage 1: (lists of the slab, longest history) float32 scores; beyond a list's history undefined."""
+    history = problem.history[slab.segment_start : slab.segment_stop]
+    lists = (slab.kv_stop - slab.kv_start) * problem.orders * slab.segments
+    width = int(history.max(initial=0))
+    scores = np.empty((lists, width), np.float32)
+    rep = np.empty((lists, 1 + problem.terms, problem.dim_qk), problem.compute_dtype)
+    q, k = _storage(q), _storage(k)
+    heads = problem.group // problem.orders
+    segment = problem.settings.segment
+    items = []
+    for index, (kv, o, s) in enumerate(_lists(problem, slab)):
+        b, h = divmod(kv, problem.heads_kv)
+        rows = min(segment, problem.n_q - s * segment)
+        if problem.history[s]:
+            items.append((rows, (q, rep[index], b, h * problem.group + o, heads, s * segment, rows, problem.scale)))
+    signature = (_type(q), _type(rep[0], "C"), _INT, _INT, _INT, _INT, _INT, types.float64)
+    _run(_entry(_ranking.represent, *signature), items)
+    items = []
+    for at, kv in enumerate(range(slab.kv_start, slab.kv_stop)):
+        b, h = divmod(kv, problem.heads_kv)
+        for key in range(0, width, _ranking.CHUNK):
+            n = min(_ranking.CHUNK, width - key)
+            cost = int((history > key).sum())
+            first = at * problem.orders * slab.segments
+            items.append((cost, (k, rep, history, scores, b, h, first, problem.orders, slab.segments, key, n)))
+    signature = (_type(k), _type(rep, "C"), _type(history), _type(scores)) + (_INT,) * 7
+    _run(_entry(_ranking.score_keys, *signature), items)
+    return scores
+
+
+def remap(problem: Problem, scores: np.ndarray, slab: Slab, kv_offsets: np.ndarray, kv_order: np.ndarray) -> None:
+    """Stage 2: write each list of the slab at its offset, the listed keys by descending score."""
+    levels, items = problem.settings.rank_levels, []
+    for index, (_, _, s) in enumerate(_lists(problem, slab)):
+        history, listed = int(problem.history[s]), int(problem.listed[s])
+        head, at = divmod(index, slab.segments)
+        item = (scores, index, history, listed) + (() if levels is None else (levels,))
+        items.append((history, (*item, kv_order, int(kv_offsets[head, at]))))
+    kernel, middle = (_ranking.order_exactly, 3) if levels is None else (_ranking.order_levels, 4)
+    _run(_entry(kernel, _type(scores, "C"), *(_INT,) * middle, _type(kv_order), _INT), items)
+
+
+def pool(problem: Problem, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means of K and V over whole pool blocks: (B, Hkv, pool blocks, D) and (..., Dv), compute type."""
+    size, means = problem.settings.pool, []
+    for x in (_storage(k), _storage(v)):
+        mean = np.empty((*x.shape[:2], problem.pool_blocks, x.shape[3]), problem.compute_dtype)
+        entry = _entry(_attend.pool_blocks, _type(x), _type(mean), _INT, _INT, _INT)
+        _run(entry, [(0, (x, mean, b, h, size)) for b in range(x.shape[0]) for h in range(x.shape[1])])
+        means.append(mean)
+    return means[0], means[1]
+
+
+def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, answer) -> None:
+    """Stage 3 for the slab's heads and segments: fills out, lse, tiles, tail_blocks and tail_mass."""
+    s, tau = problem.settings, problem.tau
+    guide = query_order is not None
+    query_order = query_order if guide else np.empty((0, 0, 0), np.int32)
+    k_pool, v_pool = pooled if pooled is not None else (np.empty((0, 0, 0, 0), problem.compute_dtype),) * 2
+    arrays = [_storage(x) for x in (q, k, v, answer.out)]
+    arrays += [answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass, kv_order, query_order, k_pool, v_pool]
+    sizes = (s.segment, s.block_q, s.block_k, s.pool, problem.tiles_per_segment, problem.shift)
+    flags = (int(s.causal), int(s.tail is not None), int(guide))
+    items = []
+    for index, (kv, o, segment) in enumerate(_lists(problem, slab)):
+        b, h = divmod(kv, problem.heads_kv)
+        rows = min(s.segment, problem.n_q - segment * s.segment)
+        history, listed = int(problem.history[segment]), int(problem.listed[segment])
+        start = int(kv_offsets[divmod(index, slab.segments)])
+        tiles = -(-rows // s.block_q) * (problem.group // problem.orders)
+        step = max(1, _LANES // min(s.block_q, rows))
+        for first in range(0, tiles, step):
+            place = (b, h, h * problem.group + o, segment, first, min(first + step, tiles), start, listed, history)
+            cost = (min(first + step, tiles) - first) * (listed + rows)
+            items.append((cost, (*arrays, tau, *sizes, *flags, *place, problem.scale * _LOG2E)))
+    signature = [_type(x) for x in arrays] + [_type(tau)]
+    scalars = len(sizes) + len(flags) + 9
+    _run(_entry(_attend.attend_tiles, *signature, *(_INT,) * scalars, types.float64), items)
+
+
+def dense(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, answer) -> None:
+    """Exact attention: fills out and lse."""
+    arrays = [*(_storage(x) for x in (q, k, v, answer.out)), answer.lse]
+    block = max(16, _LANES // problem.group // 16 * 16)
+    items = []
+    for b in range(problem.batch):
+        for h in range(problem.heads_kv):
+            for first in range(0, problem.n_q, block):
+                rows = min(block, problem.n_q - first)
+                item = (*arrays, b, h, first, rows, problem.shift, int(problem.settings.causal))
+                items.append((rows * (first + rows), (*item, problem.scale * _LOG2E)))
+    _run(_entry(_attend.dense_rows, *map(_type, arrays), *(_INT,) * 6, types.float64), items)
+
+
+def _lists(problem, slab):
+    """The slab's lists in order: (flattened K/V head, order head within it, segment)."""
+    for kv in range(slab.kv_start, slab.kv_stop):
+        for o in range(problem.orders):
+            for segment in range(slab.segment_start, slab.segment_stop):
+                yield kv, o, segment
+
+
+def _storage(x):
+    """A view that Numba takes: float16 as uint16, bfloat16 as int16."""
+    return {"float16": lambda: x.view(np.uint16), "bfloat16": lambda: x.view(np.int16)}.get(x.dtype.name, lambda: x)()
+
+
+def _type(x, layout="A"):
+    """One Numba type for arrays of any strides, alignment and writeability: one compilation serves all."""
+    return types.Array(numba.from_dtype(x.dtype), x.ndim, layout, aligned=layout == "C")
+
+
+@cache
+def _entry(kernel, *signature):
+    """The kernel's compiled entry for exactly this signature (no dispatch on the arrays' own layouts)."""
+    return kernel.compile(signature)
+
+
+def _run(entry, items):
+    """Call `entry` on every (cost, arguments), the costly ones first, on at most NUMBA_NUM_THREADS threads."""
+    items = [arguments for _, arguments in sorted(items, key=lambda item: -item[0])]
+    threads = min(numba.config.NUMBA_NUM_THREADS, len(items))
+    if threads <= 1:
+        for arguments in items:
+            entry(*arguments)
+        return
+    queue = iter(items)
+
+    def work():
+        for arguments in queue:
+            entry(*arguments)
+
+    with ThreadPoolExecutor(threads) as executor:
+        for future in [executor.submit(work) for _ in range(threads)]:
+            future.result()
