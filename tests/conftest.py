@@ -1,0 +1,19 @@
+"""Hypothesis profiles, and the backends that the property tests run on."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from properties import CPU, CUDA
+
+settings.register_profile("quick", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "quick")
+
+
+@pytest.fixture(scope="session", params=[CPU, pytest.param(CUDA, marks=pytest.mark.gpu)], ids=str)
+def backend(request):
+    """A `properties.Backend`; one that cannot run here is skipped, with the reason."""
+    if missing := request.param.missing():
+        pytest.skip(missing)
+    return request.param

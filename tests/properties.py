@@ -1,0 +1,321 @@
+"""The facts every backend must keep (docs/design.md section 2), as functions of a backend and a case.
+
+Each function takes a `Backend` and a `strategies.Case`, runs the public API, and asserts one fact.
+`test_properties.py` runs all of them on every backend of the `backend` fixture (conftest.py). To reuse
+one elsewhere, in ``tests/gpu`` for example (its conftest and modules import from here by plain name, and
+need file names that ``tests/`` does not have)::
+
+    from properties import CUDA, reaches_the_reference
+    from strategies import cases
+
+    @given(cases(dtypes=("float16",), causal=True))
+    def test_something(case):
+        reaches_the_reference(CUDA, case)
+
+A new backend is one `Backend`: how arrays reach it, and its unit of rounding by input dtype.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+import s2o_cupy as s2o
+from s2o_cupy import backends, reference
+
+# Unit of rounding of what a backend computes from inputs of a dtype. The CPU computes float16 and bfloat16 in
+# float32 and rounds the output once at the end (OUTPUT); tensor cores read P in the input's own type.
+CPU_UNIT = {"float16": 2.0**-23, "bfloat16": 2.0**-23, "float32": 2.0**-23, "float64": 2.0**-51}
+CUDA_UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-23, "float64": 2.0**-51}
+OUTPUT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend's name, its units of rounding, and how arrays get there and back."""
+
+    name: str
+    unit: dict
+
+    def __str__(self) -> str:
+        return self.name
+
+    def missing(self) -> str:
+        """Why it cannot run here; empty when it can."""
+        works, why = backends.status().get(self.name, (False, f"s2o_cupy has no backend {self.name!r} yet"))
+        return "" if works else why
+
+    def to_device(self, x):
+        """A NumPy array's values where the backend wants them, strides kept."""
+        if self.name == "cpu" or x is None:
+            return x
+        import cupy
+
+        base = x if x.base is None else x.base
+        moved = cupy.asarray(base)
+        start = x.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+        return cupy.ndarray(x.shape, x.dtype, moved.data + start, strides=x.strides)
+
+    def to_host(self, x):
+        return x if x is None or isinstance(x, np.ndarray) else x.get()
+
+    # --- calls: NumPy in, NumPy out, whatever lies between ------------------------------------
+    def plan(self, case, **changes):
+        q, k = map(self.to_device, case.arrays[:2])
+        return s2o.plan(q, k, case.settings, backend=self.name, **changes)
+
+    def attend(self, case, plan, **changes):
+        q, k, v = map(self.to_device, case.arrays)
+        return self._host(s2o.attend(q, k, v, plan, backend=self.name, full_output=True, **changes))
+
+    def ranked(self, case, **changes):
+        """The ranked path, which `attention` does not take at small shapes."""
+        return self.attend(case, self.plan(case, **changes))
+
+    def attention(self, case, **keywords):
+        q, k, v = map(self.to_device, case.arrays)
+        return self._host(s2o.attention(q, k, v, case.settings, backend=self.name, full_output=True, **keywords))
+
+    def dense(self, case):
+        q, k, v = map(self.to_device, case.arrays)
+        causal, scale = case.settings.causal, case.settings.scale
+        return self._host(s2o.dense_attention(q, k, v, causal=causal, scale=scale, backend=self.name, full_output=True))
+
+    def _host(self, result):
+        numbers = {name: self.to_host(getattr(result.stats, name)) for name in ("tiles", "tail_blocks", "tail_mass")}
+        stats = replace(result.stats, **numbers)
+        return replace(result, out=self.to_host(result.out), lse=self.to_host(result.lse), stats=stats)
+
+
+CPU = Backend("cpu", CPU_UNIT)
+CUDA = Backend("cuda", CUDA_UNIT)
+
+
+# --- tolerances ------------------------------------------------------------------------------
+def wide(*arrays):
+    return tuple(np.asarray(x, np.float64) for x in arrays)
+
+
+def logit_error(backend, case) -> float:
+    """Bound on the error of a logit, of a row's log mass and of the relative error of a weight.
+
+    A product of D terms and its scale are right to a few units of the sum of the terms' sizes; a sum of
+    exponentials, an exponential and a logarithm to a few units of 1.
+    """
+    q, k = wide(*case.arrays[:2])
+    with np.errstate(all="ignore"):
+        keys = np.repeat(np.abs(k), case.problem.group, axis=1).swapaxes(2, 3)
+        sizes = case.problem.scale * (np.abs(q) @ keys)
+    return 4 * backend.unit[case.q.dtype.name] * (8 + sizes[np.isfinite(sizes)].max(initial=0))
+
+
+def out_error(backend, case, expected):
+    """Bound on the error of out: that of the weights on the greatest value, and one rounding to the output type."""
+    (v,) = wide(case.v)
+    greatest = np.abs(v[np.isfinite(v)]).max(initial=0)
+    unit = OUTPUT[case.q.dtype.name]
+    return 2 * logit_error(backend, case) * greatest + unit * np.abs(expected) + 1e-7 * unit
+
+
+def assert_near(got, expected, error):
+    """Within `error`, with NaN and infinities in the same places."""
+    got, expected = wide(got, expected)
+    assert got.shape == expected.shape
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(expected))
+    with np.errstate(invalid="ignore"):
+        off = np.where((got == expected) | np.isnan(expected), 0, np.abs(got - expected))
+    excess = off - np.nan_to_num(error, nan=0, posinf=0)
+    assert (excess <= 0).all(), f"off by {off.max()}, {excess.max()} too much"
+
+
+def assert_same(one, other):
+    """Two results bitwise equal."""
+    for a, b in ((one.out, other.out), (one.lse, other.lse)):
+        np.testing.assert_array_equal(a.astype(np.float64), b.astype(np.float64))
+    for name in ("tiles", "tail_blocks", "tail_mass"):
+        np.testing.assert_array_equal(getattr(one.stats, name), getattr(other.stats, name))
+
+
+def rows_of(result, index):
+    """out and lse of some rows, as float64."""
+    return result.out[index].astype(np.float64), result.lse[index].astype(np.float64)
+
+
+# --- facts -----------------------------------------------------------------------------------
+def tau_zero_is_dense(backend, case):
+    result, exact = backend.ranked(case, tau=0, cap=1), backend.dense(case)
+    out, lse = reference.dense(case.problem, *case.arrays)
+    for answer in (result, exact):
+        assert_near(answer.out, out, out_error(backend, case, out))
+        assert_near(answer.lse, lse, logit_error(backend, case) + OUTPUT["float32"] * np.abs(lse))
+        assert answer.stats.density == 1
+        assert not answer.stats.tail_mass.any()
+
+
+def work_falls_with_tau(backend, case):
+    plan = backend.plan(case)
+    results = [backend.attend(case, plan, tau=tau) for tau in (0, 1e-3, 0.03, 0.3, 2)]
+    for less, more in zip(results[1:], results):
+        assert (less.stats.tiles <= more.stats.tiles).all()
+        assert (less.stats.head_density <= more.stats.head_density).all()
+
+
+def later_keys_do_not_matter(backend, case, seed):
+    """Causal: rows up to a position are bitwise the same after every later key and value changed."""
+    rng = np.random.default_rng(seed)
+    row = int(rng.integers(case.problem.n_q))
+    changed = case.copy()
+    for x in (changed.k, changed.v):
+        later = x[:, :, row + case.problem.shift + 1 :]
+        later[...] = (rng.choice([1.0, 30.0]) * rng.standard_normal(later.shape)).astype(x.dtype)
+    seen = np.s_[:, :, : row + 1]
+    before, after = backend.ranked(case), backend.ranked(changed)
+    for a, b in zip(rows_of(before, seen), rows_of(after, seen)):
+        np.testing.assert_array_equal(a, b)
+
+
+def out_lies_within_the_values(backend, case):
+    out = backend.ranked(case).out.astype(np.float64)
+    p = case.problem
+    v = np.repeat(case.v.astype(np.float64), p.group, axis=1)
+    last = np.arange(p.n_q) + p.shift if case.settings.causal else np.full(p.n_q, p.n_k - 1)
+    low, high = np.minimum.accumulate(v, axis=2)[:, :, last], np.maximum.accumulate(v, axis=2)[:, :, last]
+    name = case.q.dtype.name
+    slack = (32 * backend.unit[name] + OUTPUT[name]) * np.abs(v).max()
+    assert (out >= low - slack).all()
+    assert (out <= high + slack).all()
+
+
+def heads_and_batches_are_independent(backend, case, seed):
+    """Bitwise the same after everything in one other K/V head (and its group) or batch entry changed."""
+    rng, p = np.random.default_rng(seed), case.problem
+    b, kv = int(rng.integers(p.batch)), int(rng.integers(p.heads_kv))
+    changed = case.copy()
+    for x, heads in zip((changed.q, changed.k, changed.v), (p.group, 1, 1)):
+        mine = x[b, kv * heads : (kv + 1) * heads]
+        mine[...] = (2 * rng.standard_normal(mine.shape)).astype(x.dtype)
+    others = np.ones((p.batch, p.heads_q), bool)
+    others[b, kv * p.group : (kv + 1) * p.group] = False
+    assert_others_same(backend, case, changed, others)
+
+
+def query_heads_are_independent(backend, case, seed):
+    """Without a shared order, a query head does not read the others of its group."""
+    rng, p = np.random.default_rng(seed), case.problem
+    head = int(rng.integers(p.heads_q))
+    changed = case.copy()
+    changed.q[:, head] = (2 * rng.standard_normal(changed.q[:, head].shape)).astype(changed.q.dtype)
+    others = np.ones((p.batch, p.heads_q), bool)
+    others[:, head] = False
+    assert_others_same(backend, case, changed, others)
+
+
+def assert_others_same(backend, case, changed, others):
+    before, after = backend.ranked(case), backend.ranked(changed)
+    for a, b in zip(rows_of(before, others), rows_of(after, others)):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(before.stats.tiles[others], after.stats.tiles[others])
+
+
+def runs_agree_bitwise(backend, case):
+    assert_same(backend.ranked(case), backend.ranked(case))
+
+
+def strides_do_not_matter(backend, case):
+    plain = case.copy()
+    assert_same(backend.ranked(case), backend.ranked(plain))
+    assert_same(backend.dense(case), backend.dense(plain))
+
+
+def reaches_the_reference(backend, case):
+    """Given one plan: out, lse, tiles, tail_blocks and tail_mass of the reference, to rounding."""
+    order, offsets, rows = reference.plan(case.problem, *case.arrays[:2])
+    given = dict(zip(("kv_order", "kv_offsets", "query_order"), map(backend.to_device, (order, offsets, rows))))
+    q, k = map(backend.to_device, case.arrays[:2])
+    result = backend.attend(case, s2o.Plan.from_arrays(q, k, case.settings, **given))
+    judge_against_reference(backend, case, result, order, offsets, rows)
+
+
+def judge_against_reference(backend, case, result, order, offsets, rows):
+    """Compare row tile by row tile; a stop may differ only where the reference's is undecided to rounding of tau."""
+    p, tiles, error = case.problem, result.stats.tiles, logit_error(backend, case)
+    open_tiles = np.ones(tiles.shape, bool)
+    for nudge in (0, 4 * error, -min(4 * error, 1)):
+        nudged = p.replace(tau=(p.tau * (1 + nudge)).tolist())
+        answer = reference.attend(nudged, *case.arrays, order, offsets, rows)
+        for b, h, tile in np.argwhere((answer.tiles == tiles) & open_tiles):
+            open_tiles[b, h, tile] = False
+            at = p.tile_start[tile] + np.arange(p.tile_rows[tile])
+            place = b, h, at if rows is None else rows[b, h, at]
+            assert_near(result.out[place], answer.out[place], out_error(backend, case, answer.out[place]))
+            assert_near(result.lse[place], answer.lse[place], error + OUTPUT["float32"] * np.abs(answer.lse[place]))
+            assert_near(result.stats.tail_mass[place], answer.tail_mass[place], 2 * error + OUTPUT["float32"])
+            assert result.stats.tail_blocks[b, h, tile] == answer.tail_blocks[b, h, tile]
+        if not open_tiles.any():
+            return
+    raise AssertionError(f"row tiles {np.argwhere(open_tiles).tolist()} stopped elsewhere, far from tau")
+
+
+def a_bad_query_stays_in_its_row(backend, case, seed, bad):
+    """A non-finite query gives NaN in its own row; the others are what they are without its vote and its ranking."""
+    rng, p = np.random.default_rng(seed), case.problem
+    b, h, row = (int(rng.integers(n)) for n in (p.batch, p.heads_q, p.n_q))
+    changed = case.copy()
+    changed.q[b, h, row, rng.integers(p.dim_qk)] = bad
+    result = backend.ranked(changed)
+    nan_rows = np.zeros(result.lse.shape, bool)
+    nan_rows[b, h, row] = True
+    np.testing.assert_array_equal(np.isnan(result.out.astype(np.float64)).all(axis=-1), nan_rows)
+    np.testing.assert_array_equal(np.isnan(result.out.astype(np.float64)).any(axis=-1), nan_rows)
+    np.testing.assert_array_equal(np.isnan(result.lse), nan_rows)
+    reaches_the_reference(backend, changed)
+
+
+def a_bad_key_or_value_stays_with_rows_that_see_it(backend, case, seed, bad, which):
+    rng, p = np.random.default_rng(seed), case.problem
+    b, kv, key = (int(rng.integers(n)) for n in (p.batch, p.heads_kv, p.n_k))
+    changed = case.copy()
+    x = getattr(changed, which)
+    x[b, kv, key, rng.integers(x.shape[-1])] = bad
+    may = np.zeros((p.batch, p.heads_q, p.n_q), bool)
+    may[b, kv * p.group : (kv + 1) * p.group, max(key - p.shift, 0) if p.settings.causal else 0 :] = True
+    for before, after in (
+        (backend.ranked(case), backend.ranked(changed)),
+        (backend.dense(case), backend.dense(changed)),
+    ):
+        for a, c in zip(rows_of(before, ~may), rows_of(after, ~may)):
+            np.testing.assert_array_equal(a, c)
+
+
+def ranks_as_the_reference(backend, case):
+    """A plan's lists descend in the reference's score, to the scores' rounding and one quantised level."""
+    plan, p = backend.plan(case), case.problem
+    order, offsets = backend.to_host(plan.kv_order), backend.to_host(plan.kv_offsets)
+    q, k = wide(*case.arrays[:2])
+    error = score_error(backend, case)
+    for b, h, s in np.ndindex(p.batch, p.heads_order, p.segments):
+        keys = order[slice(*offsets[b, h, s : s + 2])]
+        assert len(keys) == p.listed[s] == len(np.unique(keys))
+        if not len(keys):
+            continue
+        scores = reference.score(p, q, k, b, h, s)
+        level = np.ptp(scores) / p.settings.rank_levels if p.settings.rank_levels else 0
+        lowest = np.minimum.accumulate(scores[keys])
+        best_left = np.append(np.maximum.accumulate(scores[keys][::-1])[::-1][1:], -np.inf)
+        left_out = np.delete(scores, keys).max(initial=-np.inf)
+        assert (np.maximum(best_left, left_out) - lowest).max() <= level + 2 * error
+
+
+def score_error(backend, case) -> float:
+    """Bound on the rounding of a score: its mean term, and its quadratic term when ranked by a Gaussian."""
+    q, k = wide(*case.arrays[:2])
+    longest = np.sqrt((q**2).sum(-1).max() * (k**2).sum(-1).max()) * case.problem.scale
+    return 8 * backend.unit["float32"] * (1 + longest + (longest**2 if case.problem.terms else 0))
+
+
+def exact_scores_order_bitwise(backend, scores, **settings):
+    """With D = 1, queries of 1 and scale 1 the mean rank's scores are the keys: the order must be remap's, bitwise."""
+    k = np.asarray(scores, np.float32)[None, None, :, None]
+    settings = s2o.Settings(causal=False, scale=1.0, rank="mean", **settings)
+    plan = s2o.plan(backend.to_device(np.ones_like(k[:, :, :1])), backend.to_device(k), settings, backend=backend.name)
+    expected = reference.remap(k[0, 0, :, 0], plan.problem.listed[0], settings.rank_levels)
+    np.testing.assert_array_equal(backend.to_host(plan.kv_order), expected)
