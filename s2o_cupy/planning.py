@@ -168,12 +168,14 @@ def query_order(problem: Problem, q, k):
         total, done = xp.zeros(problem.dim_qk, np.float64), 0
         for s in range(problem.segments):
             history = int(problem.history[s])
-            total = total + k[b, kv, done:history].astype(problem.compute_dtype).sum(axis=0, dtype=np.float64)
+            with np.errstate(all="ignore"):
+                total = total + k[b, kv, done:history].astype(problem.compute_dtype).sum(axis=0, dtype=np.float64)
+                guide = (total / max(history, 1)).astype(problem.compute_dtype)
             done = history
-            guide = (total / max(history, 1)).astype(problem.compute_dtype)
             rows = q[b, heads, s * size : (s + 1) * size].astype(problem.compute_dtype)
-            key = -(rows @ guide)
-            key = xp.where(xp.isnan(key), np.inf, key).astype(np.float32)
+            with np.errstate(all="ignore"):  # a non-finite query or key may be anything; NaN goes last
+                key = -(rows @ guide)
+                key = xp.where(xp.isnan(key), np.inf, key).astype(np.float32)
             order[b, heads, s * size : (s + 1) * size] = xp.argsort(key, axis=-1, kind="stable") + s * size
     return order
 

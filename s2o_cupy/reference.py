@@ -94,8 +94,8 @@ def guide(problem: Problem, q, k) -> np.ndarray:
     order = np.empty((problem.batch, problem.heads_q, problem.n_q), np.int32)
     for b, h, s in np.ndindex(problem.batch, problem.heads_q, problem.segments):
         rows, history = _rows(problem, s), k[b, h // problem.group, : problem.history[s]]
-        g = history.mean(axis=0) if len(history) else np.zeros(problem.dim_qk)
         with np.errstate(all="ignore"):
+            g = history.mean(axis=0) if len(history) else np.zeros(problem.dim_qk)
             order[b, h, rows] = rows[remap(q[b, h, rows] @ g, len(rows), None)]
     return order
 
@@ -105,7 +105,8 @@ def pool(problem: Problem, x) -> np.ndarray:
     x, size = np.asarray(x, np.float64), problem.settings.pool
     out = np.zeros((*x.shape[:2], problem.pool_blocks, x.shape[-1]))
     for block in range(problem.pool_blocks):
-        out[:, :, block] = x[:, :, block * size : (block + 1) * size].mean(axis=2)
+        with np.errstate(all="ignore"):
+            out[:, :, block] = x[:, :, block * size : (block + 1) * size].mean(axis=2)
     return out
 
 
