@@ -79,7 +79,7 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
         raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
     shared = attend_shared_bytes(macros, blocks)
     if shared > shared_limit(device_target()) - 1024:
-        raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory: choose a larger pool than {s.pool}")
+        raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
     aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, result.out)))
     arguments = []
     for x in (q, k, v, result.out):
