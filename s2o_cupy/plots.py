@@ -40,18 +40,17 @@ def save_before_after(path: str | os.PathLike, mass: np.ndarray, plan: Plan, sta
     figure.colorbar(image, ax=[before, after], label="mean probability of a key (log scale)")
     depth = np.minimum(tiles * block, problem.listed[problem.tile_segment])
     after.step(depth, np.arange(len(depth)) + 0.5, where="mid", color="black", lw=2.5)
-    after.step(depth, np.arange(len(depth)) + 0.5, where="mid", color="white", lw=1, label="walk stops")
-    after.legend(loc="upper right", facecolor="lightgrey")
+    after.step(depth, np.arange(len(depth)) + 0.5, where="mid", color="white", lw=1)
+    after.text(0.97, 0.97, "outlined: where each\nrow tile stopped", transform=after.transAxes, ha="right", va="top")
 
     last = int(problem.history[-1])
-    for order, style, label in ((mass[-1, :last], "--", "position order"), (ranked[-1, :last], "-", "ranked order")):
-        along.plot(
-            np.arange(1, last + 1), np.cumsum(order) / max(order.sum(), 1e-30), style, color="black", label=label
-        )
-    along.axvline(depth[-1], color="grey", ls=":", label=f"walk stops at {depth[-1]} keys")
-    along.set(xscale="log", xlabel="history keys walked", ylabel="share of the history's mass", ylim=(0, 1.02))
-    along.set_title("Last row tile: mass along the walk")
-    along.legend(loc="upper left")
+    for keys, style, label in ((mass[-1, :last], "--", "position order"), (ranked[-1, :last], "-", "ranked order")):
+        missed = 1 - np.cumsum(keys, dtype=np.float64) / max(keys.sum(dtype=np.float64), 1e-30)
+        along.plot(np.arange(1, last), missed[:-1], style, color="black", label=label)
+    along.axvline(depth[-1], color="grey", ls=":", lw=2, label=f"walk stops at {depth[-1]} keys")
+    along.set(xscale="log", yscale="log", xlabel="history keys walked", ylabel="share of the history's mass missed")
+    along.set(title="Last row tile: mass along the walk", ylim=(1e-6, 1.5))
+    along.legend(loc="lower left")
     figure.suptitle(f"{title}, density {stats.density:.3f}")
     _save(figure, path)
 
