@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, RuntimeError, ValueError)
 
 
 def load_arrays(path: str | os.PathLike, names, optional=()) -> dict[str, np.ndarray]:
@@ -33,7 +35,7 @@ def load_arrays(path: str | os.PathLike, names, optional=()) -> dict[str, np.nda
         raise FileNotFoundError(f"{str(path)!r} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            present = {n.removesuffix(".npy") for n in archive.namelist()}
+            present = {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
             for name in names:
                 if name not in present:
                     held = ", ".join(sorted(present)) or "nothing"
@@ -49,7 +51,7 @@ def load_array(path: str | os.PathLike) -> np.ndarray:
     if Path(path).is_dir():
         raise IsADirectoryError(f"{os.fspath(path)!r} is a directory; allowed: an npy file")
     try:
-        return _typed(np.load(path, mmap_mode="r", allow_pickle=False))
+        return _typed(np.lib.format.open_memmap(path, mode="r"))
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)!r} is not an npy file of numbers: {error}") from None
 
@@ -81,24 +83,26 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def _member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     """One array of an open npz: mapped where its bytes lie plain in the file, else read."""
-    info = archive.getinfo(name)
-    with archive.open(name) as file:
-        try:
-            shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{str(path)!r}: {name} is not an array: {error}") from None
-        if dtype.hasobject:
-            raise ValueError(f"{str(path)!r}: {name} is a pickle of Python objects; allowed: arrays of numbers")
-        header = file.tell()
-    if info.compress_type == zipfile.ZIP_STORED and np.prod(shape, dtype=np.int64) and shape:
-        with open(path, "rb") as raw:  # the local header's name and extra field have lengths of their own
-            raw.seek(info.header_offset + 26)
-            lengths = raw.read(4)
-        start = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-        array = np.memmap(path, dtype, "r", start + header, shape, "F" if fortran else "C")
-    else:
+    try:
+        info = archive.getinfo(name)
         with archive.open(name) as file:
-            array = np.lib.format.read_array(file, allow_pickle=False)
+            shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+            header = file.tell()
+        if dtype.hasobject:
+            array = None
+        elif info.compress_type == zipfile.ZIP_STORED and np.prod(shape, dtype=np.int64) and shape:
+            with open(path, "rb") as raw:  # the local header's name and extra field have lengths of their own
+                raw.seek(info.header_offset + 26)
+                lengths = raw.read(4)
+            start = info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+            array = np.memmap(path, dtype, "r", start + header, shape, "F" if fortran else "C")
+        else:
+            with archive.open(name) as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+    except _DAMAGE as error:
+        raise ValueError(f"{str(path)!r}: {name} is not an array: {error}") from None
+    if array is None:
+        raise ValueError(f"{str(path)!r}: {name} is a pickle of Python objects; allowed: arrays of numbers")
     return _typed(array)
 
 
