@@ -147,21 +147,23 @@ def _row_tile(problem, q, head, rows, s, ranked, tau):
     softmax.add(head.k[history:first], head.v[history:first])
 
     # 2. Ranked history, key tile by key tile, until one adds too little to every row.
-    tiles = 0
+    tiles, ceiling = 0, None
     while tiles * settings.block_k < len(ranked):
         keys = ranked[tiles * settings.block_k : (tiles + 1) * settings.block_k]
         gain = softmax.add(head.k[keys], head.v[keys])
+        ceiling = softmax.mean_logit(len(keys))
         tiles += 1
         if gain < tau:
             break
 
-    # 3. Tail: every block with keys that were not walked enters as one pooled key.
+    # 3. Tail: every block with keys that were not walked enters as one pooled key, each of its keys at most
+    #    as heavy as the mean key of the last tile walked: the ranking put them behind it.
     left = np.bincount(np.arange(history) // settings.pool, minlength=len(head.k_pool))
     left -= np.bincount(ranked[: tiles * settings.block_k] // settings.pool, minlength=len(left))
     blocks = np.flatnonzero(left) if settings.tail == "pooled" else np.zeros(0, np.int64)
     before = softmax.mass.copy()
     frame = softmax.max.copy()
-    softmax.add(head.k_pool[blocks], head.v_pool[blocks], bias=np.log(left[blocks]))
+    softmax.add(head.k_pool[blocks], head.v_pool[blocks], bias=np.log(left[blocks]), ceiling=ceiling)
     with np.errstate(all="ignore"):
         tail = np.where(softmax.mass > 0, softmax.mass - before * np.exp(frame - softmax.safe_max), 0)
 
@@ -190,12 +192,14 @@ class _Softmax:
         """A frame that can be subtracted from -inf."""
         return np.where(self.max == -np.inf, 0, self.max)
 
-    def add(self, k, v, bias=None, seen=None) -> float:
+    def add(self, k, v, bias=None, ceiling=None, seen=None) -> float:
         """Add keys; returns the gain: the greatest share that they add to a voting row's mass."""
         if not len(k):
             return 0.0
         with np.errstate(all="ignore"):
             logit = self.scale * (self.q @ k.T)
+            if ceiling is not None:
+                logit = np.minimum(logit, ceiling[:, None])
             if bias is not None:
                 logit = logit + bias
             if seen is not None:
@@ -205,7 +209,7 @@ class _Softmax:
             weight = np.exp(logit - self.safe_max[:, None])
             shrink = np.where(old == -np.inf, 0, np.exp(old - self.safe_max))
             before, added = self.mass * shrink, weight.sum(axis=1)
-            self.mass = before + added
+            self.mass, self.added = before + added, added
             if seen is None or np.isfinite(v).all():
                 values = weight @ v
             else:  # a hidden NaN must not reach a row through 0 * NaN
@@ -214,6 +218,11 @@ class _Softmax:
             gain = np.where(before > 0, added / before, np.inf)
         votes = ~self.poison & np.isfinite(self.mass) & np.isfinite(frame)
         return float(gain[votes].max()) if votes.any() else 0.0
+
+    def mean_logit(self, keys: int):
+        """The log of the mean weight of the `keys` keys added last."""
+        with np.errstate(all="ignore"):
+            return self.safe_max + np.log(self.added / keys)
 
     @property
     def out(self):
