@@ -7,7 +7,9 @@ if not (Path(__file__).parent / "kernels").is_dir():  # a checkout or editable i
 
 from s2o_cupy._version import __version__
 from s2o_cupy.api import attend, attention, dense_attention, plan
+from s2o_cupy.calibration import calibrate
 from s2o_cupy.planning import Plan
+from s2o_cupy.quality import audit, sweep
 from s2o_cupy.results import AttentionResult, Stats
 from s2o_cupy.samples import load_sample
 from s2o_cupy.settings import Settings
@@ -20,7 +22,10 @@ __all__ = [
     "__version__",
     "attend",
     "attention",
+    "audit",
+    "calibrate",
     "dense_attention",
     "load_sample",
     "plan",
+    "sweep",
 ]

@@ -6,16 +6,22 @@ import argparse
 import dataclasses
 import sys
 
-from s2o_cupy import commands
+from s2o_cupy import commands, quality_commands
 from s2o_cupy._version import __version__
+from s2o_cupy.calibration import METRICS
+from s2o_cupy.quality import TAUS
 from s2o_cupy.samples import NAMES
 from s2o_cupy.settings import Settings
 
+COMMANDS = commands.COMMANDS | quality_commands.COMMANDS
 DESCRIPTION = """\
 Sparse attention over NumPy and CuPy arrays: S2O (arXiv 2602.22575) with a better ranking and a tail.
 
   s2o demo                     real attention heads, dense against sparse, with a picture
   s2o run FILE.npz --dense     your own q, k, v, checked against exact attention
+  s2o calibrate FILE.npz --error 0.01   settings that meet an error you accept
+  s2o sweep FILE.npz           density against error of every head
+  s2o audit FILE.npz           the error on sampled rows, at any length
   s2o info                     what is installed, which backends work, and what is missing for the others
 """
 EXIT_CODES = """\
@@ -49,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if "paper" in options:
             options.settings = _settings(options)
-        commands.COMMANDS[options.command](options)
+        COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("s2o: interrupted", file=sys.stderr)
         return 130
@@ -107,9 +113,53 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--check-finite", action="store_true", help="refuse NaN and infinity, naming the place")
     _common(run)
 
+    _quality(commands_)
     info = commands_.add_parser("info", help="versions, devices, backends", description=commands.info.__doc__)
     info.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _quality(commands_) -> None:
+    """The commands of quality_commands.py."""
+    files = {"nargs": "+", "metavar": "FILE", "help": "one npz with q, k and v, or three npy files: q k v"}
+    sweep = commands_.add_parser(
+        "sweep",
+        help="density against error of every head",
+        description="Attends with a range of tau under one ranking and compares sampled rows with exact attention.",
+        epilog="example: s2o sweep heads.npz --png sweep.png --rank mean",
+    )
+    sweep.add_argument("files", **files)
+    sweep.add_argument("--taus", type=_taus, default=TAUS, metavar="T,T,...", help="what to try")
+    sweep.add_argument("--png", metavar="FILE", help="picture to write")
+    calibrate = commands_.add_parser(
+        "calibrate",
+        help="settings that meet an error you accept",
+        description="Searches tau, and segment and rank where they pay, for the least work whose error on sampled "
+        "rows is at most the one given.",
+        epilog="example: s2o calibrate heads.npz --error 0.01 --out settings.json; "
+        "s2o run heads.npz --settings settings.json",
+    )
+    calibrate.add_argument("files", **files)
+    calibrate.add_argument("--error", type=float, default=0.01, help="greatest error accepted (default %(default)s)")
+    calibrate.add_argument("--metric", choices=METRICS, default=METRICS[0], help="what error means")
+    calibrate.add_argument("--per-head", action="store_true", help="a tau for each head")
+    calibrate.add_argument("--out", metavar="SETTINGS.json", help="write the settings here")
+    audit = commands_.add_parser(
+        "audit",
+        help="attention checked on sampled rows",
+        description="Sparse attention, then exact attention of some query rows: error with its confidence interval, "
+        "captured mass, cosine. Memory stays bounded at any length.",
+        epilog="example: s2o audit heads.npz --rows 512 --tau 0.003",
+    )
+    audit.add_argument("files", **files)
+    for parser, rows in ((sweep, 1024), (calibrate, 2048), (audit, 256)):
+        parser.add_argument("--rows", type=int, default=rows, help="query rows to compare (default %(default)s)")
+        parser.add_argument("--seed", type=int, default=0, help="of the sample of rows")
+        _common(parser)
+
+
+def _taus(text: str) -> tuple[float, ...]:
+    return tuple(float(part) for part in text.split(","))
 
 
 def _common(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -48,7 +47,7 @@ def demo(options) -> None:
 def run(options) -> None:
     """Attention over the user's files, with or without exact attention beside it."""
     settings = options.settings
-    q, k, v = _load(options.files)
+    q, k, v = load_qkv(options.files)
     if options.out and (folder := os.path.dirname(options.out)) and not os.path.isdir(folder):
         raise FileNotFoundError(f"folder {folder!r} does not exist")
     with Bar("attention", 1) as bar:
@@ -146,7 +145,8 @@ def _picture(path, q, k, v, settings, title) -> None:
     plots.save_before_after(path, mass, plan, stats, title)
 
 
-def _load(paths: list[str]):
+def load_qkv(paths: list[str]):
+    """q, k and v of one npz, or of three npy files."""
     if len(paths) == 3:
         return [load_array(path) for path in paths]
     if len(paths) != 1:
@@ -158,7 +158,7 @@ def _report(options, rows: list[dict], **more) -> None:
     """The table on standard output, or with --json everything as JSON."""
     more = {key: value for key, value in more.items() if value is not None}
     if options.json:
-        print(json.dumps({"settings": dataclasses.asdict(options.settings), "heads": rows, **more}, indent=2))
+        print(json.dumps({"settings": options.settings.as_dict(), "heads": rows, **more}, indent=2))
         return
     print(
         f"{'head':<22} {'density':>8} {'rel. error':>10} {'tail mass':>10} {'dense':>10} {'sparse':>10} {'speed-up':>9}"

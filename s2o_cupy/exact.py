@@ -104,11 +104,6 @@ def compare_rows(problem: Problem, result: AttentionResult, exact: ExactRows) ->
     return RowErrors(*map(on_host, sums), exact.rows)
 
 
-def sample_errors(problem: Problem, q, k, v, result: AttentionResult, rows: np.ndarray) -> RowErrors:
-    """`compare_rows` against `exact_rows`."""
-    return compare_rows(problem, result, exact_rows(problem, q, k, v, rows))
-
-
 @dataclass(frozen=True)
 class RowErrors:
     """Sampled query rows of a sparse answer beside the exact ones, all NumPy float64 of shape (B, Hq, rows).

@@ -55,6 +55,30 @@ def save_before_after(path: str | os.PathLike, mass: np.ndarray, plan: Plan, sta
     _save(figure, path)
 
 
+def save_sweep(path: str | os.PathLike, curves: dict, title: str) -> None:
+    """Density against relative error.
+
+    Parameters
+    ----------
+    path : path
+        Where the PNG goes.
+    curves : dict of name to (density, error)
+        Arrays (points, heads); one line style a name, one marker a head.
+    """
+    figure, axes = _figure(1, 1, (7, 5))
+    styles = ("-", "--", "-.", ":")
+    for i, (name, (density, error)) in enumerate(curves.items()):
+        for head in range(density.shape[1]):
+            shade, marker = str(0.7 * head / max(density.shape[1], 2)), "osv^D*"[head % 6]
+            label = f"{name}, head {head}" if density.shape[1] < 9 else None
+            axes.plot(density[:, head], error[:, head], styles[i % 4], marker=marker, ms=4, color=shade, label=label)
+    axes.set(xlabel="density (computed / allowed pairs)", ylabel="relative L2 error", yscale="log", title=title)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend()
+    _save(figure, path)
+
+
 def _in_ranked_order(mass: np.ndarray, plan: Plan) -> np.ndarray:
     """(row tiles, longest history) mass of each tile's history keys, best first; NaN past a history's end."""
     problem = plan.problem

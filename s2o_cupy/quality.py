@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,8 @@ import numpy as np
 from s2o_cupy.api import attend, plan
 from s2o_cupy.arrays import as_four_axes, check_finite, on_host
 from s2o_cupy.call import natives
-from s2o_cupy.exact import compare_rows, exact_rows, positive, sample_errors, sample_rows
-from s2o_cupy.problem import Problem, make_problem
+from s2o_cupy.exact import compare_rows, exact_rows, positive, sample_rows
+from s2o_cupy.problem import make_problem
 from s2o_cupy.results import AttentionResult
 from s2o_cupy.settings import Settings
 
@@ -85,8 +86,10 @@ def audit(q, k, v, result: AttentionResult, rows: int = 256, seed: int = 0) -> A
     if not isinstance(result, AttentionResult):
         raise TypeError(f"result is a {type(result).__name__}; allowed: the AttentionResult of full_output=True")
     problem = result.stats.problem
-    arrays = _finite(q, k, v, problem)
-    found = sample_errors(problem, *arrays, result, sample_rows(problem.n_q, rows, seed))
+    given, arrays = checked(q, k, v, problem.settings)
+    if given != problem:
+        raise ValueError(f"q, k, v make {given}; the result is of {problem}")
+    found = compare_rows(problem, result, exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed)))
     draws = np.random.default_rng(seed).integers(0, len(found.rows), (500, len(found.rows)))
     resampled = np.sqrt(found.gap[..., draws].sum(axis=-1) / positive(found.norm[..., draws].sum(axis=-1)))
     low, high = np.quantile(resampled, (0.025, 0.975), axis=-1)
@@ -132,7 +135,18 @@ class Sweep:
         return back(answer)
 
 
-def sweep(q, k, v, settings: Settings | None = None, tau=TAUS, *, rows: int = 1024, seed: int = 0, **changes) -> Sweep:
+def sweep(
+    q,
+    k,
+    v,
+    settings: Settings | None = None,
+    tau=TAUS,
+    *,
+    rows: int = 1024,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    **changes,
+) -> Sweep:
     """Density against error for each head: one ranking, attended with each `tau`.
 
     Parameters
@@ -143,6 +157,8 @@ def sweep(q, k, v, settings: Settings | None = None, tau=TAUS, *, rows: int = 10
         What to try.
     rows, seed
         Query rows compared with exact attention, as in `audit`.
+    progress : callable, optional
+        Called with the number of points done and of all points.
 
     Examples
     --------
@@ -156,28 +172,25 @@ def sweep(q, k, v, settings: Settings | None = None, tau=TAUS, *, rows: int = 10
     taus = np.asarray([Settings(tau=t).tau for t in tau], np.float64)
     if not len(taus):
         raise ValueError("tau is empty; allowed: one number or more")
-    ranking = plan(q, k, settings, check_finite=True)
-    exact = None
+    problem, arrays = checked(q, k, v, settings)
+    ranking = plan(q, k, settings)
+    exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed))
     points = []
     for t in taus:
         result = attend(q, k, v, ranking, tau=float(t), full_output=True)
-        problem = result.stats.problem
-        if exact is None:
-            arrays = _finite(q, k, v, problem)
-            exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed))
         found = compare_rows(problem, result, exact)
         tail = result.stats.tail_mass.reshape(problem.batch, problem.heads_q, -1).mean(axis=-1)
         points.append((result.stats.head_density, found.relative, found.captured.mean(axis=-1), on_host(tail)))
+        if progress is not None:
+            progress(len(points), len(taus))
     return Sweep(settings, taus, *(np.stack(x) for x in zip(*points, strict=True)))
 
 
-def _finite(q, k, v, problem: Problem):
-    """The 4-D arrays, refused where they are not those of `problem` or not finite."""
+def checked(q, k, v, settings: Settings):
+    """The problem and the 4-D arrays of q, k, v, refused where they are empty or not finite."""
     named = natives(q=q, k=k, v=v)
-    found = make_problem(*named.values(), problem.settings)
-    if found != problem:
-        raise ValueError(f"q, k, v make {found}; the result is of {problem}")
+    problem = make_problem(*named.values(), settings)
     if not (problem.batch and problem.n_q and problem.n_k):
         raise ValueError(f"q has shape {q.shape} and k {k.shape}; allowed: at least one query and one key")
     check_finite(named)
-    return [as_four_axes(name, x) for name, x in named.items()]
+    return problem, [as_four_axes(name, x) for name, x in named.items()]

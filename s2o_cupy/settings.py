@@ -100,10 +100,10 @@ class Settings:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, integer(name, getattr(self, name), low, high, " or None"))
         if self.scale is not None:
-            object.__setattr__(self, "scale", _real("scale", self.scale, "a finite number above 0, or None"))
+            object.__setattr__(self, "scale", real("scale", self.scale, "a finite number above 0, or None"))
             if self.scale <= 0:
                 raise ValueError(f"scale is {self.scale}; allowed: a finite number above 0, or None")
-        object.__setattr__(self, "cap", _real("cap", self.cap, "a number in (0, 1]"))
+        object.__setattr__(self, "cap", real("cap", self.cap, "a number in (0, 1]"))
         if not 0 < self.cap <= 1:
             raise ValueError(f"cap is {self.cap}; allowed: a number in (0, 1]")
         object.__setattr__(self, "tau", _tau(self.tau))
@@ -121,9 +121,13 @@ class Settings:
             raise TypeError(f"unknown setting {unknown[0]!r}; allowed: {allowed}")
         return dataclasses.replace(self, **changes)
 
+    def as_dict(self) -> dict:
+        """The fields by name, as JSON can hold them."""
+        return dataclasses.asdict(self)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the settings as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.as_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Settings:
@@ -146,7 +150,7 @@ def integer(name: str, value, low: int, high: int, also: str = "") -> int:
     return int(value)
 
 
-def _real(name: str, value, allowed: str) -> float:
+def real(name: str, value, allowed: str) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} is {value!r}; allowed: {allowed}")
     if not math.isfinite(value):
@@ -157,9 +161,9 @@ def _real(name: str, value, allowed: str) -> float:
 def _tau(value) -> float | tuple[float, ...]:
     allowed = "a finite number, 0 or above, or one for each q head"
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1 and len(value):
-        numbers = tuple(_real("tau", t, allowed) for t in value)
+        numbers = tuple(real("tau", t, allowed) for t in value)
     else:
-        numbers = (_real("tau", value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value, allowed),)
+        numbers = (real("tau", value.item() if isinstance(value, np.ndarray) and value.ndim == 0 else value, allowed),)
     for number in numbers:
         if number < 0:
             raise ValueError(f"tau is {number}; allowed: {allowed}")
