@@ -69,7 +69,7 @@ def calibrate(
     per_head: bool = False,
     settings: Settings | None = None,
     *,
-    rows: int = 2048,
+    rows: int = 8192,
     seed: int = 0,
     variants=VARIANTS,
     **changes,

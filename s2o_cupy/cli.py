@@ -152,7 +152,7 @@ def _quality(commands_) -> None:
         epilog="example: s2o audit heads.npz --rows 512 --tau 0.003",
     )
     audit.add_argument("files", **files)
-    for parser, rows in ((sweep, 1024), (calibrate, 2048), (audit, 256)):
+    for parser, rows in ((sweep, 1024), (calibrate, 8192), (audit, 256)):
         parser.add_argument("--rows", type=int, default=rows, help="query rows to compare (default %(default)s)")
         parser.add_argument("--seed", type=int, default=0, help="of the sample of rows")
         _common(parser)

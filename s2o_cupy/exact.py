@@ -13,7 +13,7 @@ from s2o_cupy.problem import Problem
 from s2o_cupy.results import AttentionResult
 from s2o_cupy.settings import integer
 
-_CHUNK = 2**23  # logits held at a time
+_ROWS, _LOGITS = 512, 2**22  # query rows, and logits, held at a time
 
 
 def relative_error(out, exact):
@@ -65,31 +65,41 @@ class ExactRows:
 
 
 def exact_rows(problem: Problem, q, k, v, rows: np.ndarray) -> ExactRows:
-    """Exact attention of the query rows `rows`, keys a chunk at a time, where the arrays are."""
+    """Exact attention of the query rows `rows` (ascending), a tile of logits at a time, where the arrays are."""
     xp, dtype = namespace(q), problem.compute_dtype
-    picked = xp.asarray(rows)
-    position = picked + problem.shift
-    last = int(rows.max()) + problem.shift + 1 if problem.settings.causal else problem.n_k
     out = xp.empty((problem.batch, problem.heads_q, len(rows), problem.dim_v), dtype)
     lse = xp.empty(out.shape[:-1], dtype)
-    chunk = max(_CHUNK // (problem.group * len(rows)), 256)
     for b, kv in np.ndindex(problem.batch, problem.heads_kv):
         heads = slice(kv * problem.group, (kv + 1) * problem.group)
-        queries = q[b, heads][:, picked].astype(dtype) * dtype.type(problem.scale)
-        high, mass, total = -np.inf, dtype.type(0), dtype.type(0)
-        for start in range(0, last, chunk):
-            keys, values = (x[b, kv, start : min(start + chunk, last)].astype(dtype) for x in (k, v))
-            logit = queries @ keys.T
-            if problem.settings.causal:
-                logit = xp.where(xp.arange(start, start + len(keys)) <= position[:, None], logit, -np.inf)
-            frame = xp.maximum(high, logit.max(axis=-1, keepdims=True))
-            shrink = xp.exp(high - frame)
-            weight = xp.exp(logit - frame)
-            mass = mass * shrink + weight.sum(axis=-1, keepdims=True)
-            total = total * shrink + weight @ values
-            high = frame
-        out[b, heads], lse[b, heads] = total / mass, (high + xp.log(mass))[..., 0]
+        for start in range(0, len(rows), _ROWS):
+            part = slice(start, start + _ROWS)
+            queries = q[b, heads][:, xp.asarray(rows[part])].astype(dtype) * dtype.type(problem.scale)
+            position = xp.asarray(rows[part] + problem.shift)[:, None] if problem.settings.causal else None
+            last = int(rows[part][-1]) + problem.shift + 1 if problem.settings.causal else problem.n_k
+            out[b, heads, part], lse[b, heads, part] = _online_softmax(
+                queries, k[b, kv, :last], v[b, kv, :last], position
+            )
     return ExactRows(rows, out, lse)
+
+
+def _online_softmax(queries, k, v, position):
+    """out and lse of scaled queries (G, rows, D) over k and v, a run of keys at a time; `position` masks causally."""
+    xp, dtype = namespace(queries), queries.dtype
+    high, mass, total = -np.inf, dtype.type(0), dtype.type(0)
+    run = max(_LOGITS // (queries.shape[0] * queries.shape[1]), 256)
+    for start in range(0, len(k), run):
+        logit = queries @ k[start : start + run].astype(dtype).T
+        if position is not None:
+            hidden = xp.arange(start, start + logit.shape[-1]) > position
+            xp.copyto(logit, dtype.type(-np.inf), where=hidden)
+        frame = xp.maximum(high, logit.max(axis=-1, keepdims=True))
+        shrink = xp.exp(high - frame)
+        logit -= frame
+        weight = xp.exp(logit, out=logit)
+        mass = mass * shrink + weight.sum(axis=-1, keepdims=True)
+        total = total * shrink + weight @ v[start : start + run].astype(dtype)
+        high = frame
+    return total / mass, (high + xp.log(mass))[..., 0]
 
 
 def compare_rows(problem: Problem, result: AttentionResult, exact: ExactRows) -> RowErrors:
