@@ -228,7 +228,8 @@ def strides_do_not_matter(backend, case):
 
 def reaches_the_reference(backend, case):
     """Given one plan: out, lse, tiles, tail_blocks and tail_mass of the reference, to rounding."""
-    order, offsets, rows = reference.plan(case.problem, *case.arrays[:2])
+    ranked = case.problem.replace(rank="mean")  # any order will do, and this one is cheap
+    order, offsets, rows = reference.plan(ranked, *case.arrays[:2])
     given = dict(zip(("kv_order", "kv_offsets", "query_order"), map(backend.to_device, (order, offsets, rows))))
     q, k = map(backend.to_device, case.arrays[:2])
     result = backend.attend(case, s2o.Plan.from_arrays(q, k, case.settings, **given))

@@ -14,6 +14,10 @@ LAYOUTS = ("plain", "transposed", "strided", "negative", "offset")
 CONTENTS = ("randn", "ties", "dominant", "equal", "huge", "constant", "outliers")
 
 
+_few = st.integers(1, 20)
+DIMS = _few | _few | st.sampled_from([31, 32, 33, 64, 65, 128, 255, 256])
+
+
 @dataclass
 class Case:
     """One call's NumPy arrays (4-D) and settings; the repr rebuilds nothing, but says all that matters."""
@@ -47,7 +51,7 @@ class Case:
 
 
 @st.composite
-def cases(draw, dtypes=tuple(DTYPES), contents=CONTENTS, min_keys=1, heads_q=None, **fixed):
+def cases(draw, dtypes=tuple(DTYPES), contents=CONTENTS, dims=DIMS, min_keys=1, **fixed):
     """A `Case`; keywords fix settings, or what is drawn."""
     group, heads_kv = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     settings = draw(all_settings(group * heads_kv, **fixed))
@@ -60,9 +64,6 @@ def cases(draw, dtypes=tuple(DTYPES), contents=CONTENTS, min_keys=1, heads_q=Non
     layouts = tuple(draw(st.sampled_from(LAYOUTS)) for _ in shapes)
     q, k, v = (laid(fill(kind, rng, s).astype(dtype), layout) for s, layout in zip(shapes, layouts))
     return Case(q, k, v, settings, kind, layouts)
-
-
-dims = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 64, 65, 128, 255, 256]))
 
 
 @st.composite

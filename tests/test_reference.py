@@ -107,6 +107,25 @@ def test_tail_logit_is_log_count_by_hand():
     assert answer.tail_mass.item() == pytest.approx(tail.sum() / mass)
 
 
+def test_tail_is_capped_by_the_last_tile_walked():
+    # Walked: keys 0 and 4, of weights 8 and 1 (gain 1/8). Block 0's mean key weighs 8^(1/4) = 1.68, more than the
+    # last tile's mean of 1: its three keys left count 1 each. Block 1's weigh 1/2^(3/4) = .59, below: unchanged.
+    k, v = logs(8, 1, 1, 1, 1, 0.5, 0.5, 0.5), column(6, 6, 6, 6, 0, 0, 0, 0)
+    answer = walk(ONE_ROW.replace(tau=0.6), column(1), k, v, [0, 4, 1, 2, 3, 5, 6, 7])
+    mass = 8 + 1 + 3 + 3 * 0.5**0.75
+    assert answer.out.item() == pytest.approx(6 * (8 + 3) / mass)
+    assert answer.lse.item() == pytest.approx(log(mass))
+    assert answer.tail_mass.item() == pytest.approx(1 - 9 / mass)
+
+
+def test_the_cap_is_the_mean_of_the_last_tile():
+    # One tile of two keys, weights 8 and 2: mean 5. The block of 4 weighs (8 * 2 * 5 * 5)^(1/4) = 4.47 < 5.
+    # With the last two keys at weight 9 it is (8 * 2 * 81)^(1/4) = 6 > 5: capped.
+    settings, q, v = ONE_ROW.replace(block_k=2, cap=0.5), column(1), column(1, 1, 1, 1)
+    assert walk(settings, q, logs(8, 2, 5, 5), v, [0, 1]).lse.item() == pytest.approx(log(10 + 2 * 400**0.25))
+    assert walk(settings, q, logs(8, 2, 9, 9), v, [0, 1]).lse.item() == pytest.approx(log(10 + 2 * 5))
+
+
 def test_no_tail_renormalises_over_what_was_walked():
     k, v = logs(8, 4, 2, 2), column(0, 3, 50, 50)
     answer = walk(ONE_ROW.replace(tau=0.51, tail=None), column(1), k, v)
@@ -144,7 +163,7 @@ def test_gaussian_score_by_hand():
     assert reference.score(problem.replace(rank="mean"), q, k, 0, 0, 0).item() == pytest.approx(1.5)
 
 
-@given(cases(**F64, rank="gaussian", rank_terms=None))
+@given(cases(**F64, dims=st.integers(1, 24), rank="gaussian", rank_terms=None))
 def test_full_covariance_score_is_the_definition(case):
     p, q, k = case.problem, case.q, case.k
     heads = p.group if p.settings.share_order else 1
@@ -255,9 +274,11 @@ def brute_row_tile(p, q, k, v, rows, history, ranked, tau):
         logits[keys[None] > position[:, None]] = -np.inf
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     before = weights[:, (keys >= history) & (keys < position.min())].sum(axis=1) if s.causal else np.zeros(len(rows))
-    tiles = 0
+    tiles, ceiling = 0, np.full(len(rows), np.inf)
     for start in range(0, len(ranked), s.block_k):
-        added = weights[:, ranked[start : start + s.block_k]].sum(axis=1)
+        keys_walked = ranked[start : start + s.block_k]
+        added = weights[:, keys_walked].sum(axis=1)
+        ceiling = softmax_over(logits[:, keys_walked], v[keys_walked])[1] - np.log(len(keys_walked))
         tiles += 1
         gain = np.divide(added, before, out=np.full(len(rows), np.inf), where=before > 0).max()
         before = before + added
@@ -270,7 +291,7 @@ def brute_row_tile(p, q, k, v, rows, history, ranked, tau):
     blocks, counts = np.unique(left // s.pool, return_counts=True) if s.tail else (left[:0], left[:0])
     for block, count in zip(blocks, counts):
         whole = slice(block * s.pool, (block + 1) * s.pool)
-        pooled = p.scale * q[rows] @ k[whole].mean(axis=0) + np.log(count)
+        pooled = np.minimum(p.scale * q[rows] @ k[whole].mean(axis=0), ceiling) + np.log(count)
         logits, values = np.column_stack([logits, pooled]), np.vstack([values, v[whole].mean(axis=0)])
     return *softmax_over(logits, values), tiles, len(blocks)
 
