@@ -64,19 +64,22 @@ class Call:
 
     def answer(self, full_output: bool, path: str, settings: Settings | None, plan: Plan | None = None):
         r = self.result
+        if self.empty:  # no backend wrote
+            r.out[...] = 0
         out = self.given_out if self.given_out is not None else in_kind(r.out.reshape(self.shape), self.original)
         if not full_output:
             return out
         lead = self.shape[:-2]
         if path == "dense":
             p = self.problem
-            r.tiles[...] = namespace(r.tiles).asarray(-(-p.listed[p.tile_segment] // p.settings.block_k))
+            r.tiles[...] = namespace(r.tiles).asarray(-(-p.history[p.tile_segment] // p.settings.block_k))
         stats = Stats(
             self.problem,
-            r.tiles.reshape(*lead, -1),
-            r.tail_blocks.reshape(*lead, -1),
+            r.tiles.reshape(*lead, r.tiles.shape[2]),
+            r.tail_blocks.reshape(*lead, r.tiles.shape[2]),
             r.tail_mass.reshape(self.shape[:-1]),
             path,
+            None if plan is None else plan.kv_offsets,
         )
         lse = in_kind(r.lse.reshape(self.shape[:-1]), self.original)
         return AttentionResult(out, lse, stats, settings, plan)
@@ -89,8 +92,6 @@ def _empty(problem: Problem, q, out) -> Arrays:
         filled = xp.zeros((*rows, problem.dim_v), q.dtype)
     else:
         filled = as_four_axes("out", out)
-        if not (problem.n_k and problem.n_q):
-            filled[...] = 0
     return Arrays(
         out=filled,
         lse=xp.full(rows, -np.inf, problem.compute_dtype),

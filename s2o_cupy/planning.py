@@ -117,11 +117,15 @@ class Plan:
     def load(cls, path: str | os.PathLike) -> Plan:
         """Read and validate a plan that `save` wrote, as NumPy arrays."""
         arrays = load_arrays(path, ("meta", "kv_order", "kv_offsets"), optional=("query_order",))
-        meta = json.loads(str(arrays["meta"]))
-        if meta.get("format") != FORMAT:
-            raise ValueError(f"plan file {os.fspath(path)!r} has format {meta.get('format')}; supported: {FORMAT}")
-        sizes = {name: meta[name] for name in _SIZES}
-        problem = Problem(**sizes, dim_v=None, dtype=meta["dtype"], settings=Settings().replace(**meta["settings"]))
+        where = f"plan file {os.fspath(path)!r}"
+        try:
+            meta = json.loads(str(arrays["meta"]))
+            if meta["format"] != FORMAT:
+                raise ValueError(f"{where} has format {meta['format']}; supported: {FORMAT}")
+            sizes, dtype, settings = {name: meta[name] for name in _SIZES}, meta["dtype"], dict(meta["settings"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{where} has no readable metadata: {type(error).__name__} {error}") from None
+        problem = Problem(**sizes, dim_v=None, dtype=dtype, settings=Settings().replace(**settings))
         return cls(problem, arrays["kv_order"], arrays["kv_offsets"], arrays.get("query_order")).validate()
 
     def applied(self, problem: Problem, changes: dict) -> Problem:
@@ -143,7 +147,8 @@ def make_plan(problem: Problem, q, k, backend) -> Plan:
     offsets = problem.offsets(problem.whole)
     kv_order = xp.empty(int(offsets[-1, -1]) if offsets.size else 0, np.int32)
     kv_offsets = xp.asarray(offsets)
-    rank(problem, q, k, problem.whole, kv_offsets, kv_order, backend)
+    if kv_order.size:
+        rank(problem, q, k, problem.whole, kv_offsets, kv_order, backend)
     shape = (problem.batch, problem.heads_order, problem.segments + 1)
     return Plan(problem, kv_order, kv_offsets.reshape(shape), query_order(problem, q, k))
 

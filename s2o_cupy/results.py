@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -36,16 +36,20 @@ class Stats:
     tail_blocks: Any
     tail_mass: Any
     path: str
+    kv_offsets: Any = field(default=None, repr=False)  # a plan's own lists; else those of `problem`
 
     @cached_property
     def head_density(self) -> np.ndarray:
         """Computed pairs over allowed pairs of each head, (B, Hq) float64; tail blocks count as one key each."""
         p = self.problem
         shape = (p.batch, p.heads_q)
-        if not p.allowed_pairs:
+        if not (p.batch and p.allowed_pairs) or self.path == "dense":
             return np.ones(shape)
         tiles, blocks = (on_host(x).reshape(*shape, -1).astype(np.int64) for x in (self.tiles, self.tail_blocks))
-        walked = np.minimum(tiles * p.settings.block_k, p.listed[p.tile_segment])
+        listed = p.listed[None, None]
+        if self.kv_offsets is not None:
+            listed = np.diff(on_host(self.kv_offsets), axis=2).repeat(p.heads_q // p.heads_order, axis=1)
+        walked = np.minimum(tiles * p.settings.block_k, listed[..., p.tile_segment])
         pairs = p.window_pairs.sum() + ((walked + blocks) * p.tile_rows).sum(axis=-1)
         return pairs / p.allowed_pairs
 

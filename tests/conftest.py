@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads: threads only cost on products this small
+
 import pytest
 from hypothesis import HealthCheck, settings
 from properties import CPU, CUDA
