@@ -13,7 +13,7 @@ _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 def namespace(x):
     """The array module of a native array: numpy or cupy."""
-    return np if isinstance(x, np.ndarray) else sys.modules["cupy"]
+    return sys.modules["cupy"] if _is_cupy(x) else np
 
 
 def on_host(x) -> np.ndarray:
