@@ -14,7 +14,9 @@ from numba.core.extending import intrinsic, models, register_model
 
 # One work item, and a function inside it: division by zero is IEEE's.
 kernel = partial(njit, nogil=True, cache=True, error_model="numpy")
-inner = partial(njit, error_model="numpy")
+inner = partial(njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# A function used once: it is no compilation of its own.
+once = inner
 
 BYTES = 64
 # Rows of the product kept in registers: 6 x 64 bytes fill the 16 vector registers of AVX2 best.
@@ -172,13 +174,14 @@ def _narrow(builder, storage, value):
 
 
 def _byte_address(context, builder, array_type, array, offset, element):
-    data = builder.bitcast(context.make_array(array_type)(context, builder, array).data, ir.IntType(8).as_pointer())
+    data = array if isinstance(array_type, types.CPointer) else context.make_array(array_type)(context, builder, array).data
+    data = builder.bitcast(data, ir.IntType(8).as_pointer())
     return builder.bitcast(builder.gep(data, [offset]), element.as_pointer())
 
 
 @intrinsic
 def fetch(typingctx, array, offset):
-    """The number at a byte offset of an array of any layout, in its compute type."""
+    """The number at a byte offset of an array of any layout, or of a pointer, in its compute type."""
     storage = array.dtype
 
     def codegen(context, builder, signature, args):
@@ -191,7 +194,7 @@ def fetch(typingctx, array, offset):
 
 @intrinsic
 def fetch_lanes(typingctx, array, offset):
-    """`width` consecutive numbers at a byte offset of an array of any layout, in its compute type."""
+    """`width` consecutive numbers at a byte offset of an array or a pointer, in their compute type."""
     storage = array.dtype
     lanes = Lanes(compute_type(storage))
 
@@ -326,39 +329,20 @@ def _block(rows, fresh):
     return block
 
 
-_fresh6, _fresh4, _fresh2, _fresh1 = (_block(rows, True) for rows in (ROWS, 4, 2, 1))
-_onto6, _onto4, _onto2, _onto1 = (_block(rows, False) for rows in (ROWS, 4, 2, 1))
+# c = a @ b and c = c * alpha + a @ b, ROWS rows at a time: pad operands to whole blocks.
+product, product_onto = _block(ROWS, True), _block(ROWS, False)
+product_onto_4 = _block(4, False)
 
 
-@inner
-def product(rows, a, a0, a_row, a_step, steps, b, b0, c, c0, width):
-    """c = a @ b for `rows` rows of one lane panel."""
-    r = 0
-    while r + 6 <= rows:
-        _fresh6(a, a0 + r * a_row, a_row, a_step, steps, b, b0, c, c0 + r * width, c, 0)
-        r += 6
-    if r + 4 <= rows:
-        _fresh4(a, a0 + r * a_row, a_row, a_step, steps, b, b0, c, c0 + r * width, c, 0)
-        r += 4
-    if r + 2 <= rows:
-        _fresh2(a, a0 + r * a_row, a_row, a_step, steps, b, b0, c, c0 + r * width, c, 0)
-        r += 2
-    if r < rows:
-        _fresh1(a, a0 + r * a_row, a_row, a_step, steps, b, b0, c, c0 + r * width, c, 0)
+@intrinsic
+def call_at(typingctx, address, x, numbers):
+    """Call a compiled ``void(pointer to x's numbers, ...)`` at an address; a tuple gives the int64 or pointer rest."""
 
+    def codegen(context, builder, signature, args):
+        data = context.make_array(x)(context, builder, args[1]).data
+        integers = cgutils.unpack_tuple(builder, args[2])
+        function = ir.FunctionType(ir.VoidType(), [data.type] + [i.type for i in integers])
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), [data, *integers])
+        return context.get_dummy_value()
 
-@inner
-def product_onto(rows, a, a0, a_row, a_step, steps, b, b0, c, c0, alpha, alpha0, width):
-    """c = c * alpha + a @ b for `rows` rows of one lane panel."""
-    r = 0
-    while r + 6 <= rows:
-        _onto6(a, a0 + r * a_row, a_row, a_step, steps, b, b0, c, c0 + r * width, alpha, alpha0)
-        r += 6
-    if r + 4 <= rows:
-        _onto4(a, a0 + r * a_row, a_row, a_step, steps, b, b0, c, c0 + r * width, alpha, alpha0)
-        r += 4
-    if r + 2 <= rows:
-        _onto2(a, a0 + r * a_row, a_row, a_step, steps, b, b0, c, c0 + r * width, alpha, alpha0)
-        r += 2
-    if r < rows:
-        _onto1(a, a0 + r * a_row, a_row, a_step, steps, b, b0, c, c0 + r * width, alpha, alpha0)
+    return types.void(address, x, numbers), codegen

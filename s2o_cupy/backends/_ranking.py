@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from ._lanes import (
+from s2o_cupy.backends._lanes import (
     BYTES,
+    ROWS,
     fetch_lanes,
     fill,
     inner,
@@ -12,184 +13,207 @@ from ._lanes import (
     load,
     muladd,
     product,
-    product_onto,
+    product_onto_4,
     select_le,
     store,
     subtract,
 )
-from ._tiles import fetch_row, load_rows
+from s2o_cupy.backends._tiles import pack_rows
 
 # Queries, and keys, packed at a time.
 CHUNK = 512
 
 
 @inner
-def _load_panels(x, b, h, first, n, target, rows, row):
-    """Pack rows first .. first + n of ``x[b, h]`` as ``target[column panel, row, column]``, `rows` a panel."""
-    width, dim = BYTES // target.itemsize, x.shape[3]
-    start = b * x.strides[0] + h * x.strides[1] + first * x.strides[2]
-    for i in range(n):
-        fetch_row(x, start + i * x.strides[2], x.strides[3], dim, row, 0)
-        for d in range(0, dim, width):
-            store(target, (d // width * rows + i) * width, load(row, d))
-
-
-@inner
-def _finite_rows(chunk, n, rows, panels):
-    """Move the finite rows of a packed chunk to its front, in order; how many."""
-    width, kept = BYTES // chunk.itemsize, 0
-    for i in range(n):
-        finite = True
-        for p in range(panels):
-            for c in range((p * rows + i) * width, (p * rows + i + 1) * width):
-                finite &= np.isfinite(chunk[c])
-        if finite:
-            for p in range(panels):
-                store(chunk, (p * rows + kept) * width, load(chunk, (p * rows + i) * width))
+def _pack_queries(pack, q, b, h, first, n, mean, row, chunk):
+    """Pack the finite ones of n query rows, less the mean, as ``chunk[column panel, row, column]``; how many."""
+    nothing, dim, width = np.empty(0, np.int32), q.shape[3], BYTES // row.itemsize
+    kept = 0
+    for i in range(first, first + n):
+        pack_rows(pack, q, b, h, nothing, i, 1, row, 0, dim)
+        total = row.dtype.type(0)
+        for d in range(dim):
+            total += row[d] * 0
+        if total == 0:
+            for d in range(0, dim, width):
+                at = (d // width * CHUNK + kept) * width
+                for c in range(width):
+                    chunk[at + c] = row[d + c] - mean[d + c]
             kept += 1
     return kept
 
 
 @inner
-def _moments(q, b, heads, first, rows, gaussian, like):
-    """Mean (panels * width) float64 and covariance (D, panels * width), compute type, of the finite rows."""
-    dim, width = q.shape[3], BYTES // like.itemsize
-    panels = -(-dim // width)
-    padded = panels * width
-    chunk, row = np.zeros(CHUNK * padded, like.dtype), np.zeros(padded, like.dtype)
-    mean, total, one = np.zeros(padded), 0, np.ones(width, like.dtype)
-    cov = np.zeros((panels * dim, width), like.dtype)
-    flat = cov.reshape(-1)
-    for sweep in range(2 if gaussian else 1):
-        for h in heads:
-            for at in range(0, rows, CHUNK):
-                n = min(CHUNK, rows - at)
-                _load_panels(q, b, h, first + at, n, chunk, CHUNK, row)
-                n = _finite_rows(chunk, n, CHUNK, panels)
-                for p in range(panels):
-                    for i in range(p * CHUNK * width, (p * CHUNK + n) * width):
-                        if sweep:
-                            chunk[i] -= mean[p * width + i % width]
-                        else:
-                            mean[p * width + i % width] += chunk[i]
-                if not sweep:
-                    total += n
-                    continue
-                for left in range(panels):
-                    for right in range(panels):
-                        count = min(width, dim - left * width)
-                        product_onto(
-                            count, chunk, left * CHUNK * width, 1, width, n, chunk, right * CHUNK * width,
-                            flat, (right * dim + left * width) * width, one, 0, width,
-                        )  # fmt: skip
-        if not sweep:
-            mean /= max(total, 1)
-    square = np.zeros((dim, dim))
-    for p in range(panels):
-        n = min(width, dim - p * width)
-        square[:, p * width : p * width + n] = cov[p * dim : (p + 1) * dim, :n] / like.dtype.type(max(total, 1))
-    return mean[:dim], square
-
-
-@inner(fastmath={"reassoc", "contract"})
-def _root(a, scale):
-    """Rows f with sum of outer products ``scale**2 * a`` for a positive semidefinite a: pivoted Cholesky."""
-    n = a.shape[0]
-    f = np.zeros((n, n))
-    rest = np.diag(a).copy()
-    least = 1e-7 * max(rest.max(), 0.0)
-    for j in range(n):
-        pivot = np.argmax(rest)
-        if not rest[pivot] > least:
-            break
-        row = a[pivot].copy()
-        for i in range(j):
-            row -= f[i, pivot] * f[i]
-        row /= np.sqrt(rest[pivot])
-        f[j] = row
-        rest -= row * row
-        rest[pivot] = 0.0
-    return f * scale
-
-
-@inner(fastmath={"reassoc", "contract"})
-def _subspace(cov, terms):
-    """Orthonormal rows (terms, D) spanning the columns of cov at its `terms` largest variances."""
-    variance = np.diag(cov).copy()
-    basis = np.zeros((terms, cov.shape[0]))
-    for j in range(terms):
-        axis = np.argmax(variance)
-        variance[axis] = -1.0
-        row = cov[axis].copy()
-        size = np.sqrt(np.sum(row * row))
-        for _ in range(2):  # twice is enough (Kahan, Parlett)
-            for i in range(j):
-                row -= np.sum(basis[i] * row) * basis[i]
-        rest = np.sqrt(np.sum(row * row))
-        if rest > 1e-9 * size:
-            basis[j] = row / rest
-    return basis
+def _moments(pack, q, b, first_head, heads, first, rows, gaussian, mean, cov):
+    """Mean (padded D) and covariance (D, D) of the finite rows of some heads; float64, written."""
+    dim, width = q.shape[3], BYTES // cov.itemsize
+    panels = mean.size // width
+    chunk, row = np.zeros(CHUNK * mean.size, cov.dtype), np.zeros(mean.size, cov.dtype)
+    sums = np.zeros(panels * mean.size * width, cov.dtype)
+    one, total = np.ones(width, cov.dtype), 0
+    zero = np.zeros(mean.size)
+    for h in range(first_head, first_head + heads):
+        for at in range(first, first + rows, CHUNK):
+            n = _pack_queries(pack, q, b, h, at, min(CHUNK, first + rows - at), zero, row, chunk)
+            total += n
+            for p in range(panels):
+                for i in range(n):
+                    for c in range(width):
+                        mean[p * width + c] += chunk[(p * CHUNK + i) * width + c]
+    for d in range(dim):
+        mean[d] /= max(total, 1)
+    if not gaussian:
+        return
+    for h in range(first_head, first_head + heads):
+        for at in range(first, first + rows, CHUNK):
+            n = _pack_queries(pack, q, b, h, at, min(CHUNK, first + rows - at), mean, row, chunk)
+            # sums[right panel, row d, column]: the rows d of a left panel times a right panel.
+            for right in range(panels):
+                for d in range(0, mean.size, 4):
+                    left = d // width * CHUNK * width + d % width
+                    target = (right * mean.size + d) * width
+                    product_onto_4(chunk, left, 1, width, n, chunk, right * CHUNK * width, sums, target, one, 0)
+    for i in range(dim):
+        for j in range(dim):
+            cov[i, j] = sums[(j // width * mean.size + i) * width + j % width] / max(total, 1)
 
 
 @inner
-def _matmul(a, b):
-    """a @ b for small matrices."""
-    c = np.zeros((a.shape[0], b.shape[1]))
-    for i in range(a.shape[0]):
-        for j in range(a.shape[1]):
-            c[i] += a[i, j] * b[j]
-    return c
+def _root(a, f):
+    """Rows f with ``sum of outer(f, f) = a`` for a positive semidefinite a (n, n): Cholesky, greatest pivot first."""
+    n = a.shape[0]
+    rest, least = np.empty(n), 0.0
+    for i in range(n):
+        rest[i] = a[i, i]
+        least = max(least, 1e-7 * rest[i])
+    for j in range(n):
+        pivot = 0
+        for i in range(n):
+            if rest[i] > rest[pivot]:
+                pivot = i
+        if not rest[pivot] > least:
+            f[j:] = 0
+            return
+        for c in range(n):
+            f[j, c] = a[pivot, c]
+        for i in range(j):
+            for c in range(n):
+                f[j, c] -= f[i, pivot] * f[i, c]
+        size = np.sqrt(rest[pivot])
+        for c in range(n):
+            f[j, c] /= size
+            rest[c] -= f[j, c] * f[j, c]
+        rest[pivot] = 0
+
+
+@inner
+def _dot(a, b):
+    """Inner product in eight partial sums."""
+    part = np.zeros(8)
+    n = a.size // 8 * 8
+    for i in range(0, n, 8):
+        for c in range(8):
+            part[c] += a[i + c] * b[i + c]
+    total = part.sum()
+    for i in range(n, a.size):
+        total += a[i] * b[i]
+    return total
+
+
+@inner
+def _subspace(cov, basis):
+    """Orthonormal rows (terms, D) spanning the columns of cov at its `terms` largest variances; Gram-Schmidt."""
+    dim = cov.shape[0]
+    used = np.zeros(dim, np.bool_)
+    for j in range(basis.shape[0]):
+        axis = -1
+        for d in range(dim):
+            if not used[d] and (axis < 0 or cov[d, d] > cov[axis, axis]):
+                axis = d
+        used[axis] = True
+        for d in range(dim):
+            basis[j, d] = cov[axis, d]
+        size = _dot(basis[j], basis[j])
+        for i in range(2 * j):  # twice is enough (Kahan, Parlett)
+            part = _dot(basis[i % j], basis[j])
+            for d in range(dim):
+                basis[j, d] -= part * basis[i % j, d]
+        rest = _dot(basis[j], basis[j])
+        inverse = 1 / np.sqrt(rest) if rest > 1e-18 * size else 0.0
+        for d in range(dim):
+            basis[j, d] *= inverse
 
 
 @kernel
-def represent(q, rep, b, first_head, heads, first, rows, scale):
+def represent(pack, q, rep, b, first_head, heads, first, rows, terms, scale):
     """Mean query and covariance factors of one list.
 
-    q [B, Hq, Nq, D] storage type; rep [1 + terms, D] compute type, written.
+    q [B, Hq, Nq, D] storage type; rep [whole blocks of 1 + terms, D] compute type, written, rows past it zero.
     """
-    terms = rep.shape[0] - 1
-    mean, cov = _moments(q, b, range(first_head, first_head + heads), first, rows, terms > 0, rep.reshape(-1))
-    rep[0] = mean * scale
-    if terms == 0:
-        return
-    factor = scale / np.sqrt(2.0)
-    if terms == rep.shape[1]:
-        rep[1:] = _root(cov, factor)
-    else:
-        basis = _subspace(cov, terms)
-        inner = _matmul(_matmul(basis, cov), basis.T.copy())
-        rep[1:] = _matmul(_root(inner, factor), basis)
+    dim = rep.shape[1]
+    mean = np.zeros(-(-dim * rep.itemsize // BYTES) * (BYTES // rep.itemsize))
+    cov = np.zeros((dim, dim), rep.dtype)
+    _moments(pack, q, b, first_head, heads, first, rows, terms > 0, mean, cov)
+    basis, inner_cov = np.zeros((terms, dim)), np.zeros((terms, terms))
+    root = np.zeros((terms, terms))
+    if 0 < terms < dim:
+        _subspace(cov, basis)
+        half = np.zeros((terms, dim))
+        for i in range(terms):
+            for j in range(dim):
+                for d in range(dim):
+                    half[i, d] += basis[i, j] * cov[j, d]
+            for j in range(terms):
+                inner_cov[i, j] = _dot(half[i], basis[j])
+    elif terms:
+        for i in range(dim):
+            basis[i, i] = 1
+            for j in range(dim):
+                inner_cov[i, j] = cov[i, j]
+    _root(inner_cov, root)
+    for d in range(dim):
+        rep[0, d] = mean[d] * scale
+    row = np.empty(dim)
+    for i in range(terms):
+        row[:] = 0
+        for j in range(terms):
+            for d in range(dim):
+                row[d] += root[i, j] * basis[j, d]
+        for d in range(dim):
+            rep[1 + i, d] = row[d] * (scale / np.sqrt(2.0))
+    rep[1 + terms :] = 0
 
 
 @kernel
-def score_keys(k, rep, history, scores, b, h, list_first, orders, segments, key, n):
+def score_keys(pack, k, rep, history, scores, b, h, list_first, orders, segments, key, n):
     """Scores of keys key .. key + n in every list of one K/V head.
 
-    k [B, Hkv, Nk, D] storage type; rep [lists, 1 + terms, D] compute type; history [segments] int64;
+    k [B, Hkv, Nk, D] storage type; rep [lists, rows, D] compute type; history [segments] int64;
     scores [lists, width] float32, written up to each history.
     """
     dim, rows, width = k.shape[3], rep.shape[1], BYTES // rep.itemsize
     flat = rep.reshape(-1)
-    packed, row = np.zeros(n * dim, rep.dtype), np.zeros(dim + width, rep.dtype)
-    panels = np.zeros((-(-n // width)) * dim * width, rep.dtype)
-    load_rows(k, b, h, key, n, packed, dim)
+    row, panels = np.zeros(dim, rep.dtype), np.zeros(-(-n // width) * dim * width, rep.dtype)
+    nothing = np.empty(0, np.int32)
     for i in range(n):
+        pack_rows(pack, k, b, h, nothing, key + i, 1, row, 0, dim)
         for d in range(dim):
-            panels[(i // width * dim + d) * width + i % width] = packed[i * dim + d]
-    part, result = np.zeros(rows * width, rep.dtype), row[:width]
+            panels[(i // width * dim + d) * width + i % width] = row[d]
+    part = np.zeros(rows * width, rep.dtype)
     for o in range(orders):
         for s in range(segments):
             index = list_first + o * segments + s
             seen = min(n, history[s] - key)
             for at in range(0, seen, width):
-                product(rows, flat, index * rows * dim, dim, 1, dim, panels, at * dim, part, 0, width)
+                for r in range(0, rows, ROWS):
+                    product(flat, (index * rows + r) * dim, dim, 1, dim, panels, at * dim, part, r * width, part, 0)
                 total = load(part, 0)
                 for r in range(1, rows):
                     x = load(part, r * width)
                     total = muladd(x, x, total)
-                store(result, 0, total)
+                store(part, 0, total)
                 for i in range(min(width, seen - at)):
-                    scores[index, key + at + i] = result[i]
+                    scores[index, key + at + i] = part[i]
 
 
 @kernel

@@ -1,17 +1,23 @@
 """The online softmax of the CPU kernels: packed key tiles absorbed by panels of query lanes.
 
-A *panel* is `width` queries, one a lane. All buffers are one-dimensional, in the compute type:
-q [panels, D, width] scaled by scale * log2 e; o [panels, Dv, width]; m, l, before, gained, live
-[panels, width]; s [TILE, width]; k [TILE, D]; v, raw [TILE, v_row].
+A *panel* is `width` queries, one a lane. A work item's numbers lie in one array x of the compute
+type, at the offsets that `Work` names: q [panels, D, width] scaled by scale * log2 e; o [panels,
+o_rows, width]; m, l, before, gained, live [panels, width]; then for the tile in hand k [TILE, D];
+v, raw [TILE, v_row]; s [TILE, width]; bias [TILE]; alpha, limit [width].
 """
 
 from collections import namedtuple
+from functools import cache
 
 import numpy as np
+from numba import carray, cfunc, from_dtype, types
 
-from ._lanes import (
+from s2o_cupy.backends._lanes import (
     BYTES,
+    ROWS,
     add,
+    call_at,
+    compute_type,
     exp2,
     fetch,
     fetch_lanes,
@@ -19,8 +25,9 @@ from ._lanes import (
     inner,
     larger,
     load,
-    multiply,
     muladd,
+    once,
+    multiply,
     product,
     product_onto,
     put,
@@ -30,173 +37,226 @@ from ._lanes import (
     subtract,
 )
 
-# Keys computed at a time: a panel's logits (8 KiB) and a tile's values stay in the first two caches.
-TILE = 128
-Work = namedtuple("Work", "dim dim_v v_row width head row position q o m l before gained live alpha limit bias s k v raw")
+# Keys computed at a time, whole blocks of rows: a panel's logits and a tile's keys stay in the first two caches.
+TILE = 22 * ROWS
+# Columns of `seat`: where a lane's query is from.
+HEAD, ROW, POSITION = 0, 1, 2
+# Modes of `absorb`, added: bias[key] joins the logits; keys past limit[lane] are hidden; the sum goes to `gained` too.
+PLAIN, BIASED, MASKED, COUNTED = 0, 1, 2, 4
+
+Work = namedtuple(
+    "Work", "step x seat dim dim_v o_rows v_row width q o m l before gained live k v raw s bias alpha limit"
+)
 
 
-@inner
-def make_work(panels, dim, dim_v, like):
-    """Buffers for some panels; every lane empty (row -1), every sum zero. `like`: 1-D, the compute type."""
+@once
+def make_work(step, panels, dim, dim_v, like):
+    """Room for some panels, every lane empty (row -1), every sum zero.
+
+    step: address of `absorb_step`; like: 1-D array of the compute type.
+    """
     width = BYTES // like.itemsize
+    o_rows = -(-dim_v // ROWS) * ROWS
     # An odd number of cache lines a row: a column of values then spreads over all cache sets.
-    v_row = ((dim_v + width - 1) // width | 1) * width
+    v_row = ((o_rows + width - 1) // width | 1) * width
     lanes = panels * width
-    zeros = np.zeros((5, lanes), like.dtype)
-    m = np.full(lanes, -np.inf, like.dtype)
-    ids = np.full((3, lanes), -1, np.int64)
-    small = np.zeros((2, width), like.dtype)
+    q = 0
+    o = q + lanes * dim
+    m = o + lanes * o_rows
+    k = m + 5 * lanes
+    v = k + TILE * dim
+    s = v + 2 * TILE * v_row
+    bias = s + TILE * width
+    alpha = bias + TILE
+    x = np.zeros(alpha + 2 * width, like.dtype)
+    x[m : m + lanes] = -np.inf
+    seat = np.full((lanes, 3), -1, np.int64)
     return Work(
-        dim, dim_v, v_row, width, ids[0], ids[1], ids[2],
-        np.zeros(lanes * dim, like.dtype), np.zeros(lanes * dim_v, like.dtype),
-        m, zeros[0], zeros[1], zeros[2], zeros[3], small[0], small[1],
-        np.zeros(TILE, like.dtype), np.zeros(TILE * width, like.dtype), np.zeros(TILE * dim, like.dtype),
-        np.zeros(TILE * v_row, like.dtype), np.zeros(TILE * v_row, like.dtype),
+        step, x, seat, dim, dim_v, o_rows, v_row, width, q, o, m, m + lanes, m + 2 * lanes, m + 3 * lanes,
+        m + 4 * lanes, k, v, v + TILE * v_row, s, bias, alpha, alpha + width,
     )  # fmt: skip
 
 
-@inner
-def fetch_row(x, offset, stride, n, target, at):
-    """``target[at : at + n]`` = a row of numbers `stride` bytes apart."""
-    d = 0
-    if stride == x.itemsize:
-        step = BYTES // target.itemsize
-        while d + step <= n:
-            store(target, at + d, fetch_lanes(x, offset + d * stride))
-            d += step
-    while d < n:
-        target[at + d] = fetch(x, offset + d * stride)
-        d += 1
+def _pack_step(x, source, index, gathered, start, row_stride, stride, dim, itemsize, first, n, at, row):
+    """See `pack_rows`; strides in bytes, `index` is read if `gathered`."""
+    target, ids = carray(x, 1), carray(index, 1)
+    step = BYTES // target.itemsize
+    for i in range(first, first + n):
+        offset = start + (np.int64(ids[i]) if gathered else i) * row_stride
+        d = 0
+        if stride == itemsize:
+            while d + step <= dim:
+                store(target, at + d, fetch_lanes(source, offset + d * stride))
+                d += step
+        while d < dim:
+            target[at + d] = fetch(source, offset + d * stride)
+            d += 1
+        at += row
 
 
 @inner
-def load_rows(x, b, h, first, n, target, row):
-    """Pack rows first .. first + n of ``x[b, h]`` into `target`, `row` numbers apart."""
-    start = b * x.strides[0] + h * x.strides[1]
-    for i in range(n):
-        fetch_row(x, start + (first + i) * x.strides[2], x.strides[3], x.shape[3], target, i * row)
+def pack_rows(pack, array, b, h, index, first, n, x, at, row):
+    """Rows first .. first + n of ``array[b, h]``, or those of ``index[first : first + n]`` if it is not empty.
 
-
-@inner
-def gather_rows(x, b, h, index, first, n, target, row):
-    """Pack the rows ``index[first : first + n]`` of ``x[b, h]`` into `target`, `row` numbers apart."""
-    start = b * x.strides[0] + h * x.strides[1]
-    for i in range(n):
-        fetch_row(x, start + np.int64(index[first + i]) * x.strides[2], x.strides[3], x.shape[3], target, i * row)
-
-
-@inner
-def load_queries(work, q, b, factor):
-    """Fill q for the lanes that have a row; `live` tells the rows that are finite."""
-    for lane in range(work.row.size):
-        if work.row[lane] < 0:
-            continue
-        start = b * q.strides[0] + work.head[lane] * q.strides[1] + work.row[lane] * q.strides[2]
-        at = lane // work.width * work.dim * work.width + lane % work.width
-        finite = True
-        for d in range(work.dim):
-            x = fetch(q, start + d * q.strides[3])
-            finite &= np.isfinite(x)
-            work.q[at + d * work.width] = x * factor
-        work.live[lane] = finite
-
-
-@inner
-def absorb(work, p, first, n, biased, masked, counted):
-    """Panel p takes rows first .. first + n of the packed tile into its softmax.
-
-    biased: adds bias[key]; masked: hides keys above limit[lane] (tile rows); counted: the
-    sum goes to `gained` as well. `before` and `gained` follow the running maximum.
+    Written to x from `at` on, `row` numbers apart. `pack` is the address of the array's `pack_step`.
     """
-    width, s = work.width, work.s
-    product(n, work.k, first * work.dim, work.dim, 1, work.dim, work.q, p * work.dim * width, s, 0, width)
-    if biased:
+    call_at(
+        pack,
+        x,
+        (
+            array.ctypes.data, index.ctypes.data, np.int64(index.size > 0), b * array.strides[0] + h * array.strides[1],
+            array.strides[2], array.strides[3], array.shape[3], array.itemsize, first, n, at, row,
+        ),
+    )  # fmt: skip
+
+
+@once
+def load_queries(work, q, b, factor):
+    """Fill q for the lanes that have a row; `live` is 1 where the row is finite."""
+    x, seat = work.x, work.seat
+    for lane in range(seat.shape[0]):
+        if seat[lane, ROW] < 0:
+            continue
+        start = b * q.strides[0] + seat[lane, HEAD] * q.strides[1] + seat[lane, ROW] * q.strides[2]
+        at = work.q + lane // work.width * work.dim * work.width + lane % work.width
+        nothing = x.dtype.type(0)
+        for d in range(work.dim):
+            number = fetch(q, start + d * q.strides[3])
+            nothing += number * 0
+            x[at + d * work.width] = number * factor
+        x[work.live + lane] = nothing == 0
+
+
+def _absorb_step(pointer, dim, v_row, o_rows, lane, apart, q, o, k, v, s, bias, alpha, limit, first, n, mode):
+    """One panel takes n packed keys: m, l, before, gained lie at `lane`, `apart` from one another."""
+    x = carray(pointer, 1)
+    width = BYTES // x.itemsize
+    for i in range(0, n, ROWS):
+        product(x, k + i * dim, dim, 1, dim, x, q, x, s + i * width, x, 0)
+    if mode & BIASED:
         for i in range(n):
-            store(s, i * width, add(load(s, i * width), spread(work.bias, first + i)))
-    if masked:
-        limit, hidden = load(work.limit, 0), fill(s, -np.inf)
+            store(x, s + i * width, add(load(x, s + i * width), spread(x, bias + first + i)))
+    if mode & MASKED:
+        last, hidden = load(x, limit), fill(x, -np.inf)
         for i in range(n):
-            store(s, i * width, select_le(fill(s, first + i), limit, load(s, i * width), hidden))
-    lane = p * width
-    old = load(work.m, lane)
+            store(x, s + i * width, select_le(fill(x, first + i), last, load(x, s + i * width), hidden))
+    old = load(x, lane)
     m = old
     for i in range(n):
-        m = larger(load(s, i * width), m)
-    safe = select_le(m, fill(s, -np.inf), fill(s, 0.0), m)
-    alpha = exp2(subtract(old, safe))
-    total = fill(s, 0.0)
+        m = larger(load(x, s + i * width), m)
+    safe = select_le(m, fill(x, -np.inf), fill(x, 0.0), m)
+    factor = exp2(subtract(old, safe))
+    total = fill(x, 0.0)
     for i in range(n):
-        weight = exp2(subtract(load(s, i * width), safe))
-        store(s, i * width, weight)
+        weight = exp2(subtract(load(x, s + i * width), safe))
+        store(x, s + i * width, weight)
         total = add(total, weight)
-    store(work.m, lane, m)
-    store(work.alpha, 0, alpha)
-    store(work.l, lane, muladd(load(work.l, lane), alpha, total))
-    store(work.before, lane, multiply(load(work.before, lane), alpha))
-    gained = multiply(load(work.gained, lane), alpha)
-    store(work.gained, lane, add(gained, total) if counted else gained)
-    product_onto(
-        work.dim_v, work.v, first * work.v_row, 1, work.v_row, n,
-        s, 0, work.o, p * work.dim_v * width, work.alpha, 0, width,
+    store(x, lane, m)
+    store(x, alpha, factor)
+    lane += apart
+    store(x, lane, muladd(load(x, lane), factor, total))
+    lane += apart
+    store(x, lane, multiply(load(x, lane), factor))
+    lane += apart
+    gained = multiply(load(x, lane), factor)
+    store(x, lane, add(gained, total) if mode & COUNTED else gained)
+    for d in range(0, o_rows, ROWS):
+        product_onto(x, v + d, 1, v_row, n, x, s, x, o + d * width, x, alpha)
+
+
+@cache
+def pack_step(storage):
+    """Address of the compiled step that packs rows of a storage type."""
+    computed = compute_type(from_dtype(storage))
+    pointers = [types.CPointer(x) for x in (computed, from_dtype(storage), types.int32)]
+    return cfunc(types.void(*pointers, *[types.int64] * 10), cache=True, error_model="numpy")(_pack_step)
+
+
+@cache
+def absorb_step(dtype):
+    """The compiled step for a compute type; the kernels call its address, so it is compiled once for all of them."""
+    signature = types.void(types.CPointer(from_dtype(dtype)), *[types.int64] * 16)
+    return cfunc(signature, cache=True, error_model="numpy")(_absorb_step)
+
+
+@once
+def absorb(work, p, first, n, mode):
+    """Panel p takes rows first .. first + n of the packed tile into its softmax.
+
+    `before` and `gained` follow the running maximum.
+    """
+    lane, width = p * work.width, work.width
+    call_at(
+        work.step,
+        work.x,
+        (
+            work.dim, work.v_row, work.o_rows, work.m + lane, work.l - work.m,
+            work.q + lane * work.dim, work.o + lane * work.o_rows,
+            work.k + first * work.dim, work.v + first * work.v_row,
+            work.s, work.bias, work.alpha, work.limit, first, n, mode,
+        ),
     )  # fmt: skip
 
 
-@inner
+@once
 def hide_nonfinite(work, n):
     """Zero the non-finite numbers of the packed values, kept in `raw`; whether there were any."""
-    found = False
-    for i in range(n * work.v_row):
-        found |= not np.isfinite(work.v[i])
-    if found:
-        work.raw[: n * work.v_row] = work.v[: n * work.v_row]
-        for i in range(n * work.v_row):
-            if not np.isfinite(work.v[i]):
-                work.v[i] = 0
-    return found
+    x, size = work.x, n * work.v_row
+    nothing = x.dtype.type(0)
+    for i in range(work.v, work.v + size):
+        nothing += x[i] * 0
+    if nothing == 0:
+        return False
+    for i in range(size):
+        x[work.raw + i] = x[work.v + i]
+        if not np.isfinite(x[work.v + i]):
+            x[work.v + i] = 0
+    return True
 
 
-@inner
-def restore_nonfinite(work, p, first, n):
+@once
+def _restore_nonfinite(work, p, first, n):
     """Add what `hide_nonfinite` took out of the last `absorb`, to the lanes that see the key only."""
-    width = work.width
+    x, width = work.x, work.width
     for i in range(n):
         for d in range(work.dim_v):
-            x = work.raw[(first + i) * work.v_row + d]
-            if np.isfinite(x):
+            number = x[work.raw + (first + i) * work.v_row + d]
+            if np.isfinite(number):
                 continue
             for lane in range(width):
-                if first + i <= work.limit[lane]:
-                    work.o[(p * work.dim_v + d) * width + lane] += work.s[i * width + lane] * x
+                if first + i <= x[work.limit + lane]:
+                    x[work.o + (p * work.o_rows + d) * width + lane] += x[work.s + i * width + lane] * number
 
 
-@inner
+@once
 def absorb_masked(work, p, key, first, n, nonfinite):
-    """Panel p takes tile rows first .. first + n, tile row 0 being key `key`, as far as each lane may see."""
+    """Panel p takes tile rows first .. first + n as far as each lane may see; tile row 0 is key `key`."""
     last = np.int64(-1)
     for lane in range(work.width):
-        seen = work.position[p * work.width + lane] - key
+        seen = work.seat[p * work.width + lane, POSITION] - key
         last = max(last, seen)
-        work.limit[lane] = min(max(seen, -1), TILE)
+        work.x[work.limit + lane] = min(max(seen, -1), TILE)
     n = min(n, last + 1 - first)
     if n > 0:
-        absorb(work, p, first, n, False, True, False)
+        absorb(work, p, first, n, MASKED)
         if nonfinite:
-            restore_nonfinite(work, p, first, n)
+            _restore_nonfinite(work, p, first, n)
 
 
-@inner
+@once
 def finish(work, out, lse, b):
     """Write o / l and the natural-log LSE of every lane that has a row."""
-    for lane in range(work.row.size):
-        h, i = work.head[lane], work.row[lane]
+    x = work.x
+    for lane in range(work.seat.shape[0]):
+        h, i = work.seat[lane, HEAD], work.seat[lane, ROW]
         if i < 0:
             continue
-        total = work.l[lane]
+        total = x[work.l + lane]
         divisor = total if total != 0 else total + 1  # no key seen: 0 and -inf
         # A non-finite query is NaN whatever its logits came to.
-        poison = total * 0 if work.live[lane] else total * np.nan
+        poison = total * 0 if x[work.live + lane] else total * np.nan
         start = b * out.strides[0] + h * out.strides[1] + i * out.strides[2]
-        at = lane // work.width * work.dim_v * work.width + lane % work.width
+        at = work.o + lane // work.width * work.o_rows * work.width + lane % work.width
         for d in range(work.dim_v):
-            put(out, start + d * out.strides[3], work.o[at + d * work.width] / divisor + poison)
-        lse[b, h, i] = work.m[lane] * np.log(2.0) + np.log(total) + poison
+            put(out, start + d * out.strides[3], x[at + d * work.width] / divisor + poison)
+        lse[b, h, i] = x[work.m + lane] * np.log(2.0) + np.log(total) + poison

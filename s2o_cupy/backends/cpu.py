@@ -11,8 +11,10 @@ import numba
 import numpy as np
 from numba import types
 
-from ..problem import Problem, Slab
-from . import _attend, _ranking
+from s2o_cupy.backends import _attend, _ranking
+from s2o_cupy.backends._lanes import ROWS
+from s2o_cupy.backends._tiles import absorb_step, pack_step
+from s2o_cupy.problem import Problem, Slab
 
 # Scores that stage 1 leaves for stage 2 at a time.
 SCORE_BYTES = 2**24
@@ -28,7 +30,7 @@ def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndar
     lists = (slab.kv_stop - slab.kv_start) * problem.orders * slab.segments
     width = int(history.max(initial=0))
     scores = np.empty((lists, width), np.float32)
-    rep = np.empty((lists, 1 + problem.terms, problem.dim_qk), problem.compute_dtype)
+    rep = np.empty((lists, -(-(1 + problem.terms) // ROWS) * ROWS, problem.dim_qk), problem.compute_dtype)
     q, k = _storage(q), _storage(k)
     heads = problem.group // problem.orders
     segment = problem.settings.segment
@@ -37,8 +39,9 @@ def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndar
         b, h = divmod(kv, problem.heads_kv)
         rows = min(segment, problem.n_q - s * segment)
         if problem.history[s]:
-            items.append((rows, (q, rep[index], b, h * problem.group + o, heads, s * segment, rows, problem.scale)))
-    signature = (_type(q), _type(rep[0], "C"), _INT, _INT, _INT, _INT, _INT, types.float64)
+            place = (b, h * problem.group + o * heads, heads, s * segment, rows)
+            items.append((rows, (_pack(q), q, rep[index], *place, problem.terms, problem.scale)))
+    signature = (_INT, _type(q), _type(rep[0], "C"), *(_INT,) * 6, types.float64)
     _run(_entry(_ranking.represent, *signature), items)
     items = []
     for at, kv in enumerate(range(slab.kv_start, slab.kv_stop)):
@@ -47,8 +50,8 @@ def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndar
             n = min(_ranking.CHUNK, width - key)
             cost = int((history > key).sum())
             first = at * problem.orders * slab.segments
-            items.append((cost, (k, rep, history, scores, b, h, first, problem.orders, slab.segments, key, n)))
-    signature = (_type(k), _type(rep, "C"), _type(history), _type(scores)) + (_INT,) * 7
+            items.append((cost, (_pack(k), k, rep, history, scores, b, h, first, problem.orders, slab.segments, key, n)))
+    signature = (_INT, _type(k), _type(rep, "C"), _type(history), _type(scores)) + (_INT,) * 7
     _run(_entry(_ranking.score_keys, *signature), items)
     return scores
 
@@ -70,8 +73,8 @@ def pool(problem: Problem, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np
     size, means = problem.settings.pool, []
     for x in (_storage(k), _storage(v)):
         mean = np.empty((*x.shape[:2], problem.pool_blocks, x.shape[3]), problem.compute_dtype)
-        entry = _entry(_attend.pool_blocks, _type(x), _type(mean), _INT, _INT, _INT)
-        _run(entry, [(0, (x, mean, b, h, size)) for b in range(x.shape[0]) for h in range(x.shape[1])])
+        entry = _entry(_attend.pool_blocks, _INT, _type(x), _type(mean), _INT, _INT, _INT)
+        _run(entry, [(0, (_pack(x), x, mean, b, h, size)) for b in range(x.shape[0]) for h in range(x.shape[1])])
         means.append(mean)
     return means[0], means[1]
 
@@ -85,20 +88,22 @@ def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_or
     arrays = [_storage(x) for x in (q, k, v, answer.out)]
     arrays += [answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass, kv_order, query_order, k_pool, v_pool]
     sizes = (s.segment, s.block_q, s.block_k, s.pool, problem.tiles_per_segment, problem.shift)
+    steps = (absorb_step(problem.compute_dtype).address, _pack(arrays[1]), _pack(k_pool))
     flags = (int(s.causal), int(s.tail is not None), int(guide))
     items = []
     for index, (kv, o, segment) in enumerate(_lists(problem, slab)):
         b, h = divmod(kv, problem.heads_kv)
         rows = min(s.segment, problem.n_q - segment * s.segment)
-        history, listed = int(problem.history[segment]), int(problem.listed[segment])
-        start = int(kv_offsets[divmod(index, slab.segments)])
+        history, (head, at) = int(problem.history[segment]), divmod(index, slab.segments)
+        start = int(kv_offsets[head, at])
+        listed = int(kv_offsets[head, at + 1]) - start
         tiles = -(-rows // s.block_q) * (problem.group // problem.orders)
         step = max(1, _LANES // min(s.block_q, rows))
         for first in range(0, tiles, step):
             place = (b, h, h * problem.group + o, segment, first, min(first + step, tiles), start, listed, history)
             cost = (min(first + step, tiles) - first) * (listed + rows)
-            items.append((cost, (*arrays, tau, *sizes, *flags, *place, problem.scale * _LOG2E)))
-    signature = [_type(x) for x in arrays] + [_type(tau)]
+            items.append((cost, (*steps, *arrays, tau, *sizes, *flags, *place, problem.scale * _LOG2E)))
+    signature = [_INT, _INT, _INT, *map(_type, arrays), _type(tau)]
     scalars = len(sizes) + len(flags) + 9
     _run(_entry(_attend.attend_tiles, *signature, *(_INT,) * scalars, types.float64), items)
 
@@ -106,15 +111,16 @@ def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_or
 def dense(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, answer) -> None:
     """Exact attention: fills out and lse."""
     arrays = [*(_storage(x) for x in (q, k, v, answer.out)), answer.lse]
+    steps = (absorb_step(problem.compute_dtype).address, _pack(arrays[1]))
     block = max(16, _LANES // problem.group // 16 * 16)
     items = []
     for b in range(problem.batch):
         for h in range(problem.heads_kv):
             for first in range(0, problem.n_q, block):
                 rows = min(block, problem.n_q - first)
-                item = (*arrays, b, h, first, rows, problem.shift, int(problem.settings.causal))
+                item = (*steps, *arrays, b, h, first, rows, problem.shift, int(problem.settings.causal))
                 items.append((rows * (first + rows), (*item, problem.scale * _LOG2E)))
-    _run(_entry(_attend.dense_rows, *map(_type, arrays), *(_INT,) * 6, types.float64), items)
+    _run(_entry(_attend.dense_rows, _INT, _INT, *map(_type, arrays), *(_INT,) * 6, types.float64), items)
 
 
 def _lists(problem, slab):
@@ -128,6 +134,10 @@ def _lists(problem, slab):
 def _storage(x):
     """A view that Numba takes: float16 as uint16, bfloat16 as int16."""
     return {"float16": lambda: x.view(np.uint16), "bfloat16": lambda: x.view(np.int16)}.get(x.dtype.name, lambda: x)()
+
+
+def _pack(x):
+    return pack_step(x.dtype).address
 
 
 def _type(x, layout="A"):
