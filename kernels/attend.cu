@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         agreed.walk.listed = listed;
         agreed.walk.pool_blocks = pool_blocks;
         agreed.history = history, agreed.walked_tiles = agreed.blocks_found = 0;
-        agreed.steps[0] = step_at(agreed.walk, SEEN_WINDOW, 0, BLOCK_N);
+        agreed.steps[0] = first_step(agreed.walk, SEEN_WINDOW, BLOCK_N);
         for (int i = 1; i < 3; ++i) agreed.steps[i] = step_after(agreed.walk, agreed.steps[i - 1], BLOCK_N);
     }
     for (int b = threadIdx.x; b < pool_blocks; b += THREADS) sm.walked[b] = 0;
@@ -295,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         if (voted && !more && agreed.steps[place & 3].phase == HISTORY) {  // stop: what is in flight is dropped
             __syncthreads();
             if (threadIdx.x == 0) {
-                agreed.steps[place & 3] = step_at(agreed.walk, TAIL, 0, BLOCK_N);
+                agreed.steps[place & 3] = first_step(agreed.walk, TAIL, BLOCK_N);
                 for (int i = place + 1; i < place + 3; ++i)
                     agreed.steps[i & 3] = step_after(agreed.walk, agreed.steps[(i - 1) & 3], BLOCK_N);
             }
@@ -332,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         } else if (step.phase == MASKED_WINDOW) {
             hide_non_finite(sm, sm.v + stage * V_BYTES);
         } else if (step.phase == HISTORY) {
-            if (threadIdx.x == 0) agreed.walked_tiles += step.closes;
+            if (threadIdx.x == 0) agreed.walked_tiles += step.closes();
             if (agreed.walk.pool_blocks && (int)threadIdx.x < step.count)
                 atomicAdd(sm.walked + (sm.index[(place & 3) * BLOCK_N + threadIdx.x] >> log2_pool), 1);
         }
@@ -387,7 +387,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
             }
         multiply_pv(o, weights, sm.v + stage * V_BYTES);
 
-        if (step.closes) {
+        if (step.closes()) {
             voted = step.phase == HISTORY && tau > 0.f;
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)

@@ -2,11 +2,11 @@
 #pragma once
 #include "mma.cuh"
 
-// A tile of rows of WIDTH elements, in 16-byte chunks so permuted that the eight rows of an 8x8 matrix lie in
+// A tile of rows of COLUMNS elements, in 16-byte chunks so permuted that the eight rows of an 8x8 matrix lie in
 // different banks.
-template <int WIDTH>
+template <int COLUMNS>
 struct SharedTile {
-    static constexpr int CHUNKS = WIDTH / 8;
+    static constexpr int CHUNKS = COLUMNS / 8;
     static_assert(CHUNKS % 4 == 0, "head dims are multiples of 32");
 
     static __device__ __forceinline__ int chunk(int row, int column) {
@@ -34,9 +34,9 @@ struct Rows {
 
 // Starts the copy of the TILE_ROWS rows that `index` (in shared memory) names, by all THREADS of the block. Rows
 // below 0, and columns past the width, become zero. A lane group reads 64 or 128 contiguous bytes of a row.
-template <int WIDTH, int TILE_ROWS, int THREADS>
+template <int COLUMNS, int TILE_ROWS, int THREADS>
 __device__ __forceinline__ void load_rows(unsigned int to, const Rows& rows, const int* index) {
-    typedef SharedTile<WIDTH> Tile;
+    typedef SharedTile<COLUMNS> Tile;
     constexpr int LANES = Tile::CHUNKS % 8 == 0 ? 8 : 4;
     const int width = rows.width;
     const long long stride = rows.stride;
@@ -58,8 +58,8 @@ __device__ __forceinline__ void load_rows(unsigned int to, const Rows& rows, con
         return;
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < TILE_ROWS * WIDTH; i += THREADS) {  // views that start off 16 bytes: one by one
-        const int r = i / WIDTH, c = i % WIDTH, row = index[r];
+    for (int i = threadIdx.x; i < TILE_ROWS * COLUMNS; i += THREADS) {  // views that start off 16 bytes: one by one
+        const int r = i / COLUMNS, c = i % COLUMNS, row = index[r];
         const half_t x = row >= 0 && c < width ? rows.data[row * stride + c] : (half_t)0;
         asm volatile("st.shared.u16 [%0], %1;" ::"r"(Tile::address(to, r, c / 8) + 2 * (c % 8)), "h"(x) : "memory");
     }

@@ -46,6 +46,6 @@ struct RowSoftmax {
         const float gained = quad_sum(open), before = closed;
         closed = before + gained, open = 0.f;
         if (before == 0.f) return top > NEGATIVE_INFINITY && gained >= 0.f;
-        return gained / before >= tau;
+        return gained >= tau * before;
     }
 };

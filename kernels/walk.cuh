@@ -12,33 +12,41 @@ struct Walk {
 
 // A step: at most `size` keys of one phase, never past the end of a logical key tile.
 struct Step {
-    int phase, start, count;
-    bool closes;  // the last step of a logical key tile (and every step outside the history)
+    int phase, start, count, tile_stop;
+    // The last step of a logical key tile; every step outside the history is one.
+    __device__ __forceinline__ bool closes() const { return start + count == tile_stop; }
 };
 
-__device__ __forceinline__ Step step_at(const Walk& walk, int phase, int start, int size) {
-    if (phase == SEEN_WINDOW) {
-        if (walk.window_first + start < walk.masked_first)
-            return {SEEN_WINDOW, walk.window_first + start, min(size, walk.masked_first - walk.window_first - start), true};
-        phase = HISTORY, start = 0;
+// The first step of a phase, or of the next one that has keys.
+__device__ __forceinline__ Step first_step(const Walk& walk, int phase, int size) {
+    if (phase <= SEEN_WINDOW && walk.window_first < walk.masked_first) {
+        const int count = min(size, walk.masked_first - walk.window_first);
+        return {SEEN_WINDOW, walk.window_first, count, walk.window_first + count};
     }
-    if (phase == HISTORY) {
-        if (start < walk.listed) {
-            const int stop = min((start / walk.block_k + 1) * walk.block_k, walk.listed);
-            return {HISTORY, start, min(size, stop - start), start + size >= stop};
-        }
-        phase = TAIL, start = 0;
+    if (phase <= HISTORY && walk.listed) {
+        const int stop = min(walk.block_k, walk.listed);
+        return {HISTORY, 0, min(size, stop), stop};
     }
-    if (phase == TAIL) {
-        if (start < walk.pool_blocks) return {TAIL, start, min(size, walk.pool_blocks - start), true};
-        phase = MASKED_WINDOW, start = 0;
+    if (phase <= TAIL && walk.pool_blocks) {
+        const int count = min(size, walk.pool_blocks);
+        return {TAIL, 0, count, count};
     }
-    if (phase == MASKED_WINDOW && walk.masked_first + start < walk.masked_stop)
-        return {MASKED_WINDOW, walk.masked_first + start, min(size, walk.masked_stop - walk.masked_first - start), true};
-    return {DONE, 0, 0, true};
+    if (phase <= MASKED_WINDOW && walk.masked_first < walk.masked_stop) {
+        const int count = min(size, walk.masked_stop - walk.masked_first);
+        return {MASKED_WINDOW, walk.masked_first, count, walk.masked_first + count};
+    }
+    return {DONE, 0, 0, 0};
 }
 
 __device__ __forceinline__ Step step_after(const Walk& walk, const Step& step, int size) {
-    const int base = step.phase == SEEN_WINDOW ? walk.window_first : step.phase == MASKED_WINDOW ? walk.masked_first : 0;
-    return step_at(walk, step.phase, step.start - base + step.count, size);
+    const int start = step.start + step.count;
+    if (step.phase == HISTORY) {
+        if (start == walk.listed) return first_step(walk, TAIL, size);
+        const int stop = start == step.tile_stop ? min(start + walk.block_k, walk.listed) : step.tile_stop;
+        return {HISTORY, start, min(size, stop - start), stop};
+    }
+    const int end = step.phase == TAIL ? walk.pool_blocks : step.phase == SEEN_WINDOW ? walk.masked_first : walk.masked_stop;
+    if (step.phase == DONE || start == end) return first_step(walk, step.phase + 1, size);
+    const int count = min(size, end - start);
+    return {step.phase, start, count, start + count};
 }

@@ -106,6 +106,45 @@ def attend_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
     return tiles + rows + 4 * pool_blocks + 64
 
 
+def simt_macros(dtype: str, dim_v: int) -> dict:
+    """Macros of the plain multiply-add attend kernel, for float32 and float64."""
+    return DTYPE_MACROS[dtype] | {"HEAD_DIM_V": 128 if dim_v <= 128 else 256}
+
+
+def simt_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
+    """Dynamic shared memory of attend_simt.cu: a block of 128 rows by 32 keys."""
+    size = 4 if macros["REAL"] == "float" else 8
+    staged = max((128 + 32) * 33, 32 * macros["HEAD_DIM_V"])
+    return size * (staged + 128 * 33 + 32) + 4 * (128 + 128 + 32) + 4 * pool_blocks
+
+
+def rank_width(dim: int) -> int:
+    """Columns that stage 1's tensor-core kernels pad a head dim to."""
+    return next(width for width in (64, 128, 256) if dim <= width)
+
+
+def moments_macros(dtype: str, dim: int) -> dict:
+    """Macros of moments.cu."""
+    return DTYPE_MACROS[dtype] | {"WIDTH": rank_width(dim)}
+
+
+def score_macros(dtype: str, dim: int, arch: str) -> dict:
+    """Macros of score.cu: as many warps as its shared memory allows."""
+    width = rank_width(dim)
+    warps = 8 if width <= 128 else 4 if shared_limit(arch) > 140_000 else 2
+    return DTYPE_MACROS[dtype] | {"WIDTH": width, "WARPS": warps}
+
+
+def score_shared_bytes(macros: dict) -> int:
+    """Dynamic shared memory of score.cu: its keys, and two chunks of 64 rows."""
+    return (macros["WARPS"] * 32 + 128) * macros["WIDTH"] * 2
+
+
+def remap_macros(dtype: str) -> dict:
+    """Macros of remap.cu: scores of 16-bit inputs are kept in half precision."""
+    return {"SCORE_HALF": int(dtype in ("float16", "bfloat16")), "WARPS": 16}
+
+
 @dataclass(frozen=True)
 class Specialisation:
     """One kernel file under one macro set, as shipped."""
@@ -116,7 +155,7 @@ class Specialisation:
 
 
 def shipped(arch: str) -> list[Specialisation]:
-    """Every specialisation that the CUDA backend may launch on ``arch``, at most 40."""
+    """Every specialisation that the defaults of the CUDA backend launch on ``arch``, at most 40."""
     found: dict[Specialisation, None] = {}
 
     def add(name, macros, no_spills=True):
@@ -124,11 +163,27 @@ def shipped(arch: str) -> list[Specialisation]:
 
     for dtype in ("float16", "bfloat16"):
         for dim, dim_v in HEAD_DIMS:
-            add(
-                "attend",
-                attend_macros(dtype, dim, dim_v, 64 if dim == 256 and shared_limit(arch) < 110000 else 128, arch),
-            )
+            add("attend", attend_macros(dtype, dim, dim_v, largest_block_q(dtype, dim, dim_v, arch), arch))
+            add("moments", moments_macros(dtype, dim))
+            add("score", score_macros(dtype, dim, arch))
+    for dtype in ("float32", "float64"):
+        add("score_simt", DTYPE_MACROS[dtype])
+        for dim_v in (128, 256):
+            add("attend_simt", simt_macros(dtype, dim_v), no_spills=False)
+    for dtype in DTYPE_MACROS:
+        add("pool", DTYPE_MACROS[dtype])
+        add("factor", DTYPE_MACROS[dtype])
+        add("remap", remap_macros(dtype))
     return list(found)
+
+
+def largest_block_q(dtype: str, dim: int, dim_v: int, arch: str) -> int:
+    """The largest row tile that the attend kernel of these head dims can hold on ``arch``."""
+    try:
+        attend_macros(dtype, dim, dim_v, 128, arch)
+        return 128
+    except ValueError:
+        return 64
 
 
 # --- runtime: RawModule ---------------------------------------------------------------------------

@@ -3,23 +3,115 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import cupy as cp
 import numpy as np
 
-from s2o_cupy.compile import (
-    DTYPE_MACROS,
-    attend_macros,
-    attend_shared_bytes,
-    attend_threads,
-    device_target,
-    get_kernel,
-    shared_limit,
-)
+from s2o_cupy import compile as kernels
+from s2o_cupy.compile import DTYPE_MACROS, device_target, get_kernel, shared_limit
 from s2o_cupy.problem import Problem, Slab
 
-SCORE_BYTES = 2**28  # a slab's scores, counted at 4 bytes each; half inputs keep 2
+SCORE_BYTES = 2**28  # a slab's scores, counted at 4 bytes each; 16-bit inputs keep 2
 _LOG2_E = 1.4426950408889634
+_HALVES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Stage 1's answer for a slab: scores of all lists end to end, head by head, from `starts` on."""
+
+    data: cp.ndarray
+    starts: cp.ndarray
+    history: cp.ndarray
+    longest: int
+
+
+def score(problem: Problem, q, k, slab: Slab) -> Scores:
+    """Stage 1 for the slab's lists."""
+    p, halves = problem, problem.dtype in _HALVES
+    q, k = _rows(q), _rows(k)
+    heads, segments = (slab.kv_stop - slab.kv_start) * p.orders, slab.segments
+    lists, terms = heads * segments, p.terms
+    full = terms > 0 and (p.settings.rank_terms is None or terms > 63)
+    if full and terms < p.dim_qk:
+        raise ValueError(f"rank_terms is {p.settings.rank_terms}; the CUDA backend supports 1 to 63, or None")
+    width = kernels.rank_width(p.dim_qk) if halves else p.dim_qk
+    per_list = width if full else next(n for n in (1, 8, 16, 32, 64) if 1 + terms <= n) if halves else 1 + terms
+    history, starts, total, longest = _lists_on(
+        cp.cuda.runtime.getDevice(), _geometry(p), slab.segment_start, slab.segment_stop
+    )
+
+    totals, counts = cp.empty((lists, width), np.float32), cp.empty(lists, np.int32)
+    moment = cp.empty((lists, width, width), np.float32) if terms else None
+    members, order_start = p.group // p.orders, slab.kv_start * p.orders
+    sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
+    arguments = (q, *_strides(q), *([np.int32(_aligned(q))] if halves else []), totals, counts, moment)
+    arguments = (*map(_pointer, arguments), *map(np.int32, sizes))
+    if halves:
+        macros = kernels.moments_macros(p.dtype, p.dim_qk)
+        grid = (segments, heads, width // 64 if terms else 1)
+        get_kernel("moments", **macros)(grid, (128,), arguments, shared_mem=2 * 64 * width * 2)
+    else:
+        grid = (segments, heads, (-(-width // 32)) ** 2 if terms else 1)
+        get_kernel("score_simt", "moments", **DTYPE_MACROS[p.dtype])(grid, (256,), arguments)
+
+    rows = cp.empty((lists, per_list, width), np.uint16 if halves else p.dtype)
+    mean = cp.empty((lists, width), np.float32) if full else None
+    floats = 2 * width if full else 2 * terms * (width + 1) + terms**2 + 2 * width + 2 * terms + 16
+    sizes = (width, p.dim_qk, terms, per_list, not halves, full)
+    arguments = (*map(_pointer, (totals, counts, moment, rows, mean)), *map(np.int32, sizes), np.float32(p.scale))
+    get_kernel("factor", **DTYPE_MACROS[p.dtype])((lists,), (128,), arguments, shared_mem=4 * floats)
+
+    scores = cp.empty(heads * total, np.float16 if halves else np.float32)
+    if longest:
+        arguments = map(
+            _pointer, (k, *_strides(k), *([np.int32(_aligned(k))] if halves else []), rows, mean, history, starts)
+        )
+        if halves:
+            macros = kernels.score_macros(p.dtype, p.dim_qk, device_target())
+            sizes = (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments, per_list)
+            grid = (-(-longest // (32 * macros["WARPS"])), p.orders, slab.kv_stop - slab.kv_start)
+            get_kernel("score", **macros)(
+                grid,
+                (32 * macros["WARPS"],),
+                (*arguments, scores, *map(np.int32, sizes)),
+                shared_mem=kernels.score_shared_bytes(macros),
+            )
+        else:
+            sizes = (p.heads_kv, slab.kv_start, p.dim_qk, segments, per_list, p.orders)
+            shared = (32 * (p.dim_qk + 1) + 256) * np.dtype(p.dtype).itemsize
+            get_kernel("score_simt", "score", **DTYPE_MACROS[p.dtype])(
+                (-(-longest // 32), segments, heads),
+                (256,),
+                (*arguments, scores, *map(np.int32, sizes)),
+                shared_mem=shared,
+            )
+    return Scores(scores, starts, history, longest)
+
+
+def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) -> None:
+    """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
+    if not scores.longest:
+        return
+    macros, levels = kernels.remap_macros(problem.dtype), problem.settings.rank_levels or 0
+    heads, segments = kv_offsets.shape[0], slab.segments
+    bins, passes = levels + 2, 1
+    if not levels or 4 * macros["WARPS"] * bins > shared_limit(device_target()) - 2048:
+        bins, passes = 256, -(-(levels + 1).bit_length() // 8) if levels else 4
+    scratch = cp.empty(2 * scores.data.size, np.int32) if passes > 1 else None
+    arguments = (
+        scores.data,
+        scores.starts,
+        scores.history,
+        kv_offsets,
+        np.int64(kv_offsets.strides[0] // 8),
+        kv_order,
+        scratch,
+    )
+    arguments = (*map(_pointer, arguments), *map(np.int32, (segments, levels, bins, passes)))
+    shared = 4 * macros["WARPS"] * bins
+    get_kernel("remap", **macros)((segments, heads), (32 * macros["WARPS"],), arguments, shared_mem=shared)
 
 
 def pool(problem: Problem, k, v):
@@ -53,7 +145,9 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     walk = slab is not None
     if not walk:
         slab = p.whole
-        segment, block_q, tiles_per_segment, row_tiles = p.n_q, 128, -(-p.n_q // 128), -(-p.n_q // 128)
+        block_q = kernels.largest_block_q(p.dtype, p.dim_qk, p.dim_v, device_target()) if p.dtype in _HALVES else 128
+        segment, tiles_per_segment = p.n_q, -(-p.n_q // block_q)
+        row_tiles = tiles_per_segment
         tile_start, tile_stop = 0, row_tiles
     else:
         segment, block_q, tiles_per_segment, row_tiles = s.segment, s.block_q, p.tiles_per_segment, len(p.tile_start)
@@ -72,12 +166,15 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     tau = 0.0 if taus is not None or not walk else s.tau
     order = (kv_order, kv_offsets, np.int64(kv_offsets.strides[0] // 8)) if walk else (None, None, np.int64(0))
     pools = (*pooled, pooled[0].shape[1], pooled[0].shape[2], pooled[1].shape[2]) if blocks else (None, None, 0, 0, 0)
-    if p.dtype not in ("float16", "bfloat16"):
-        raise NotImplementedError(f"dtype {p.dtype} on the CUDA backend")
-    macros = attend_macros(p.dtype, p.dim_qk, p.dim_v, block_q, device_target())
-    if block_q > macros["BLOCK_M"]:
+    halves = p.dtype in _HALVES
+    if block_q > 128:
         raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
-    shared = attend_shared_bytes(macros, blocks)
+    if halves:
+        macros = kernels.attend_macros(p.dtype, p.dim_qk, p.dim_v, block_q, device_target())
+        shared, threads, name = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros), "attend"
+    else:
+        macros = kernels.simt_macros(p.dtype, p.dim_v)
+        shared, threads, name = kernels.simt_shared_bytes(macros, blocks), 256, "attend_simt"
     if shared > shared_limit(device_target()) - 1024:
         raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
     aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, result.out)))
@@ -85,8 +182,22 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     for x in (q, k, v, result.out):
         arguments += [x, *_strides(x)]
     arguments += [np.int32(aligned), *pools[:2], *map(np.int32, pools[2:]), *order, query_order, taus, np.float32(tau)]
-    arguments += [result.lse, *stats, *map(np.int32, (*sizes, *shape, *steps)), np.float32(p.scale * _LOG2_E)]
-    get_kernel("attend", **macros)(grid, (attend_threads(macros),), tuple(map(_pointer, arguments)), shared_mem=shared)
+    arguments += [result.lse, *stats, *map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E)]
+    get_kernel(name, **macros)(grid, (threads,), tuple(map(_pointer, arguments)), shared_mem=shared)
+
+
+def _geometry(p: Problem) -> tuple:
+    return p.settings.causal, p.settings.segment, p.settings.pool, p.n_q, p.n_k
+
+
+@functools.lru_cache(maxsize=256)
+def _lists_on(device: int, geometry: tuple, segment_start: int, segment_stop: int):
+    """Histories and score starts of a run of segments, on the device; a head's scores, and the longest history."""
+    causal, segment, pool_size, n_q, n_k = geometry
+    first = np.arange(segment_start, segment_stop, dtype=np.int64) * segment + n_k - n_q
+    history = first // pool_size * pool_size if causal else np.full(len(first), n_k, np.int64)
+    starts = np.concatenate([[0], np.cumsum(-(-history // 64) * 64)]).astype(np.int64)
+    return cp.asarray(history.astype(np.int32)), cp.asarray(starts), int(starts[-1]), int(history.max(initial=0))
 
 
 def _pointer(x):

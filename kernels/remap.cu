@@ -1,0 +1,152 @@
+// remap.cu: stage 2. The keys of every list by descending score, ties by smaller index: a stable counting order, one
+// block a list, in one pass over quantised scores or a few over the bits of exact ones.
+//   score      [lists' heads, starts[segments]]  half or float  (SCORE_HALF) scores of a list from starts[segment] on
+//   starts     [segments + 1]                    int64
+//   history    [segments]                        int32   scores of a list
+//   kv_offsets [lists' heads, segments + 1]      int64   where a list goes; row stride offsets_stride
+//   kv_order   [keys]                            int32   the answer: the first offsets[s+1] - offsets[s] keys of a list
+//   scratch    [2, lists' heads, starts[segments]] int32 or null where one pass does
+// levels > 0: finite scores are cut into that many equal steps between the list's least and greatest, in float32
+// without contraction; 0: exact. +inf leads, -inf and NaN close.
+// A pass: every warp counts the digits of its own run of keys; a scan over (digit, warp) gives places; the warp then
+// deals its keys out in order, equal digits of 32 keys ranked by match. No place depends on the order of atomics.
+// grid (segments, lists' heads)   block WARPS * 32   shared memory WARPS * bins * 4 bytes
+// macros SCORE_HALF (0, 1), WARPS
+#ifndef S2O_EMULATION
+#define IS_BF16 0
+#include "half.cuh"
+#endif
+
+#define POSITIVE_INFINITY __int_as_float(0x7f800000)
+
+#if SCORE_HALF
+typedef unsigned short score_t;
+__device__ __forceinline__ float to_float(score_t x) { return half_to_float(x); }
+#else
+typedef float score_t;
+__device__ __forceinline__ float to_float(score_t x) { return x; }
+#endif
+
+constexpr int THREADS = WARPS * 32;
+
+struct Scale {
+    float high, factor;  // level = (high - score) * factor
+    int levels;          // 0: exact
+    bool flat;           // every finite score has level 0
+};
+
+// A key's place in the order, as an unsigned number: smaller comes first.
+__device__ __forceinline__ unsigned int rank_key(float x, const Scale& scale) {
+    const bool finite = x - x == 0.f;
+    if (scale.levels == 0) {
+        if (x != x || x == -POSITIVE_INFINITY) return 0xffffffffu;
+        const unsigned int bits = __float_as_uint(x == 0.f ? 0.f : x);
+        return ~(bits & 0x80000000u ? ~bits : bits | 0x80000000u);
+    }
+    if (!finite) return x > 0.f ? 0u : (unsigned int)scale.levels + 1;
+    if (scale.flat) return 1u;
+    const int level = (int)__fmul_rn(__fsub_rn(scale.high, x), scale.factor);
+    return 1u + (unsigned int)min(level, scale.levels - 1);
+}
+
+// Exclusive scan of `x` over the block, in thread order.
+__device__ int scan_block(int x, int* warp_totals) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int sum = x;
+    for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(0xffffffffu, sum, step);
+        if (lane >= step) sum += before;
+    }
+    if (lane == 31) warp_totals[warp] = sum;
+    __syncthreads();
+    int base = 0;
+    for (int w = 0; w < warp; ++w) base += warp_totals[w];
+    __syncthreads();
+    return base + sum - x;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) remap(
+    const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
+    const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int* scratch,
+    int segments, int levels, int bins, int passes) {
+    extern __shared__ int counts[];  // [WARPS][bins]
+    __shared__ int warp_totals[WARPS];
+    __shared__ float least[WARPS], greatest[WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int s = segments - 1 - blockIdx.x;  // the longest lists first
+    const long long in_head = starts[segments], at = blockIdx.y * in_head + starts[s];
+    const int n = history[s];
+    const long long* offsets = kv_offsets + blockIdx.y * offsets_stride + s;
+    const int listed = (int)(offsets[1] - offsets[0]);
+    if (n == 0 || listed == 0) return;
+    scores += at;
+    int* const out = kv_order + offsets[0];
+
+    Scale scale = {0.f, 0.f, levels, true};
+    if (levels > 0) {
+        float low = POSITIVE_INFINITY, high = -POSITIVE_INFINITY;
+        for (int i = threadIdx.x; i < n; i += THREADS) {
+            const float x = to_float(scores[i]);
+            if (x - x == 0.f) low = fminf(low, x), high = fmaxf(high, x);
+        }
+        for (int step = 16; step; step /= 2) {
+            low = fminf(low, __shfl_xor_sync(0xffffffffu, low, step));
+            high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
+        }
+        if (lane == 0) least[warp] = low, greatest[warp] = high;
+        __syncthreads();
+        for (int w = 0; w < WARPS; ++w) low = fminf(low, least[w]), high = fmaxf(high, greatest[w]);
+        const float span = __fsub_rn(high, low);
+        if (span > 0.f && span < POSITIVE_INFINITY) scale.high = high, scale.factor = __fdiv_rn((float)levels, span), scale.flat = false;
+    }
+
+    // Every warp's run of keys, a multiple of 32.
+    const int run = (n + THREADS - 1) / THREADS * 32, first = warp * run, last = min(first + run, n);
+    int* const mine = counts + warp * bins;
+    int shift = 0, bits = 0;
+    while (1 << bits < bins) ++bits;
+    for (int pass = 0; pass < passes; ++pass, shift += bits) {
+        const unsigned int mask = passes == 1 ? 0xffffffffu : (1u << bits) - 1;
+        const int* from = pass == 0 ? nullptr : scratch + (pass - 1) % 2 * gridDim.y * in_head + at;
+        int* to = pass == passes - 1 ? out : scratch + pass % 2 * gridDim.y * in_head + at;
+        const int limit = pass == passes - 1 ? listed : n;
+
+        for (int i = threadIdx.x; i < WARPS * bins; i += THREADS) counts[i] = 0;
+        __syncthreads();
+        for (int i = first + lane; i < last; i += 32) {
+            const unsigned int digit = rank_key(to_float(scores[from ? from[i] : i]), scale) >> shift & mask;
+            atomicAdd(mine + digit, 1);
+        }
+        __syncthreads();
+
+        // Places: digit by digit, and within a digit warp by warp.
+        const int per_thread = (bins + THREADS - 1) / THREADS, bin_first = min((int)threadIdx.x * per_thread, bins);
+        const int bin_last = min(bin_first + per_thread, bins);
+        int total = 0;
+        for (int b = bin_first; b < bin_last; ++b)
+            for (int w = 0; w < WARPS; ++w) total += counts[w * bins + b];
+        int place = scan_block(total, warp_totals);
+        for (int b = bin_first; b < bin_last; ++b)
+            for (int w = 0; w < WARPS; ++w) {
+                const int here = counts[w * bins + b];
+                counts[w * bins + b] = place;
+                place += here;
+            }
+        __syncthreads();
+
+        for (int i = first; i < last; i += 32) {
+            const bool active = i + lane < last;
+            const unsigned int live = __ballot_sync(0xffffffffu, active);
+            const int key = !active ? 0 : from ? from[i + lane] : i + lane;
+            const unsigned int digit = active ? rank_key(to_float(scores[key]), scale) >> shift & mask : 0xffffffffu;
+            const unsigned int peers = __match_any_sync(0xffffffffu, digit) & live;
+            const int before = __popc(peers & ((1u << lane) - 1));
+            const int base = active ? mine[digit] : 0;
+            __syncwarp();
+            if (active && before == 0) mine[digit] = base + __popc(peers);
+            __syncwarp();
+            if (active && base + before < limit) to[base + before] = key;
+        }
+        __syncthreads();
+    }
+}
