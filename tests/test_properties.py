@@ -5,7 +5,9 @@ import properties
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import cases
+from strategies import Case, cases
+
+from s2o_cupy import Settings
 
 seeds = st.integers(0, 2**32 - 1)
 bad_numbers = st.sampled_from([np.nan, np.inf, -np.inf])
@@ -76,6 +78,11 @@ def test_ranks_as_the_reference(backend, case):
     properties.ranks_as_the_reference(backend, case)
 
 
+@given(cases(query_order="guide"))
+def test_guide_orders_as_the_reference(backend, case):
+    properties.guide_orders_as_the_reference(backend, case)
+
+
 few_values = st.lists(st.integers(-3, 3), min_size=1, max_size=300)
 any_values = st.lists(st.floats(width=16), min_size=1, max_size=300)
 
@@ -89,3 +96,50 @@ def test_exact_scores_order_bitwise(backend, scores, levels, cap):
 def test_long_lists_order_bitwise(backend, levels):
     scores = np.random.default_rng(0).standard_normal(20_000).astype(np.float16)
     properties.exact_scores_order_bitwise(backend, scores, rank_levels=levels, cap=0.3)
+
+
+def long_case(dtype=np.float32, n_q=2400, n_k=2600, **changes):
+    """A call whose shape `attention` ranks: four query heads on two K/V heads."""
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((1, h, n, 16)).astype(dtype) for h, n in ((4, n_q), (2, n_k), (2, n_k)))
+    settings = Settings(segment=256, block_q=64, block_k=32, pool=64, tau=0.1, rank_terms=7).replace(**changes)
+    return Case(q, k, v, settings, "randn", ("plain",) * 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"causal": False, "n_q": 700},
+        {"share_order": True, "query_order": "guide", "cap": 0.4, "rank_levels": None},
+        {"rank": "mean", "tail": None, "tau": (0.0, 0.3, 0.02, 1.0), "dtype": np.float64},
+    ],
+)
+def test_workspace_does_not_matter(backend, changes):
+    properties.workspace_does_not_matter(backend, long_case(**changes))
+
+
+def test_long_calls_are_dense_at_tau_zero(backend):
+    case = long_case(tau=0.0)
+    exact, result = backend.dense(case), backend.attention(case)
+    properties.assert_near(result.out, exact.out, 1e-5)
+    properties.assert_near(result.lse, exact.lse, 1e-5)
+    assert result.stats.density == 1
+    assert (result.stats.tiles == -(-case.problem.history[case.problem.tile_segment] // 32)).all()
+
+
+def test_short_calls_are_dense_by_shape_alone(backend):
+    case = long_case(n_q=900, n_k=1000, cap=0.5, tau=1.0)
+    result = backend.attention(case)
+    assert result.stats.path == "dense"
+    assert result.stats.density == 1
+    np.testing.assert_array_equal(result.out, backend.dense(case).out)
+
+
+def test_lse_is_the_natural_log(backend):
+    # 1500 equal keys, all with logit 2 * 3 * .5 = 3: log(1500) + 3.
+    ones = np.ones((1, 1, 1500, 1), np.float32)
+    case = Case(2 * ones[:, :, :1], 3 * ones, ones, Settings(causal=False, scale=0.5), "constant", ("plain",) * 3)
+    for result in (backend.attention(case, tau=0), backend.ranked(case, cap=0.5), backend.dense(case)):
+        np.testing.assert_allclose(result.lse, np.log(1500) + 3, rtol=1e-6)
+        assert result.lse.dtype == np.float32
