@@ -4,15 +4,17 @@ import numpy as np
 
 from s2o_cupy.backends._lanes import (
     BYTES,
-    ROWS,
+    add,
     fetch_lanes,
     fill,
     inner,
     kernel,
+    lane_sum,
     larger,
     load,
     muladd,
-    product,
+    multiply,
+    product_4,
     product_onto_4,
     select_le,
     store,
@@ -22,60 +24,154 @@ from s2o_cupy.backends._tiles import pack_rows
 
 # Queries, and keys, packed at a time.
 CHUNK = 512
+# Rows of a representative computed at a time: 1 + 7, 15 or 31 are whole blocks.
+ROWS = 4
 
 
-@inner
-def _pack_queries(pack, q, b, h, first, n, mean, row, chunk):
-    """Pack the finite ones of n query rows, less the mean, as ``chunk[column panel, row, column]``; how many."""
-    nothing, dim, width = np.empty(0, np.int32), q.shape[3], BYTES // row.itemsize
-    kept = 0
-    for i in range(first, first + n):
-        pack_rows(pack, q, b, h, nothing, i, 1, row, 0, dim)
-        total = row.dtype.type(0)
+@kernel
+def represent(pack, q, rep, b, first_head, heads, first, rows, terms, scale):
+    """Mean query and covariance factors of one list.
+
+    q [B, Hq, Nq, D] storage type; rep [whole blocks of 1 + terms rows, D] compute type, written.
+    """
+    dim, width = rep.shape[1], BYTES // rep.itemsize
+    padded = -(-dim // width) * width
+    mean = np.zeros(padded, rep.dtype)
+    # cov [column panel, row, width]: a product's right side.
+    cov = np.zeros(padded * padded, rep.dtype)
+    _moments(pack, q, b, first_head, heads, first, rows, terms > 0, mean, cov)
+    count = rep.shape[0]
+    basis, factor = np.zeros(count * padded, rep.dtype), np.zeros(count * padded, rep.dtype)
+    if 0 < terms < dim:
+        _subspace(cov, padded, terms, basis)
+        root = np.zeros((terms, terms))
+        _root(_project(cov, padded, terms, basis, factor, count), root)
+        for i in range(terms):
+            for c in range(0, padded, width):
+                total = fill(basis, 0.0)
+                for j in range(terms):
+                    total = muladd(fill(basis, root[i, j]), load(basis, j * padded + c), total)
+                store(factor, i * padded + c, total)
+    elif terms:
+        full, root = np.zeros((dim, dim)), np.zeros((dim, dim))
+        for i in range(dim):
+            for j in range(dim):
+                full[i, j] = cov[(j // width * padded + i) * width + j % width]
+        _root(full, root)
+        for i in range(dim):
+            for j in range(dim):
+                factor[i * padded + j] = root[i, j]
+    for r in range(count):
         for d in range(dim):
-            total += row[d] * 0
-        if total == 0:
-            for d in range(0, dim, width):
-                at = (d // width * CHUNK + kept) * width
-                for c in range(width):
-                    chunk[at + c] = row[d + c] - mean[d + c]
-            kept += 1
-    return kept
+            if r == 0:
+                rep[r, d] = mean[d] * scale
+            else:
+                rep[r, d] = factor[(r - 1) * padded + d] * (scale * np.sqrt(0.5)) if r <= terms else 0.0
 
 
 @inner
 def _moments(pack, q, b, first_head, heads, first, rows, gaussian, mean, cov):
-    """Mean (padded D) and covariance (D, D) of the finite rows of some heads; float64, written."""
-    dim, width = q.shape[3], BYTES // cov.itemsize
-    panels = mean.size // width
-    chunk, row = np.zeros(CHUNK * mean.size, cov.dtype), np.zeros(mean.size, cov.dtype)
-    sums = np.zeros(panels * mean.size * width, cov.dtype)
-    one, total = np.ones(width, cov.dtype), 0
-    zero = np.zeros(mean.size)
+    """Mean and covariance of the finite rows of some heads, written."""
+    width, padded = BYTES // mean.itemsize, mean.size
+    chunk, flat = np.zeros(CHUNK * padded, mean.dtype), np.zeros(CHUNK * padded, mean.dtype)
+    exact, one, total, n = np.zeros(padded), np.ones(width, mean.dtype), 0, 0
     for h in range(first_head, first_head + heads):
         for at in range(first, first + rows, CHUNK):
-            n = _pack_queries(pack, q, b, h, at, min(CHUNK, first + rows - at), zero, row, chunk)
+            n = _pack_finite(pack, q, b, h, at, min(CHUNK, first + rows - at), flat, chunk, padded)
             total += n
-            for p in range(panels):
+            for c in range(0, padded, width):
+                part = fill(chunk, 0.0)
                 for i in range(n):
-                    for c in range(width):
-                        mean[p * width + c] += chunk[(p * CHUNK + i) * width + c]
-    for d in range(dim):
-        mean[d] /= max(total, 1)
+                    part = add(part, load(chunk, c * CHUNK + i * width))
+                store(mean, c, part)
+            for d in range(padded):
+                exact[d] += mean[d]
+    for d in range(padded):
+        mean[d] = exact[d] / max(total, 1)
     if not gaussian:
         return
+    whole = heads == 1 and rows <= CHUNK
     for h in range(first_head, first_head + heads):
         for at in range(first, first + rows, CHUNK):
-            n = _pack_queries(pack, q, b, h, at, min(CHUNK, first + rows - at), mean, row, chunk)
-            # sums[right panel, row d, column]: the rows d of a left panel times a right panel.
-            for right in range(panels):
-                for d in range(0, mean.size, 4):
+            if not whole:
+                n = _pack_finite(pack, q, b, h, at, min(CHUNK, first + rows - at), flat, chunk, padded)
+            for c in range(0, padded, width):
+                for i in range(c * CHUNK, c * CHUNK + n * width, width):
+                    store(chunk, i, subtract(load(chunk, i), load(mean, c)))
+            for right in range(0, padded, width):
+                for d in range(0, padded, ROWS):
                     left = d // width * CHUNK * width + d % width
-                    target = (right * mean.size + d) * width
-                    product_onto_4(chunk, left, 1, width, n, chunk, right * CHUNK * width, sums, target, one, 0)
-    for i in range(dim):
-        for j in range(dim):
-            cov[i, j] = sums[(j // width * mean.size + i) * width + j % width] / max(total, 1)
+                    product_onto_4(chunk, left, 1, width, n, chunk, right * CHUNK, cov, right * padded + d * width, one, 0)
+    share = fill(cov, 1.0 / max(total, 1))
+    for i in range(0, cov.size, width):
+        store(cov, i, multiply(load(cov, i), share))
+
+
+@inner
+def _pack_finite(pack, q, b, h, first, n, flat, chunk, padded):
+    """Pack the finite ones of n query rows as ``chunk[column panel, row, width]``; how many."""
+    width, kept = BYTES // flat.itemsize, 0
+    pack_rows(pack, q, b, h, np.empty(0, np.int32), first, n, flat, 0, padded)
+    zero = fill(flat, 0.0)
+    for i in range(0, n * padded, padded):
+        nothing = zero
+        for c in range(0, padded, width):
+            number = load(flat, i + c)
+            store(chunk, c * CHUNK + kept * width, number)
+            nothing = muladd(number, zero, nothing)
+        kept += lane_sum(nothing) == 0
+    return kept
+
+
+@inner
+def _subspace(cov, padded, terms, basis):
+    """Orthonormal rows basis [terms, padded] spanning the columns of cov of largest variance; Gram-Schmidt."""
+    width = BYTES // cov.itemsize
+    used = np.zeros(padded, np.bool_)
+    for row in range(0, terms * padded, padded):
+        axis, most = 0, -1.0
+        for d in range(padded):
+            variance = cov[(d // width * padded + d) * width + d % width]
+            if not used[d] and variance > most:
+                axis, most = d, variance
+        used[axis] = True
+        for c in range(0, padded, width):
+            store(basis, row + c, load(cov, c * padded + axis * width))
+        size = _dot(basis, row, row, padded)
+        for before in range(2 * row // padded):  # twice is enough (Kahan, Parlett)
+            other = before * padded % max(row, 1)
+            part = fill(basis, -_dot(basis, other, row, padded))
+            for c in range(0, padded, width):
+                store(basis, row + c, muladd(part, load(basis, other + c), load(basis, row + c)))
+        rest = _dot(basis, row, row, padded)
+        inverse = fill(basis, 1 / np.sqrt(rest) if rest > 1e-12 * size else 0.0)
+        for c in range(0, padded, width):
+            store(basis, row + c, multiply(inverse, load(basis, row + c)))
+
+
+@inner
+def _dot(x, a, b, n):
+    """Inner product of the n numbers from x[a] and from x[b]."""
+    total = fill(x, 0.0)
+    for c in range(0, n, BYTES // x.itemsize):
+        total = muladd(load(x, a + c), load(x, b + c), total)
+    return lane_sum(total)
+
+
+@inner
+def _project(cov, padded, terms, basis, half, count):
+    """basis @ cov @ basis.T (terms, terms) float64; half is room for [count, padded]."""
+    width, small = BYTES // cov.itemsize, np.empty((terms, terms))
+    for c in range(0, padded, width):
+        for r in range(0, count, ROWS):
+            product_4(basis, r * padded, padded, 1, padded, cov, c * padded, half, c * count + r * width, half, 0)
+    for i in range(terms):
+        for j in range(terms):
+            total = fill(cov, 0.0)
+            for c in range(0, padded, width):
+                total = muladd(load(half, c * count + i * width), load(basis, j * padded + c), total)
+            small[i, j] = lane_sum(total)
+    return small
 
 
 @inner
@@ -92,7 +188,6 @@ def _root(a, f):
             if rest[i] > rest[pivot]:
                 pivot = i
         if not rest[pivot] > least:
-            f[j:] = 0
             return
         for c in range(n):
             f[j, c] = a[pivot, c]
@@ -106,84 +201,6 @@ def _root(a, f):
         rest[pivot] = 0
 
 
-@inner
-def _dot(a, b):
-    """Inner product in eight partial sums."""
-    part = np.zeros(8)
-    n = a.size // 8 * 8
-    for i in range(0, n, 8):
-        for c in range(8):
-            part[c] += a[i + c] * b[i + c]
-    total = part.sum()
-    for i in range(n, a.size):
-        total += a[i] * b[i]
-    return total
-
-
-@inner
-def _subspace(cov, basis):
-    """Orthonormal rows (terms, D) spanning the columns of cov at its `terms` largest variances; Gram-Schmidt."""
-    dim = cov.shape[0]
-    used = np.zeros(dim, np.bool_)
-    for j in range(basis.shape[0]):
-        axis = -1
-        for d in range(dim):
-            if not used[d] and (axis < 0 or cov[d, d] > cov[axis, axis]):
-                axis = d
-        used[axis] = True
-        for d in range(dim):
-            basis[j, d] = cov[axis, d]
-        size = _dot(basis[j], basis[j])
-        for i in range(2 * j):  # twice is enough (Kahan, Parlett)
-            part = _dot(basis[i % j], basis[j])
-            for d in range(dim):
-                basis[j, d] -= part * basis[i % j, d]
-        rest = _dot(basis[j], basis[j])
-        inverse = 1 / np.sqrt(rest) if rest > 1e-18 * size else 0.0
-        for d in range(dim):
-            basis[j, d] *= inverse
-
-
-@kernel
-def represent(pack, q, rep, b, first_head, heads, first, rows, terms, scale):
-    """Mean query and covariance factors of one list.
-
-    q [B, Hq, Nq, D] storage type; rep [whole blocks of 1 + terms, D] compute type, written, rows past it zero.
-    """
-    dim = rep.shape[1]
-    mean = np.zeros(-(-dim * rep.itemsize // BYTES) * (BYTES // rep.itemsize))
-    cov = np.zeros((dim, dim), rep.dtype)
-    _moments(pack, q, b, first_head, heads, first, rows, terms > 0, mean, cov)
-    basis, inner_cov = np.zeros((terms, dim)), np.zeros((terms, terms))
-    root = np.zeros((terms, terms))
-    if 0 < terms < dim:
-        _subspace(cov, basis)
-        half = np.zeros((terms, dim))
-        for i in range(terms):
-            for j in range(dim):
-                for d in range(dim):
-                    half[i, d] += basis[i, j] * cov[j, d]
-            for j in range(terms):
-                inner_cov[i, j] = _dot(half[i], basis[j])
-    elif terms:
-        for i in range(dim):
-            basis[i, i] = 1
-            for j in range(dim):
-                inner_cov[i, j] = cov[i, j]
-    _root(inner_cov, root)
-    for d in range(dim):
-        rep[0, d] = mean[d] * scale
-    row = np.empty(dim)
-    for i in range(terms):
-        row[:] = 0
-        for j in range(terms):
-            for d in range(dim):
-                row[d] += root[i, j] * basis[j, d]
-        for d in range(dim):
-            rep[1 + i, d] = row[d] * (scale / np.sqrt(2.0))
-    rep[1 + terms :] = 0
-
-
 @kernel
 def score_keys(pack, k, rep, history, scores, b, h, list_first, orders, segments, key, n):
     """Scores of keys key .. key + n in every list of one K/V head.
@@ -193,12 +210,11 @@ def score_keys(pack, k, rep, history, scores, b, h, list_first, orders, segments
     """
     dim, rows, width = k.shape[3], rep.shape[1], BYTES // rep.itemsize
     flat = rep.reshape(-1)
-    row, panels = np.zeros(dim, rep.dtype), np.zeros(-(-n // width) * dim * width, rep.dtype)
-    nothing = np.empty(0, np.int32)
+    rows_packed, panels = np.zeros(n * dim, rep.dtype), np.zeros(-(-n // width) * dim * width, rep.dtype)
+    pack_rows(pack, k, b, h, np.empty(0, np.int32), key, n, rows_packed, 0, dim)
     for i in range(n):
-        pack_rows(pack, k, b, h, nothing, key + i, 1, row, 0, dim)
         for d in range(dim):
-            panels[(i // width * dim + d) * width + i % width] = row[d]
+            panels[(i // width * dim + d) * width + i % width] = rows_packed[i * dim + d]
     part = np.zeros(rows * width, rep.dtype)
     for o in range(orders):
         for s in range(segments):
@@ -206,7 +222,7 @@ def score_keys(pack, k, rep, history, scores, b, h, list_first, orders, segments
             seen = min(n, history[s] - key)
             for at in range(0, seen, width):
                 for r in range(0, rows, ROWS):
-                    product(flat, (index * rows + r) * dim, dim, 1, dim, panels, at * dim, part, r * width, part, 0)
+                    product_4(flat, (index * rows + r) * dim, dim, 1, dim, panels, at * dim, part, r * width, part, 0)
                 total = load(part, 0)
                 for r in range(1, rows):
                     x = load(part, r * width)

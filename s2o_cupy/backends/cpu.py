@@ -12,7 +12,6 @@ import numpy as np
 from numba import types
 
 from s2o_cupy.backends import _attend, _ranking
-from s2o_cupy.backends._lanes import ROWS
 from s2o_cupy.backends._tiles import absorb_step, pack_step
 from s2o_cupy.problem import Problem, Slab
 
@@ -30,7 +29,7 @@ def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndar
     lists = (slab.kv_stop - slab.kv_start) * problem.orders * slab.segments
     width = int(history.max(initial=0))
     scores = np.empty((lists, width), np.float32)
-    rep = np.empty((lists, -(-(1 + problem.terms) // ROWS) * ROWS, problem.dim_qk), problem.compute_dtype)
+    rep = np.empty((lists, -(-(1 + problem.terms) // _ranking.ROWS) * _ranking.ROWS, problem.dim_qk), problem.compute_dtype)
     q, k = _storage(q), _storage(k)
     heads = problem.group // problem.orders
     segment = problem.settings.segment
