@@ -52,7 +52,7 @@ def attend_tiles(
         first = segment * segment_size + tile * block_q
         n = min(block_q, segment * segment_size + rows - first)
         _seat(work, tiles[t], t * panels, b, head, first, n, shift, query_order, guide)
-    load_queries(work, q, b, factor)
+    load_queries(work, pack, q, b, factor)
     if causal:
         _window(work, pack, tiles, k, v, b, h, history, tiles[:, LOW].max(), False)
     _walk(work, pack, pack_pooled, tiles, k, v, b, h, kv_order[start : start + listed], block_k, history, pool, k_pool, v_pool, tail, tau)
@@ -227,7 +227,7 @@ def dense_rows(step, pack, q, k, v, out, lse, b, h, first, n, shift, causal, fac
             seat = work.seat[g * panels * work.width + i]
             seat[HEAD], seat[ROW] = h * group + g, first + i
             seat[POSITION] = first + i + shift if causal else k.shape[2] - 1
-    load_queries(work, q, b, factor)
+    load_queries(work, pack, q, b, factor)
     stop = first + n + shift if causal else k.shape[2]
     for key in range(0, stop, TILE):
         count = min(TILE, stop - key)

@@ -165,28 +165,29 @@ def _narrow(builder, storage, value):
     """The nearest number of a storage type, ties to even; too large is infinite, NaN stays NaN."""
     if storage not in (types.uint16, types.int16):
         return value
-    word = ir.IntType(32)
+    single, word = value.type, _same_shape(value.type, ir.IntType(32))
+    short = _same_shape(value.type, ir.IntType(16))
 
     def n(number):
-        return ir.Constant(word, number)
+        return _number(word, number)
 
     bits = builder.bitcast(value, word)
     if storage == types.int16:
         odd = builder.and_(builder.lshr(bits, n(16)), n(1))
         kept = builder.lshr(builder.add(bits, builder.add(odd, n(0x7FFF))), n(16))
         result = builder.select(builder.fcmp_unordered("uno", value, value), n(0x7FC0), kept)
-        return builder.trunc(result, ir.IntType(16))
+        return builder.trunc(result, short)
     size = builder.and_(bits, n(0x7FFFFFFF))
     odd = builder.and_(builder.lshr(size, n(13)), n(1))
     normal = builder.lshr(builder.add(size, builder.add(odd, n(0xFFF - (112 << 23)))), n(13))
-    half = ir.Constant(ir.FloatType(), 0.5)  # its last bit weighs 2**-24, the least float16
-    small = builder.bitcast(builder.fadd(builder.bitcast(size, ir.FloatType()), half), word)
+    # One half's last bit weighs 2**-24, the least float16.
+    small = builder.bitcast(builder.fadd(builder.bitcast(size, single), _number(single, 0.5)), word)
     small = builder.sub(small, n(0x3F000000))
     result = builder.select(builder.icmp_unsigned("<", size, n(0x38800000)), small, normal)
     large = builder.select(builder.icmp_unsigned(">", size, n(0x7F800000)), n(0x7E00), n(0x7C00))
     result = builder.select(builder.icmp_unsigned(">=", size, n(0x47800000)), large, result)
     sign = builder.and_(builder.lshr(bits, n(16)), n(0x8000))
-    return builder.trunc(builder.or_(result, sign), ir.IntType(16))
+    return builder.trunc(builder.or_(result, sign), short)
 
 
 def _byte_address(context, builder, array_type, array, offset, element):
@@ -223,17 +224,18 @@ def fetch_lanes(typingctx, array, offset):
 
 
 @intrinsic
-def put(typingctx, array, offset, number):
-    """Write a number of the compute type at a byte offset of an array of any layout, rounded to nearest."""
-    storage = array.dtype
+def put(typingctx, array, offset, value):
+    """Write a number, or lanes of them, at a byte offset of an array of any layout, rounded to nearest."""
+    storage, computed = array.dtype, compute_type(array.dtype)
+    value = Lanes(computed) if isinstance(value, Lanes) else computed
 
     def codegen(context, builder, signature, args):
-        element = context.get_data_type(storage)
-        pointer = _byte_address(context, builder, signature.args[0], args[0], args[1], element)
-        builder.store(_narrow(builder, storage, args[2]), pointer, align=1)
+        result = _narrow(builder, storage, args[2])
+        pointer = _byte_address(context, builder, signature.args[0], args[0], args[1], result.type)
+        builder.store(result, pointer, align=1)
         return context.get_dummy_value()
 
-    return types.void(array, types.int64, compute_type(storage)), codegen
+    return types.void(array, types.int64, value), codegen
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------
@@ -292,6 +294,7 @@ def _exp2_coefficients(dtype):
 
 add = _operation(2, lambda builder, a, b: builder.fadd(a, b))
 subtract = _operation(2, lambda builder, a, b: builder.fsub(a, b))
+divide = _operation(2, lambda builder, a, b: builder.fdiv(a, b))
 multiply = _operation(2, lambda builder, a, b: builder.fmul(a, b))
 muladd = _operation(3, _muladd)
 exp2 = _operation(1, _exp2)

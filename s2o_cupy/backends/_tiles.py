@@ -18,6 +18,7 @@ from s2o_cupy.backends._lanes import (
     add,
     call_at,
     compute_type,
+    divide,
     exp2,
     fetch,
     fetch_lanes,
@@ -37,8 +38,9 @@ from s2o_cupy.backends._lanes import (
     subtract,
 )
 
-# Keys computed at a time, whole blocks of rows: a panel's logits and a tile's keys stay in the first two caches.
-TILE = 22 * ROWS
+# Keys computed at a time: a panel's logits and a tile's keys stay in the first two caches. ROOM: in whole blocks.
+TILE = 128
+ROOM = -(-TILE // ROWS) * ROWS
 # Columns of `seat`: where a lane's query is from.
 HEAD, ROW, POSITION = 0, 1, 2
 # Modes of `absorb`, added: bias[key] joins the logits; keys past limit[lane] are hidden; the sum goes to `gained` too.
@@ -64,16 +66,16 @@ def make_work(step, panels, dim, dim_v, like):
     o = q + lanes * dim
     m = o + lanes * o_rows
     k = m + 5 * lanes
-    v = k + TILE * dim
-    s = v + 2 * TILE * v_row
-    bias = s + TILE * width
-    alpha = bias + TILE
+    v = k + ROOM * dim
+    s = v + 2 * ROOM * v_row
+    bias = s + ROOM * width
+    alpha = bias + ROOM
     x = np.zeros(alpha + 2 * width, like.dtype)
     x[m : m + lanes] = -np.inf
     seat = np.full((lanes, 3), -1, np.int64)
     return Work(
         step, x, seat, dim, dim_v, o_rows, v_row, width, q, o, m, m + lanes, m + 2 * lanes, m + 3 * lanes,
-        m + 4 * lanes, k, v, v + TILE * v_row, s, bias, alpha, alpha + width,
+        m + 4 * lanes, k, v, v + ROOM * v_row, s, bias, alpha, alpha + width,
     )  # fmt: skip
 
 
@@ -111,20 +113,20 @@ def pack_rows(pack, array, b, h, index, first, n, x, at, row):
 
 
 @once
-def load_queries(work, q, b, factor):
+def load_queries(work, pack, q, b, factor):
     """Fill q for the lanes that have a row; `live` is 1 where the row is finite."""
-    x, seat = work.x, work.seat
+    x, seat, row = work.x, work.seat, work.raw
+    nothing = np.empty(0, np.int32)
     for lane in range(seat.shape[0]):
         if seat[lane, ROW] < 0:
             continue
-        start = b * q.strides[0] + seat[lane, HEAD] * q.strides[1] + seat[lane, ROW] * q.strides[2]
+        pack_rows(pack, q, b, seat[lane, HEAD], nothing, seat[lane, ROW], 1, x, row, 0)
         at = work.q + lane // work.width * work.dim * work.width + lane % work.width
-        nothing = x.dtype.type(0)
+        finite = x.dtype.type(0)
         for d in range(work.dim):
-            number = fetch(q, start + d * q.strides[3])
-            nothing += number * 0
-            x[at + d * work.width] = number * factor
-        x[work.live + lane] = nothing == 0
+            finite += x[row + d] * 0
+            x[at + d * work.width] = x[row + d] * factor
+        x[work.live + lane] = finite == 0
 
 
 def _absorb_step(pointer, dim, v_row, o_rows, lane, apart, q, o, k, v, s, bias, alpha, limit, first, n, mode):
@@ -246,17 +248,26 @@ def absorb_masked(work, p, key, first, n, nonfinite):
 @once
 def finish(work, out, lse, b):
     """Write o / l and the natural-log LSE of every lane that has a row."""
-    x = work.x
+    x, width, row = work.x, work.width, work.raw
     for lane in range(work.seat.shape[0]):
         h, i = work.seat[lane, HEAD], work.seat[lane, ROW]
         if i < 0:
             continue
         total = x[work.l + lane]
-        divisor = total if total != 0 else total + 1  # no key seen: 0 and -inf
-        # A non-finite query is NaN whatever its logits came to.
-        poison = total * 0 if x[work.live + lane] else total * np.nan
-        start = b * out.strides[0] + h * out.strides[1] + i * out.strides[2]
-        at = work.o + lane // work.width * work.o_rows * work.width + lane % work.width
+        # No key seen: 0 and -inf. A non-finite query: NaN, whatever its logits came to.
+        divisor = total if total != 0 else total + 1
+        if not x[work.live + lane]:
+            total = divisor = total * np.nan
+        at = work.o + lane // width * work.o_rows * width + lane % width
         for d in range(work.dim_v):
-            put(out, start + d * out.strides[3], x[at + d * work.width] / divisor + poison)
-        lse[b, h, i] = x[work.m + lane] * np.log(2.0) + np.log(total) + poison
+            x[row + d] = x[at + d * width]
+        start, stride = b * out.strides[0] + h * out.strides[1] + i * out.strides[2], out.strides[3]
+        d = 0
+        if stride == out.itemsize:
+            while d + width <= work.dim_v:
+                put(out, start + d * stride, divide(load(x, row + d), fill(x, divisor)))
+                d += width
+        while d < work.dim_v:
+            put(out, start + d * stride, x[row + d] / divisor)
+            d += 1
+        lse[b, h, i] = x[work.m + lane] * np.log(2.0) + np.log(total)
