@@ -156,11 +156,11 @@ def _row_tile(problem, q, head, rows, s, ranked, tau):
         if gain < tau:
             break
 
-    # 3. Tail: every block with keys that were not walked enters as one pooled key, each of its keys at most
-    #    as heavy as the mean key of the last tile walked: the ranking put them behind it.
+    # 3. Tail: every block that still has a quarter of its keys enters as one pooled key, each of its keys at
+    #    most as heavy as the mean key of the last tile walked: the ranking put them behind it.
     left = np.bincount(np.arange(history) // settings.pool, minlength=len(head.k_pool))
     left -= np.bincount(ranked[: tiles * settings.block_k] // settings.pool, minlength=len(left))
-    blocks = np.flatnonzero(left) if settings.tail == "pooled" else np.zeros(0, np.int64)
+    blocks = np.flatnonzero(4 * left >= settings.pool) if settings.tail == "pooled" else np.zeros(0, np.int64)
     before = softmax.mass.copy()
     frame = softmax.max.copy()
     softmax.add(head.k_pool[blocks], head.v_pool[blocks], bias=np.log(left[blocks]), ceiling=ceiling)

@@ -124,13 +124,13 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
                 skipped[ranked[i] >> shift] -= 1
             _absorb_in(work, tiles, WALKING, n, COUNTED)
         walking -= _vote(work, tiles, tau)
-        _tail(work, pack_pooled, tiles, b, h, skipped, k_pool, v_pool, tail)
+        _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail)
         if not walking:
             return
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] == WALKING:
             tiles[t, STATE] = STOPPING
-    _tail(work, pack_pooled, tiles, b, h, skipped, k_pool, v_pool, tail)
+    _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail)
 
 
 @once
@@ -177,13 +177,13 @@ def _vote(work, tiles, tau):
 
 
 @once
-def _tail(work, pack_pooled, tiles, b, h, skipped, k_pool, v_pool, tail):
-    """The stopping tiles take every block with keys left as one pooled key; `gained` becomes their share."""
+def _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail):
+    """The stopping tiles take blocks with a quarter of their keys left as one pooled key; `gained` becomes their share."""
     if not _restart_sums(work, tiles, STOPPING):
         return
     index, n = np.empty(TILE, np.int32), 0
     for block in range(skipped.size if tail else 0):
-        if skipped[block] > 0:
+        if 4 * skipped[block] >= pool:
             index[n] = block
             work.x[work.bias + n] = np.log2(np.float64(skipped[block]))
             n += 1
