@@ -103,11 +103,10 @@ class Problem:
 
     @property
     def terms(self) -> int:
-        """Covariance factors of a segment: 0 for the mean rank, at most D."""
+        """Covariance factors (gaussian, at most D) or centres (mixture, at most the queries); 0 for the mean."""
         s = self.settings
-        if s.rank == "mean":
-            return 0
-        return self.dim_qk if s.rank_terms is None else min(s.rank_terms, self.dim_qk)
+        most = {"mean": 0, "gaussian": self.dim_qk, "mixture": s.segment * (self.group // self.orders)}[s.rank]
+        return most if s.rank_terms is None else min(s.rank_terms, most)
 
     @property
     def ranking_pays(self) -> bool:

@@ -40,8 +40,8 @@ def plan(problem: Problem, q, k):
 def score(problem: Problem, q, k, b: int, order_head: int, s: int) -> np.ndarray:
     """Stage 1: the score of each history key of one list, in natural-log units.
 
-    The first two cumulants of ``log E_q exp(scale q . k)`` over the segment's queries; ``rank="mean"``
-    (paper section 3.2) takes the first alone.
+    ``rank="mean"`` (paper section 3.2) takes the first cumulant of ``log E_q exp(scale q . k)`` over the segment's
+    queries, ``"gaussian"`` the first two; ``"mixture"`` is `mixture_score`.
     """
     kv = order_head // problem.orders
     heads = problem.group // problem.orders
@@ -51,6 +51,8 @@ def score(problem: Problem, q, k, b: int, order_head: int, s: int) -> np.ndarray
     if not len(queries):
         return np.zeros(len(keys))
     with np.errstate(all="ignore"):
+        if problem.settings.rank == "mixture":
+            return mixture_score(queries, keys, problem.terms, problem.scale)
         mean = queries.mean(axis=0)
         scores = problem.scale * (keys @ mean)
         if problem.terms:
@@ -68,6 +70,32 @@ def covariance_factors(centred: np.ndarray, terms: int) -> np.ndarray:
     return basis @ vectors * np.sqrt(np.maximum(values, 0))
 
 
+def mixture_score(queries: np.ndarray, keys: np.ndarray, terms: int, scale: float) -> np.ndarray:
+    """Log of the root mean square over the queries of a key's probability, the queries grouped around centres.
+
+    Each of `terms` centres gives a key the logit of a Gaussian around it, with one diagonal variance for all, and
+    the logits are normalised over the history before their squares are averaged.
+    """
+    centres, group = query_centres(queries, terms)
+    variance = ((queries - centres[group]) ** 2).mean(axis=0)
+    logits = scale * keys @ centres.T + (scale**2 / 2 * keys**2 @ variance)[:, None]
+    share = np.log(np.bincount(group, minlength=len(centres)) / len(queries))
+    return np.logaddexp.reduce(2 * (logits - np.logaddexp.reduce(logits, axis=0)) + share, axis=1) / 2
+
+
+def query_centres(queries: np.ndarray, terms: int) -> tuple[np.ndarray, np.ndarray]:
+    """One k-means step from evenly spaced queries: centres (terms, D), and the group of each query before it.
+
+    Ties go to the smaller group; an empty group keeps its centre.
+    """
+    terms, n = min(terms, len(queries)), len(queries)
+    centres = queries[np.arange(terms) * n // terms + n // (2 * terms)].copy()
+    group = (queries @ centres.T - (centres**2).sum(axis=1) / 2).argmax(axis=1)
+    for g in np.unique(group):
+        centres[g] = queries[group == g].mean(axis=0)
+    return centres, group
+
+
 def remap(scores: np.ndarray, listed: int, levels: int | None) -> np.ndarray:
     """Stage 2: the first `listed` keys by descending score, ties by smaller index.
 
@@ -79,10 +107,10 @@ def remap(scores: np.ndarray, listed: int, levels: int | None) -> np.ndarray:
     rank = np.where(finite, -scores, np.where(scores == np.inf, -np.inf, np.inf))
     if levels is not None and finite.any():
         high, low = scores[finite].max(), scores[finite].min()
-        with np.errstate(over="ignore"):
-            span = np.float32(high - low)
-        if np.isfinite(span) and span > 0:
-            level = ((high - scores[finite]) * (np.float32(levels) / span)).astype(np.int64)
+        with np.errstate(all="ignore"):
+            factor = np.float32(levels) / np.float32(high - low)
+        if np.isfinite(factor) and factor > 0:
+            level = ((high - scores[finite]) * factor).astype(np.int64)
             rank[finite] = np.minimum(level, levels - 1)
         else:
             rank[finite] = 0

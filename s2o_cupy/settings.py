@@ -12,7 +12,7 @@ import numpy as np
 
 MAX_HEAD_DIM = 256
 _CHOICES = {
-    "rank": ("mean", "gaussian"),
+    "rank": ("mean", "gaussian", "mixture"),
     "tail": ("pooled", None),
     "query_order": ("position", "guide"),
 }
@@ -36,11 +36,12 @@ class Settings:
         Queries of a row tile and ranked keys of a key tile: the granularity of the stop.
     pool : int
         Keys of a pool block, a power of two; a causal history ends on a block's edge.
-    rank : {"gaussian", "mean"}
-        Score of a key: the segment's mean query (paper), or with its covariance added.
+    rank : {"gaussian", "mean", "mixture"}
+        Score of a key: by the segment's mean query (paper), with its covariance added, or by centres of its queries
+        (the best order, at twice the cost of a gaussian of as many terms).
     rank_terms : int or None
-        Rank of the covariance factor (7, 15 or 31 keep stage 1 one tensor-core GEMM);
-        ``None`` is the full covariance. Read by ``rank="gaussian"`` only.
+        Gaussian: rank of the covariance factor, ``None`` the full covariance. Mixture: number of centres (31 or more
+        are wanted), ``None`` every query. 7, 15, 31 or 63 fit tensor cores; the mean rank does not read it.
     rank_levels : int or None
         Equal steps a list's scores are quantised to before ordering; ``None`` orders exactly.
     tail : {"pooled", None}
