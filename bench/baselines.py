@@ -17,31 +17,45 @@ THRESHOLDS = tuple(1 - np.geomspace(0.9, 1e-4, 40))
 
 
 @dataclass(frozen=True)
+class Points:
+    """Density and squared error of one head along a method's knob: density and gap (points,), norm a number."""
+
+    density: np.ndarray
+    gap: np.ndarray
+    norm: float
+
+    @classmethod
+    def pooled(cls, heads: list[Points]) -> Points:
+        """Several heads as one: mean density, summed squared error, at each value of the knob."""
+        density = np.mean([x.density for x in heads], axis=0)
+        return cls(density, np.sum([x.gap for x in heads], axis=0), float(sum(x.norm for x in heads)))
+
+    @property
+    def curve(self) -> Curve:
+        """The points in order of density, kept where more density lowers the error."""
+        order = np.lexsort((self.gap, self.density))
+        density, error = self.density[order], np.sqrt(self.gap[order] / self.norm)
+        keep = (error < np.concatenate([[np.inf], np.minimum.accumulate(error)[:-1]])) & (error > 0)
+        return Curve(density[keep], error[keep])
+
+
+@dataclass(frozen=True)
 class Curve:
-    """Density and relative L2 error (same length) of one head, along a method's knob, densest last."""
+    """Density and relative L2 error, densest last; between points the logarithm of the error is linear."""
 
     density: np.ndarray
     error: np.ndarray
 
     def error_at(self, density):
-        """Relative error at a density, interpolated in its logarithm; NaN outside of the curve."""
+        """Relative error at a density; NaN outside of the curve."""
         return np.exp(np.interp(density, self.density, np.log(self.error), left=np.nan, right=np.nan))
 
     def density_at(self, error):
-        """Density at a relative error, interpolated in its logarithm; NaN outside of the curve."""
+        """Density at a relative error; NaN outside of the curve."""
         return np.interp(-np.log(error), -np.log(self.error), self.density, left=np.nan, right=np.nan)
 
 
-def curve(density, error) -> Curve:
-    """A `Curve` of points in any order, kept where more density lowers the error."""
-    order = np.lexsort((error, density))
-    density, error = np.asarray(density)[order], np.asarray(error)[order]
-    better = error < np.concatenate([[np.inf], np.minimum.accumulate(error)[:-1]])
-    keep = better & (error > 0)
-    return Curve(density[keep], error[keep])
-
-
-def pbs_attention(q, k, v, scale: float | None = None, thresholds=THRESHOLDS) -> Curve:
+def pbs_attention(q, k, v, scale: float | None = None, thresholds=THRESHOLDS) -> Points:
     """PBS-Attn: keys sorted within segments of 256 by the last 128 queries' mean attention, then block top-CDF."""
     n = len(k)
     received = _softmax_rows(q[-BLOCK:], k, scale, first=n - min(BLOCK, n)).mean(axis=0)
@@ -52,12 +66,12 @@ def pbs_attention(q, k, v, scale: float | None = None, thresholds=THRESHOLDS) ->
     return _block_top_cdf(q, k, v, order, PBS_SEGMENT, scale, thresholds)
 
 
-def block_attention(q, k, v, scale: float | None = None, thresholds=THRESHOLDS) -> Curve:
+def block_attention(q, k, v, scale: float | None = None, thresholds=THRESHOLDS) -> Points:
     """Block top-CDF over mean-pooled blocks, keys in position order."""
     return _block_top_cdf(q, k, v, np.arange(len(k)), BLOCK, scale, thresholds)
 
 
-def _block_top_cdf(q, k, v, order, segment: int, scale, thresholds) -> Curve:
+def _block_top_cdf(q, k, v, order, segment: int, scale, thresholds) -> Points:
     """Each query block takes the key blocks of greatest pooled probability up to a share; its own segment is dense.
 
     The block that holds the first token is always taken. `order` permutes keys inside segments only.
@@ -83,7 +97,7 @@ def _block_top_cdf(q, k, v, order, segment: int, scale, thresholds) -> Curve:
     return _walk_blocks(q, k, v, order, segment, scale, choose)
 
 
-def _walk_blocks(q, k, v, order, segment: int, scale, choose: Callable) -> Curve:
+def _walk_blocks(q, k, v, order, segment: int, scale, choose: Callable) -> Points:
     """Error and density of attending only the chosen blocks of permuted keys, for every choice at once."""
     n, pairs, gap, norm = len(k), 0, 0.0, 0.0
     for start in range(0, n, BLOCK):
@@ -101,10 +115,10 @@ def _walk_blocks(q, k, v, order, segment: int, scale, choose: Callable) -> Curve
         norm += float((exact.astype(np.float64) ** 2).sum())
         rows = stop - start
         pairs = pairs + taken.sum(axis=1) * BLOCK * rows + rows * (start - dense_from) + rows * (rows + 1) // 2
-    return curve(pairs / (n * (n + 1) / 2), np.sqrt(gap / norm))
+    return Points(pairs / (n * (n + 1) / 2), gap, norm)
 
 
-def oracle(q, k, v, segment: int, block_q: int, block_k: int, pool: int, scale=None, thresholds=THRESHOLDS) -> Curve:
+def oracle(q, k, v, segment: int, block_q: int, block_k: int, pool: int, scale=None, thresholds=THRESHOLDS) -> Points:
     """Keys by the true mean probability of each segment, stopped at the true share of every row's mass; no tail."""
     n, pairs, gap, norm = len(k), 0, 0.0, 0.0
     for start in range(0, n, segment):
@@ -124,13 +138,14 @@ def oracle(q, k, v, segment: int, block_q: int, block_k: int, pool: int, scale=N
             depth = np.searchsorted(mass.min(axis=0), np.minimum(thresholds, mass[:, -1].min()))
             walked = np.minimum(depth * block_k, history)
             before = window @ v[history:end]
-            for i, count in enumerate(walked):
-                out = (before + ranked[:, :count] @ v[order[:count]]) / mass[:, depth[i], None]
-                walked_gap = ((out - exact) ** 2).sum(dtype=np.float64)
-                gap = gap + np.where(np.arange(len(walked)) == i, walked_gap, 0)
+            outs = [
+                (before + ranked[:, :count] @ v[order[:count]]) / mass[:, i, None]
+                for i, count in zip(depth, walked, strict=True)
+            ]
+            gap = gap + ((np.stack(outs) - exact) ** 2).sum(axis=(1, 2), dtype=np.float64)
             norm += float((exact.astype(np.float64) ** 2).sum())
             pairs = pairs + walked * rows + rows * (first - history) + rows * (rows + 1) // 2
-    return curve(pairs / (n * (n + 1) / 2), np.sqrt(gap / norm))
+    return Points(pairs / (n * (n + 1) / 2), gap, norm)
 
 
 def _softmax_rows(q, k, scale, first: int) -> np.ndarray:

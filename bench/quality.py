@@ -1,0 +1,149 @@
+"""`python -m bench quality`: density against error, ours beside PBS-Attn, the paper, block top-CDF and the oracle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import s2o_cupy as s2o
+from bench import baselines
+from bench.baselines import Points
+from s2o_cupy.exact import ExactRows, compare_rows, exact_rows, sample_rows
+from s2o_cupy.files import load_arrays, replacing
+from s2o_cupy.progress import Bar
+from s2o_cupy.quality import checked
+from s2o_cupy.samples import NAMES
+
+TAUS = tuple(float(t) for t in np.geomspace(0.5, 1e-5, 24))
+LOW, HIGH = 0.12, 0.4  # densities that methods are compared at
+METHODS = ("ours", "no tail", "paper", "PBS-Attn", "block top-CDF", "oracle")
+
+
+def main(options) -> dict:
+    """Measure every file, print the table, and return what JSON holds."""
+    files = [(name, *s2o.load_sample(name)[:3]) for name in NAMES]
+    files += [(Path(f).stem, *list(load_arrays(f, ("q", "k", "v")).values())) for f in options.files]
+    report = {"settings": options.settings.as_dict(), "files": {}}
+    with Bar("quality", sum(len(METHODS) for _ in files)) as bar:
+        for name, q, k, v in files:
+            report["files"][name] = _file(q, k, v, options.settings, bar)
+    _summary(report)
+    _print(report)
+    if options.plots:
+        _plots(report, Path(options.plots))
+    return report
+
+
+def ours(q, k, v, settings, exact: ExactRows, taus=TAUS) -> list[Points]:
+    """One `Points` a query head along `tau`, over the rows of `exact`."""
+    problem, _ = checked(q, k, v, settings)
+    plan = s2o.plan(q, k, settings)
+    heads = [([], []) for _ in range(problem.heads_q)]
+    for tau in taus:
+        result = s2o.attend(q, k, v, plan, tau=tau, full_output=True)
+        rows = compare_rows(problem, result, exact)
+        for head, (density, gap) in enumerate(heads):
+            density.append(result.stats.head_density[0, head])
+            gap.append(rows.gap[0, head].sum())
+    norm = (exact.out.astype(np.float64) ** 2).sum(axis=(2, 3))[0]
+    return [Points(np.array(d), np.array(g), float(n)) for (d, g), n in zip(heads, norm, strict=True)]
+
+
+def _file(q, k, v, settings, bar) -> dict:
+    """Every method's points on one file, a list over heads each."""
+    problem, arrays = checked(q, k, v, settings)
+    exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, problem.n_q, 0))
+    paper = s2o.Settings.paper(segment=settings.segment, block_q=settings.block_q, block_k=settings.block_k)
+    found = {}
+    for name, variant in (("ours", settings), ("no tail", settings.replace(tail=None)), ("paper", paper)):
+        found[name] = ours(q, k, v, variant, exact)
+        if name == "paper":
+            position = ours(q, k, v, variant.replace(query_order="position"), exact)
+            found[name] = min(found[name], position, key=lambda heads: _mean_log_error(Points.pooled(heads)))
+        bar.step()
+    group = len(q) // len(k)
+    single = [
+        (np.asarray(q[h], np.float32), *(np.asarray(x[h // group], np.float32) for x in (k, v))) for h in range(len(q))
+    ]
+    tiles = (settings.segment, settings.block_q, settings.block_k, settings.pool)
+    for name, method, more in (
+        ("PBS-Attn", baselines.pbs_attention, ()),
+        ("block top-CDF", baselines.block_attention, ()),
+        ("oracle", baselines.oracle, tiles),
+    ):
+        found[name] = [method(*x, *more) for x in single]
+        bar.step()
+    return {
+        name: [{"density": x.density.tolist(), "gap": x.gap.tolist(), "norm": x.norm} for x in heads]
+        for name, heads in found.items()
+    }
+
+
+def _mean_log_error(points: Points) -> float:
+    return float(np.nanmean(np.log(points.curve.error_at(np.linspace(LOW, HIGH, 8)))))
+
+
+def _pooled(file: dict, method: str):
+    heads = [Points(np.array(x["density"]), np.array(x["gap"]), x["norm"]) for x in file[method]]
+    return Points.pooled(heads)
+
+
+def _summary(report: dict) -> None:
+    """For each file and rival: MSE ratio and density ratio at our own points between LOW and HIGH, all heads pooled."""
+    for file in report["files"].values():
+        points = _pooled(file, "ours")
+        inside = (points.density >= LOW) & (points.density <= HIGH)
+        density, error = points.density[inside], np.sqrt(points.gap[inside] / points.norm)
+        file["summary"] = {"density": density.tolist(), "error": error.tolist()}
+        for method in METHODS[1:]:
+            rival = _pooled(file, method).curve
+            file["summary"][method] = {
+                "mse_ratio": ((rival.error_at(density) / error) ** 2).tolist(),
+                "density_ratio": (rival.density_at(error) / density).tolist(),
+            }
+
+
+def _print(report: dict) -> None:
+    grid = (0.12, 0.16, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
+    for name, file in report["files"].items():
+        print(f"\n{name}: relative error at density, {len(file['ours'])} heads pooled")
+        print(f"{'':16}" + "".join(f"{d:9.2f}" for d in grid))
+        for method in METHODS:
+            curve = _pooled(file, method).curve
+            print(f"{method:16}" + "".join(f"{curve.error_at(d):9.4f}" for d in grid))
+    print(f"\nOur MSE and density against each method, at our own points of density {LOW} to {HIGH}:")
+    print(f"{'':16} {'MSE: geometric mean':>20} {'least':>7} {'density: geometric mean':>24} {'least':>7}")
+    report["ratios"] = {}
+    for method in METHODS[1:]:
+        parts = [file["summary"][method] for file in report["files"].values()]
+        mse, density = (np.concatenate([p[key] for p in parts]) for key in ("mse_ratio", "density_ratio"))
+        ratios = {
+            "mse": float(np.exp(np.nanmean(np.log(mse)))),
+            "mse_least": float(np.nanmin(mse)),
+            "density": float(np.exp(np.nanmean(np.log(density)))),
+            "density_least": float(np.nanmin(density)),
+        }
+        report["ratios"][method] = ratios
+        print(
+            f"{method:16} {ratios['mse']:20.2f} {ratios['mse_least']:7.2f} "
+            f"{ratios['density']:24.2f} {ratios['density_least']:7.2f}"
+        )
+
+
+def _plots(report: dict, folder: Path) -> None:
+    from s2o_cupy import plots
+
+    for name, file in report["files"].items():
+        curves = {}
+        for method in METHODS:
+            curve = _pooled(file, method).curve
+            curves[method] = (curve.density[:, None], curve.error[:, None])
+        plots.save_sweep(folder / f"quality_{name}.png", curves, f"{name}: all heads pooled")
+
+
+def write(report: dict, path) -> None:
+    """The report as JSON, whole or not at all."""
+    with replacing(path) as file:
+        file.write((json.dumps(report) + "\n").encode())
