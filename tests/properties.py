@@ -298,6 +298,14 @@ def a_bad_key_or_value_stays_with_rows_that_see_it(backend, case, seed, bad, whi
             np.testing.assert_array_equal(a, c)
 
 
+def rows_that_an_infinite_key_spoils_do_not_vote(backend, case, seed, bad):
+    """An infinite key spoils rows of one sign and weighs nothing in the others, which stop as if alone."""
+    rng, p = np.random.default_rng(seed), case.problem
+    changed = case.copy()
+    changed.k[0, 0, rng.integers(p.n_k), rng.integers(p.dim_qk)] = bad
+    reaches_the_reference(backend, changed)
+
+
 def ranks_as_the_reference(backend, case):
     """A plan's lists descend in the reference's score, to the scores' rounding and one quantised level."""
     plan, p = backend.plan(case), case.problem

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, cases
 
-from s2o_cupy import Settings
+from s2o_cupy import Settings, reference
+from s2o_cupy.backends import cpu
+from s2o_cupy.problem import Problem, Slab
 
 seeds = st.integers(0, 2**32 - 1)
 bad_numbers = st.sampled_from([np.nan, np.inf, -np.inf])
@@ -73,6 +75,11 @@ def test_a_bad_key_or_value_stays_with_rows_that_see_it(backend, case, seed, bad
     properties.a_bad_key_or_value_stays_with_rows_that_see_it(backend, case, seed, bad, which)
 
 
+@given(cases(contents=("randn",), dtypes=("float32",), tail=None), seeds, st.sampled_from([np.inf, -np.inf]))
+def test_rows_that_an_infinite_key_spoils_do_not_vote(backend, case, seed, bad):
+    properties.rows_that_an_infinite_key_spoils_do_not_vote(backend, case, seed, bad)
+
+
 @given(cases())
 def test_ranks_as_the_reference(backend, case):
     properties.ranks_as_the_reference(backend, case)
@@ -84,12 +91,31 @@ def test_guide_orders_as_the_reference(backend, case):
 
 
 few_values = st.lists(st.integers(-3, 3), min_size=1, max_size=300)
-any_values = st.lists(st.floats(width=16), min_size=1, max_size=300)
+any_values = st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1, max_size=300)
 
 
 @given(few_values | any_values, st.sampled_from([None, 2, 3, 16, 256, 1024, 65536]), st.sampled_from([1.0, 0.5, 0.01]))
 def test_exact_scores_order_bitwise(backend, scores, levels, cap):
     properties.exact_scores_order_bitwise(backend, scores, rank_levels=levels, cap=cap)
+
+
+@given(
+    st.lists(st.floats(width=32) | st.integers(-2, 2), min_size=40, max_size=40),
+    st.sampled_from([None, 2, 16, 1024, 65536]),
+    st.sampled_from([1.0, 0.5, 0.01]),
+)
+def test_cpu_remap_of_any_scores(scores, levels, cap):
+    """Stage 2 alone, over a slab of one head's two longer segments, NaN and infinities included."""
+    settings = Settings(segment=16, pool=4, rank_levels=levels, cap=cap)
+    problem = Problem(1, 1, 1, 48, 56, 4, 4, "float32", settings)
+    assert problem.history.tolist() == [8, 24, 40]
+    slab = Slab(0, 1, 1, 3)
+    offsets, lists = problem.offsets(slab), np.array([scores, scores[::-1]], np.float32)
+    order = np.full(offsets[0, -1], -1, np.int32)
+    cpu.remap(problem, lists, slab, offsets, order)
+    for row, s, start, stop in zip(lists, (1, 2), offsets[0], offsets[0, 1:]):
+        expected = reference.remap(row[: problem.history[s]], problem.listed[s], levels)
+        np.testing.assert_array_equal(order[start:stop], expected)
 
 
 @pytest.mark.parametrize("levels", [None, 1024])

@@ -69,6 +69,12 @@ def test_stop_rule_by_hand(tau, tiles):
     assert answer.tiles.item() == tiles
 
 
+def test_a_gain_of_exactly_tau_goes_on():
+    # Equal keys: gains inf, 1, 1/2, 1/3, without rounding.
+    answer = walk(ONE_ROW.replace(tau=1.0), column(1), column(0, 0, 0, 0), column(0, 0, 0, 0))
+    assert answer.tiles.item() == 3
+
+
 def test_one_row_that_gains_keeps_the_tile_walking():
     # Query 1: weights 4, 1, 1 -> gains 1/4, 1/5. Query 0 has equal weights: gains 1, 1/2. The greater decides.
     settings = ONE_ROW.replace(segment=2, block_q=2, tau=0.4)
@@ -124,6 +130,16 @@ def test_the_cap_is_the_mean_of_the_last_tile():
     settings, q, v = ONE_ROW.replace(block_k=2, cap=0.5), column(1), column(1, 1, 1, 1)
     assert walk(settings, q, logs(8, 2, 5, 5), v, [0, 1]).lse.item() == pytest.approx(log(10 + 2 * 400**0.25))
     assert walk(settings, q, logs(8, 2, 9, 9), v, [0, 1]).lse.item() == pytest.approx(log(10 + 2 * 5))
+
+
+@pytest.mark.parametrize(("walked", "blocks"), [(6, 1), (7, 0)])
+def test_a_block_with_less_than_a_quarter_left_stays_out_of_the_tail(walked, blocks):
+    # Eight equal keys of one block: with two left the block enters as two keys, with one it is left out.
+    settings = ONE_ROW.replace(pool=8, cap=walked / 8)
+    answer = walk(settings, column(1), column(*[0] * 8), column(*[5] * 8))
+    assert answer.tail_blocks.item() == blocks
+    assert answer.lse.item() == pytest.approx(log(8 if blocks else 7))
+    assert answer.out.item() == pytest.approx(5)
 
 
 def test_no_tail_renormalises_over_what_was_walked():
@@ -218,7 +234,7 @@ def test_shared_order_takes_the_whole_group():
         ([np.nan, -np.inf, 1, np.inf], None, [3, 2, 0, 1]),  # NaN and -inf tie at the end, by index
         ([np.nan, -np.inf, 1, np.inf, 2], 4, [3, 4, 2, 0, 1]),
         ([0, 10, 9, 6], 2, [1, 2, 3, 0]),  # steps of 5: 10, 9 and 6 share the upper one
-        ([5, 10, 0], 2, [1, 0, 2]),  # 5 lies on the edge: (10 - 5) * 2 / 10 = 1, the lower step
+        ([0, 10, 5], 2, [1, 0, 2]),  # 5 lies on the edge: (10 - 5) * 2 / 10 = 1, the lower step, where the least is too
         ([6, 10, 0, 7], 2, [0, 1, 3, 2]),
         ([7, 7, 7], 2, [0, 1, 2]),
         ([np.nan, np.nan], 8, [0, 1]),
@@ -289,11 +305,12 @@ def brute_row_tile(p, q, k, v, rows, history, ranked, tau):
     logits, values = logits[:, seen], v[seen]
     left = np.setdiff1d(keys[:history], walked)
     blocks, counts = np.unique(left // s.pool, return_counts=True) if s.tail else (left[:0], left[:0])
-    for block, count in zip(blocks, counts):
+    entering = counts >= s.pool / 4
+    for block, count in zip(blocks[entering], counts[entering]):
         whole = slice(block * s.pool, (block + 1) * s.pool)
         pooled = np.minimum(p.scale * q[rows] @ k[whole].mean(axis=0), ceiling) + np.log(count)
         logits, values = np.column_stack([logits, pooled]), np.vstack([values, v[whole].mean(axis=0)])
-    return *softmax_over(logits, values), tiles, len(blocks)
+    return *softmax_over(logits, values), tiles, entering.sum()
 
 
 @given(cases(**F64))
