@@ -39,6 +39,7 @@ struct Shared {
     int* row;              // [BLOCK_M] query row of each tile row
     int* poisoned;         // [BLOCK_M] whether that query is not finite
     float2* tail;          // [BLOCK_M] sum and maximum at the tail's start, then the tail's sum and maximum
+    float* ceiling;        // [BLOCK_M] what the last key tile added, then the most a tail key's product may be
     int* index;            // [4][BLOCK_N] ring of gathered indices
     float* bias;           // [BLOCK_N] added to a tail or masked step's dot products
     int* walked;           // [pool_blocks] keys of each pool block that were accumulated
@@ -50,6 +51,7 @@ struct Agreed {
     Walk walk;
     Step steps[4];  // ring: the current step, and the ones whose rows and indices are in flight
     int history, walked_tiles, blocks_found;
+    int last_keys;  // of the last key tile walked
 };
 
 __device__ __forceinline__ Shared shared_layout(char* base) {
@@ -59,7 +61,8 @@ __device__ __forceinline__ Shared shared_layout(char* base) {
     s.v = s.k + 2 * K_BYTES;
     base += Q_BYTES + 2 * (K_BYTES + V_BYTES);
     s.tail = (float2*)base;
-    s.row = (int*)(s.tail + BLOCK_M);
+    s.ceiling = (float*)(s.tail + BLOCK_M);
+    s.row = (int*)(s.ceiling + BLOCK_M);
     s.poisoned = s.row + BLOCK_M;
     s.index = s.poisoned + BLOCK_M;
     s.bias = (float*)(s.index + 4 * BLOCK_N);
@@ -67,57 +70,53 @@ __device__ __forceinline__ Shared shared_layout(char* base) {
     return s;
 }
 
+// Both products read their matrices AHEAD steps before they multiply with them: shared memory answers late.
+constexpr int AHEAD = 1;
+
 // s (raw dot products) = q k^T of one key tile, for the warp's rows.
 __device__ __forceinline__ void multiply_qk(float (&s)[M_TILES][N_TILES][4], unsigned int q, unsigned int k, int warp_row) {
     const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-        for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) s[m][n][i] = 0.f;
+    constexpr int PAIRS = N_TILES / 2, STEPS = HEAD_DIM / 16 * PAIRS;
     q = KeyTile::address(q, warp_row + (lane & 15), lane >> 4);
     k = KeyTile::address(k, (lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+    unsigned int a[2][M_TILES][4], b[AHEAD + 1][4];
 #pragma unroll
-    for (int d = 0; d < HEAD_DIM / 16; ++d) {
-        unsigned int a[M_TILES][4];
+    for (int step = 0; step < STEPS + AHEAD; ++step) {
+        if (step < STEPS) {
+            const int d = step / PAIRS, n = step % PAIRS;
+            if (n == 0)
 #pragma unroll
-        for (int m = 0; m < M_TILES; ++m)
-            load_matrices(a[m], KeyTile::from(q, 16 * m, 2 * d));
+                for (int m = 0; m < M_TILES; ++m) load_matrices(a[d % 2][m], KeyTile::from(q, 16 * m, 2 * d));
+            load_matrices(b[step % (AHEAD + 1)], KeyTile::from(k, 16 * n, 2 * d));
+        }
+        if (step < AHEAD) continue;
+        const int now = step - AHEAD, d = now / PAIRS, n = now % PAIRS * 2;
+        const unsigned int(&x)[4] = b[now % (AHEAD + 1)];
 #pragma unroll
-        for (int n = 0; n < N_TILES; n += 2) {
-            unsigned int b[4];
-            load_matrices(b, KeyTile::from(k, 8 * n, 2 * d));
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) {
-                mma(s[m][n], a[m], b[0], b[1]);
-                mma(s[m][n + 1], a[m], b[2], b[3]);
-            }
+        for (int m = 0; m < M_TILES; ++m) {
+            if (d == 0) mma_from_zero(s[m][n], a[0][m], x[0], x[1]), mma_from_zero(s[m][n + 1], a[0][m], x[2], x[3]);
+            else mma(s[m][n], a[d % 2][m], x[0], x[1]), mma(s[m][n + 1], a[d % 2][m], x[2], x[3]);
         }
     }
 }
 
-// o += p v, p taken from the accumulators' registers.
+// o += p v, p in the layout of the products' accumulators.
 __device__ __forceinline__ void multiply_pv(float (&o)[M_TILES][V_TILES][4], const unsigned int (&p)[M_TILES][N_TILES][2], unsigned int v) {
     const int lane = threadIdx.x & 31;
+    constexpr int PAIRS = V_TILES / 2, STEPS = N_TILES / 2 * PAIRS;
     v = ValueTile::address(v, lane & 15, lane >> 4);
+    unsigned int b[AHEAD + 1][4];
 #pragma unroll
-    for (int n = 0; n < N_TILES; n += 2) {
-        unsigned int a[M_TILES][4];
+    for (int step = 0; step < STEPS + AHEAD; ++step) {
+        if (step < STEPS) load_matrices_transposed(b[step % (AHEAD + 1)], ValueTile::from(v, step / PAIRS * 16, step % PAIRS * 2));
+        if (step < AHEAD) continue;
+        const int now = step - AHEAD, n = now / PAIRS * 2, d = now % PAIRS * 2;
+        const unsigned int(&x)[4] = b[now % (AHEAD + 1)];
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
-            a[m][0] = p[m][n][0], a[m][1] = p[m][n][1];
-            a[m][2] = p[m][n + 1][0], a[m][3] = p[m][n + 1][1];
-        }
-#pragma unroll
-        for (int d = 0; d < V_TILES; d += 2) {
-            unsigned int b[4];
-            load_matrices_transposed(b, ValueTile::from(v, 8 * n, d));
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) {
-                mma(o[m][d], a[m], b[0], b[1]);
-                mma(o[m][d + 1], a[m], b[2], b[3]);
-            }
+            const unsigned int a[4] = {p[m][n][0], p[m][n][1], p[m][n + 1][0], p[m][n + 1][1]};
+            mma(o[m][d], a, x[0], x[1]);
+            mma(o[m][d + 1], a, x[2], x[3]);
         }
     }
 }
@@ -175,8 +174,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
     // Query rows of the tile, and the positions they span.
     int lowest = 0x7fffffff, highest = -1;
     for (int r = threadIdx.x; r < BLOCK_M; r += THREADS) {
-        int row = -1;
-        if (r < rows) row = query_order ? query_order[flat_head * n_q + first_row + r] : first_row + r;
+        const int place = first_row + min(r, rows - 1);  // rows past the end repeat the last one
+        const int row = query_order ? query_order[flat_head * n_q + place] : place;
         sm.row[r] = row, sm.poisoned[r] = 0, sm.tail[r] = make_float2(0.f, 0.f);
     }
     __syncthreads();
@@ -187,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
     }
 
     // Queries to shared memory.
-    const Rows queries = {q, q_row, dim_qk, (aligned & 1) != 0};
+    const Rows queries = rows_of(q, q_row, dim_qk, aligned & 1);
     load_rows<HEAD_DIM, BLOCK_M, THREADS>(sm.q, queries, sm.row);
     commit_copies();
 
@@ -203,10 +202,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         listed = (int)(list[1] - list[0]);
     }
     if (threadIdx.x == 0) {
-        agreed.keys = {k + batch * k_batch + kv % heads_kv * k_head, k_row, dim_qk, (aligned & 2) != 0};
-        agreed.values = {v + batch * v_batch + kv % heads_kv * v_head, v_row, dim_v, (aligned & 4) != 0};
-        agreed.pooled_keys = {k_pool + (long long)kv * pool_stride * k_pool_row, k_pool_row, dim_qk, true};
-        agreed.pooled_values = {v_pool + (long long)kv * pool_stride * v_pool_row, v_pool_row, dim_v, true};
+        agreed.keys = rows_of(k + batch * k_batch + kv % heads_kv * k_head, k_row, dim_qk, aligned & 2);
+        agreed.values = rows_of(v + batch * v_batch + kv % heads_kv * v_head, v_row, dim_v, aligned & 4);
+        agreed.pooled_keys = rows_of(k_pool + (long long)kv * pool_stride * k_pool_row, k_pool_row, k_pool_row, true);
+        agreed.pooled_values = rows_of(v_pool + (long long)kv * pool_stride * v_pool_row, v_pool_row, v_pool_row, true);
         agreed.walk.window_first = dense && !causal ? 0 : history;
         agreed.walk.masked_first = causal ? lowest + shift : dense ? n_k : history;
         agreed.walk.masked_stop = causal ? highest + shift + 1 : agreed.walk.masked_first;
@@ -220,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
     for (int b = threadIdx.x; b < pool_blocks; b += THREADS) sm.walked[b] = 0;
     __syncthreads();
 
-    // Rows of k and v that a step gathers; -1 past its count.
+    // Rows of k and v that a step gathers; past its count the first row, which every query sees.
     auto fetch_index = [&](int place) {
         const Step& step = agreed.steps[place & 3];
         int* to = sm.index + (place & 3) * BLOCK_N + threadIdx.x;
@@ -228,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         if (step.phase == HISTORY && (int)threadIdx.x < step.count)
             copy4_async(shared_address(to), order + step.start + threadIdx.x);
         else
-            *to = (int)threadIdx.x < step.count ? step.start + (int)threadIdx.x : -1;
+            *to = step.phase != HISTORY && (int)threadIdx.x < step.count ? step.start + (int)threadIdx.x : 0;
     };
     auto fetch_rows = [&](int place) {
         const bool pooled = agreed.steps[place & 3].phase == TAIL;
@@ -289,6 +288,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
             }
     };
 
+    // A key behind the last tile in the ranking is not credited with more than that tile's mean weight.
+    auto start_ceiling = [&]() {
+        if (lane % 4) return;
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float& x = sm.ceiling[warp_row + 16 * m + 8 * h + lane / 4];
+                x = agreed.walked_tiles ? soft[m][h].frame() + log2f(x / agreed.last_keys) / unit : -NEGATIVE_INFINITY;
+            }
+    };
+
     while (true) {
         wait_copies<0>();
         const bool more = __syncthreads_or(wanted);
@@ -319,12 +330,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         const unsigned int stage = place & 1;
 
         if (step.phase == TAIL) {
-            if (!in_tail) mark_tail(false), in_tail = true;
+            if (!in_tail) mark_tail(false), start_ceiling(), in_tail = true;
             float bias = NEGATIVE_INFINITY;
             if ((int)threadIdx.x < step.count) {
                 const int b = step.start + threadIdx.x;
                 const int left = min(1 << log2_pool, agreed.history - (b << log2_pool)) - sm.walked[b];
-                if (left > 0) bias = log2f((float)left) / unit;
+                if (4 * left >= 1 << log2_pool) bias = log2f((float)left) / unit;  // fewer are left out
             }
             if (threadIdx.x < BLOCK_N) sm.bias[threadIdx.x] = bias;
             const int found = __syncthreads_count(bias > NEGATIVE_INFINITY);
@@ -332,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         } else if (step.phase == MASKED_WINDOW) {
             hide_non_finite(sm, sm.v + stage * V_BYTES);
         } else if (step.phase == HISTORY) {
-            if (threadIdx.x == 0) agreed.walked_tiles += step.closes();
+            if (threadIdx.x == 0 && step.closes()) ++agreed.walked_tiles, agreed.last_keys = (step.tile_stop - 1) % block_k + 1;
             if (agreed.walk.pool_blocks && (int)threadIdx.x < step.count)
                 atomicAdd(sm.walked + (sm.index[(place & 3) * BLOCK_N + threadIdx.x] >> log2_pool), 1);
         }
@@ -341,26 +352,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         multiply_qk(p, sm.q, sm.k + stage * K_BYTES, warp_row);
 
         if (step.count < BLOCK_N || step.phase >= TAIL) {
-            int limit[M_TILES][2];  // columns from here on are hidden
+            __syncwarp();
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    limit[m][h] = step.count;
-                    if (step.phase == MASKED_WINDOW)
-                        limit[m][h] = min(step.count, sm.row[warp_row + 16 * m + 8 * h + lane / 4] + shift + 1 - step.start);
-                }
+                    const int r = warp_row + 16 * m + 8 * h + lane / 4;
+                    int limit = step.count;  // columns from here on are hidden
+                    if (step.phase == MASKED_WINDOW) limit = min(limit, sm.row[r] + shift + 1 - step.start);
+                    const float ceiling = step.phase == TAIL ? sm.ceiling[r] : -NEGATIVE_INFINITY;
 #pragma unroll
-            for (int n = 0; n < N_TILES; ++n)
+                    for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int column = 8 * n + 2 * (lane % 4) + i;
-                    const float bias = step.phase >= TAIL ? *(volatile float*)(sm.bias + column) : 0.f;
-#pragma unroll
-                    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-                        for (int h = 0; h < 2; ++h)
-                            p[m][n][2 * h + i] = column < limit[m][h] ? p[m][n][2 * h + i] + bias : NEGATIVE_INFINITY;
+                        for (int i = 0; i < 2; ++i) {
+                            float& x = p[m][n][2 * h + i];
+                            const int column = 8 * n + 2 * (lane % 4) + i;
+                            const float bias = step.phase >= TAIL ? *(volatile float*)(sm.bias + column) : 0.f;
+                            x = column < limit ? fminf(x, ceiling) + bias : NEGATIVE_INFINITY;
+                        }
                 }
         }
 
@@ -392,7 +401,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) wanted |= soft[m][h].close(tau) && votes[m][h];
+                for (int h = 0; h < 2; ++h) {
+                    const float before = soft[m][h].closed, gained = soft[m][h].close();
+                    wanted |= votes[m][h] && soft[m][h].wants(gained, before, tau);
+                    if (step.phase == HISTORY && lane % 4 == 0) sm.ceiling[warp_row + 16 * m + 8 * h + lane / 4] = gained;
+                }
         }
         ++place;
     }

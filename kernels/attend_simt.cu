@@ -14,7 +14,7 @@ constexpr int COLUMNS = HEAD_DIM_V / 8;
 constexpr int STAGED = (BLOCK_M + BLOCK_N) * (CHUNK + 1) > BLOCK_N * HEAD_DIM_V ? (BLOCK_M + BLOCK_N) * (CHUNK + 1) : BLOCK_N * HEAD_DIM_V;
 
 __device__ __forceinline__ real_t infinity() { return (real_t)__int_as_float(0x7f800000); }
-__device__ __forceinline__ bool finite(real_t x) { return x - x == 0; }
+__device__ __forceinline__ bool is_finite(real_t x) { return x - x == 0; }
 __device__ __forceinline__ real_t power2(real_t x) { return sizeof(real_t) == 4 ? (real_t)exp2f((float)x) : (real_t)exp2((double)x); }
 __device__ __forceinline__ real_t log_2(real_t x) { return sizeof(real_t) == 4 ? (real_t)log2f((float)x) : (real_t)log2((double)x); }
 
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
     int lowest = 0x7fffffff, highest = -1;
     for (int r = 0; r < rows; ++r) lowest = min(lowest, row_of[r]), highest = max(highest, row_of[r]);
     for (int i = threadIdx.x; i < rows * dim_qk; i += THREADS)
-        if (!finite(q[row_of[i / dim_qk] * q_row + i % dim_qk])) poisoned[i / dim_qk] = 1;
+        if (!is_finite(q[row_of[i / dim_qk] * q_row + i % dim_qk])) poisoned[i / dim_qk] = 1;
 
     const int history = dense ? 0 : causal ? (s * segment + shift) >> log2_pool << log2_pool : n_k;
     const int* order = nullptr;
@@ -94,10 +94,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
     }
     for (int b = threadIdx.x; b < walk.pool_blocks; b += THREADS) walked[b] = 0;
 
-    real_t o[4][COLUMNS], top[4], closed[4], open[4], mark_sum[4], mark_top[4];
+    real_t o[4][COLUMNS], top[4], closed[4], open[4], mark_sum[4], mark_top[4], ceiling[4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-        top[r] = -infinity(), closed[r] = open[r] = mark_sum[r] = mark_top[r] = 0;
+        top[r] = -infinity(), closed[r] = open[r] = mark_sum[r] = mark_top[r] = 0, ceiling[r] = infinity();
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c) o[r][c] = 0;
     }
@@ -123,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
             bias[i] = 0;
             if (step.phase == TAIL) {
                 const int left = key < 0 ? 0 : min(1 << log2_pool, history - (key << log2_pool)) - walked[key];
-                bias[i] = left > 0 ? log_2((real_t)left) / unit : -infinity();
+                bias[i] = 4 * left >= 1 << log2_pool ? log_2((real_t)left) / unit : -infinity();
             } else if (step.phase == HISTORY && key >= 0 && walk.pool_blocks) {
                 atomicAdd(walked + (key >> log2_pool), 1);
             }
@@ -163,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
         for (int i = threadIdx.x; i < BLOCK_N * HEAD_DIM_V; i += THREADS) {
             const int r = i / HEAD_DIM_V, c = i % HEAD_DIM_V, row = index[r];
             real_t x = row >= 0 && c < dim_v ? from_v.data[row * from_v.stride + c] : 0;
-            if (step.phase == MASKED_WINDOW && !finite(x)) bias[r] = x - x, x = 0;
+            if (step.phase == MASKED_WINDOW && !is_finite(x)) bias[r] = x - x, x = 0;
             staged[i] = x;
         }
         __syncthreads();
@@ -177,6 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int column = tx + 8 * j;
+                if (step.phase == TAIL && p[r][j] > ceiling[r]) p[r][j] = ceiling[r];
                 p[r][j] = column < limit ? p[r][j] + bias[column] : -infinity();
                 greatest = p[r][j] > greatest ? p[r][j] : greatest;
             }
@@ -196,6 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
             if (!step.closes()) continue;
             const real_t gained = row_sum(open[r]), before = closed[r];
             closed[r] = before + gained, open[r] = 0;
+            // A key behind this tile in the ranking is not credited with more than the tile's mean weight.
+            if (step.phase == HISTORY) ceiling[r] = frame(r) + log_2(gained / ((step.tile_stop - 1) % block_k + 1)) / unit;
             const bool gains = before == 0 ? top[r] > -infinity() && gained >= 0 : gained / before >= tau;
             wanted |= gains && row < rows && !poisoned[row];
         }

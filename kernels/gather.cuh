@@ -26,41 +26,50 @@ struct SharedTile {
 
 // The rows of one head of q, k or v.
 struct Rows {
-    const half_t* data;
-    long long stride;  // elements from row to row
-    int width;         // elements of a row; the tile's columns beyond it are zero
-    bool aligned;      // every row starts on 16 bytes
+    const char* data;
+    int stride;    // bytes from row to row
+    int width;     // elements of a row; the tile's columns beyond it become zero
+    bool aligned;  // every row starts on 16 bytes
 };
 
-// Starts the copy of the TILE_ROWS rows that `index` (in shared memory) names, by all THREADS of the block. Rows
-// below 0, and columns past the width, become zero. A lane group reads 64 or 128 contiguous bytes of a row.
+__device__ __forceinline__ Rows rows_of(const half_t* data, long long stride, int width, bool aligned) {
+    return {(const char*)data, (int)(2 * stride), width, aligned};
+}
+
+// Starts the copy of the TILE_ROWS rows that `index` (in shared memory) names, by all THREADS of the block. A group
+// of 4 or 8 lanes reads 64 or 128 contiguous bytes of a row.
 template <int COLUMNS, int TILE_ROWS, int THREADS>
 __device__ __forceinline__ void load_rows(unsigned int to, const Rows& rows, const int* index) {
     typedef SharedTile<COLUMNS> Tile;
     constexpr int LANES = Tile::CHUNKS % 8 == 0 ? 8 : 4;
-    const int width = rows.width;
-    const long long stride = rows.stride;
-    if (rows.aligned) {
+    const int width = rows.width, stride = rows.stride;
+    if (rows.aligned && width == COLUMNS) {
         const int first = threadIdx.x / LANES, column = threadIdx.x % LANES;
-        const half_t* data = rows.data + 8 * column;
+        const char* data = rows.data + 16 * column;
         to = Tile::address(to, first, column);
 #pragma unroll
         for (int r = 0; r < TILE_ROWS; r += THREADS / LANES) {
             if (TILE_ROWS % (THREADS / LANES) && first + r >= TILE_ROWS) break;
-            const int row = index[first + r];
-            const half_t* from = data + max(row, 0) * stride;
+            const char* from = data + (long long)index[first + r] * stride;
 #pragma unroll
-            for (int c = 0; c < Tile::CHUNKS; c += LANES) {
-                const int valid = row < 0 ? 0 : max(0, min(8, width - 8 * (column + c)));
-                copy16_async(to + 16 * (r * Tile::CHUNKS + c), valid ? from + 8 * c : data, 2 * valid);
-            }
+            for (int c = 0; c < Tile::CHUNKS; c += LANES) copy16_async(to + 16 * (r * Tile::CHUNKS + c), from + 16 * c);
+        }
+        return;
+    }
+    if (rows.aligned && width % 8 == 0) {  // a narrower head: whole chunks, the others zero
+#pragma unroll 1
+        for (int i = threadIdx.x; i < TILE_ROWS * Tile::CHUNKS; i += THREADS) {
+            const int r = i / Tile::CHUNKS, c = i % Tile::CHUNKS;
+            const unsigned int address = Tile::address(to, r, c);
+            if (8 * c < width) copy16_async(address, rows.data + (long long)index[r] * stride + 16 * c);
+            else asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(address), "r"(0) : "memory");
         }
         return;
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < TILE_ROWS * COLUMNS; i += THREADS) {  // views that start off 16 bytes: one by one
-        const int r = i / COLUMNS, c = i % COLUMNS, row = index[r];
-        const half_t x = row >= 0 && c < width ? rows.data[row * stride + c] : (half_t)0;
+    for (int i = threadIdx.x; i < TILE_ROWS * COLUMNS; i += THREADS) {  // rows off 16 bytes: one by one
+        const int r = i / COLUMNS, c = i % COLUMNS;
+        const half_t x = c < width ? *(const half_t*)(rows.data + (long long)index[r] * stride + 2 * c) : (half_t)0;
         asm volatile("st.shared.u16 [%0], %1;" ::"r"(Tile::address(to, r, c / 8) + 2 * (c % 8)), "h"(x) : "memory");
     }
 }

@@ -5,8 +5,8 @@
 typedef unsigned short half_t;
 
 #ifdef S2O_EMULATION
-static inline float half_to_float(half_t x) { return s2o_emulation::half_to_float(x); }
-static inline half_t float_to_half(float x) { return s2o_emulation::float_to_half(x); }
+static inline float half_to_float(half_t x) { return s2o_emulation::half_to_float(x, IS_BF16); }
+static inline half_t float_to_half(float x) { return s2o_emulation::float_to_half(x, IS_BF16); }
 #else
 __device__ __forceinline__ float half_to_float(half_t x) {
 #if IS_BF16

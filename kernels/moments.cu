@@ -15,11 +15,11 @@ constexpr int CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
 constexpr int N_TILES = WIDTH / 8;
 typedef SharedTile<WIDTH> Tile;
 
-// Zeroes the rows of a chunk that are not finite; returns how many of its rows are left.
-__device__ __forceinline__ int keep_finite(unsigned int chunk, const int* index, int* bad) {
-    if (threadIdx.x < CHUNK_ROWS) bad[threadIdx.x] = 0;
+// Zeroes the rows of a chunk that are not finite, or past its first `present`; returns how many are left.
+__device__ __forceinline__ int keep_finite(unsigned int chunk, int present, int* bad) {
+    if (threadIdx.x < CHUNK_ROWS) bad[threadIdx.x] = (int)threadIdx.x >= present;
     __syncthreads();
-    bool found = false;
+    bool found = present < CHUNK_ROWS;
     for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS) {
         unsigned int x[4];
         const unsigned int address = Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS);
@@ -32,7 +32,7 @@ __device__ __forceinline__ int keep_finite(unsigned int chunk, const int* index,
             if (bad[i / Tile::CHUNKS])
                 asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS)), "r"(0) : "memory");
     }
-    return __syncthreads_count(threadIdx.x < CHUNK_ROWS && index[threadIdx.x % CHUNK_ROWS] >= 0 && !bad[threadIdx.x % CHUNK_ROWS]);
+    return __syncthreads_count(threadIdx.x < CHUNK_ROWS && !bad[threadIdx.x % CHUNK_ROWS]);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) moments(
@@ -50,11 +50,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) moments(
 
     auto fetch = [&](int chunk) {
         const int r = chunk % per_head * CHUNK_ROWS, head = order_head % heads_order * members + chunk / per_head;
-        int* rows_of = index[chunk & 1];
-        if (threadIdx.x < CHUNK_ROWS) rows_of[threadIdx.x] = r + (int)threadIdx.x < rows ? first + r + (int)threadIdx.x : -1;
+        int* row_index = index[chunk & 1];
+        if (threadIdx.x < CHUNK_ROWS) row_index[threadIdx.x] = first + min(r + (int)threadIdx.x, rows - 1);
         __syncthreads();
-        const Rows from = {q + batch * q_batch + head * q_head, q_row, dim, aligned != 0};
-        load_rows<WIDTH, CHUNK_ROWS, THREADS>(chunks + (chunk & 1) * CHUNK_BYTES, from, rows_of);
+        const Rows from = rows_of(q + batch * q_batch + head * q_head, q_row, dim, aligned);
+        load_rows<WIDTH, CHUNK_ROWS, THREADS>(chunks + (chunk & 1) * CHUNK_BYTES, from, row_index);
         commit_copies();
     };
 
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) moments(
         __syncthreads();
         if (chunk + 1 < total) fetch(chunk + 1);
         const unsigned int here = chunks + (chunk & 1) * CHUNK_BYTES;
-        kept += keep_finite(here, index[chunk & 1], bad);
+        kept += keep_finite(here, rows - chunk % per_head * CHUNK_ROWS, bad);
         if (leads) {
 #pragma unroll
             for (int i = 0; i < (WIDTH + THREADS - 1) / THREADS; ++i) {

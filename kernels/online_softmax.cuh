@@ -41,11 +41,16 @@ struct RowSoftmax {
     // A maximum that can be subtracted from -inf.
     __device__ __forceinline__ float frame() const { return top == NEGATIVE_INFINITY ? 0.f : top; }
 
-    // Closes a logical key tile; whether the row wants another: it gained at least `tau` of what it had.
-    __device__ __forceinline__ bool close(float tau) {
-        const float gained = quad_sum(open), before = closed;
-        closed = before + gained, open = 0.f;
-        if (before == 0.f) return top > NEGATIVE_INFINITY && gained >= 0.f;
-        return gained >= tau * before;
+    // Closes a logical key tile; returns what it added to the sum.
+    __device__ __forceinline__ float close() {
+        const float gained = quad_sum(open);
+        closed += gained, open = 0.f;
+        return gained;
+    }
+
+    // Whether the row wants another tile: it gained at least `tau` of what it had before. A row that is not finite
+    // has no wish, nor has one whose every logit was -inf.
+    __device__ __forceinline__ bool wants(float gained, float before, float tau) const {
+        return before == 0.f ? top > NEGATIVE_INFINITY && gained >= 0.f : gained >= tau * before;
     }
 };

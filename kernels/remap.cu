@@ -10,12 +10,10 @@
 // without contraction; 0: exact. +inf leads, -inf and NaN close.
 // A pass: every warp counts the digits of its own run of keys; a scan over (digit, warp) gives places; the warp then
 // deals its keys out in order, equal digits of 32 keys ranked by match. No place depends on the order of atomics.
-// grid (segments, lists' heads)   block WARPS * 32   shared memory WARPS * bins * 4 bytes
-// macros SCORE_HALF (0, 1), WARPS
-#ifndef S2O_EMULATION
+// grid (segments, lists' heads)   block warps * 32 (at most 1024)   shared memory warps * bins * 4 bytes
+// macros SCORE_HALF (0, 1)
 #define IS_BF16 0
 #include "half.cuh"
-#endif
 
 #define POSITIVE_INFINITY __int_as_float(0x7f800000)
 
@@ -27,7 +25,8 @@ typedef float score_t;
 __device__ __forceinline__ float to_float(score_t x) { return x; }
 #endif
 
-constexpr int THREADS = WARPS * 32;
+constexpr int MAX_WARPS = 32;
+constexpr int AHEAD = 4;  // keys a lane loads before it deals the first of them out
 
 struct Scale {
     float high, factor;  // level = (high - score) * factor
@@ -65,14 +64,14 @@ __device__ int scan_block(int x, int* warp_totals) {
     return base + sum - x;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) remap(
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int* scratch,
     int segments, int levels, int bins, int passes) {
-    extern __shared__ int counts[];  // [WARPS][bins]
-    __shared__ int warp_totals[WARPS];
-    __shared__ float least[WARPS], greatest[WARPS];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    extern __shared__ int counts[];  // [warps][bins]
+    __shared__ int warp_totals[MAX_WARPS];
+    __shared__ float least[MAX_WARPS], greatest[MAX_WARPS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
     const int s = segments - 1 - blockIdx.x;  // the longest lists first
     const long long in_head = starts[segments], at = blockIdx.y * in_head + starts[s];
     const int n = history[s];
@@ -85,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) remap(
     Scale scale = {0.f, 0.f, levels, true};
     if (levels > 0) {
         float low = POSITIVE_INFINITY, high = -POSITIVE_INFINITY;
-        for (int i = threadIdx.x; i < n; i += THREADS) {
+        for (int i = threadIdx.x; i < n; i += threads) {
             const float x = to_float(scores[i]);
             if (x - x == 0.f) low = fminf(low, x), high = fmaxf(high, x);
         }
@@ -95,13 +94,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) remap(
         }
         if (lane == 0) least[warp] = low, greatest[warp] = high;
         __syncthreads();
-        for (int w = 0; w < WARPS; ++w) low = fminf(low, least[w]), high = fmaxf(high, greatest[w]);
+        for (int w = 0; w < warps; ++w) low = fminf(low, least[w]), high = fmaxf(high, greatest[w]);
         const float span = __fsub_rn(high, low);
         if (span > 0.f && span < POSITIVE_INFINITY) scale.high = high, scale.factor = __fdiv_rn((float)levels, span), scale.flat = false;
     }
 
     // Every warp's run of keys, a multiple of 32.
-    const int run = (n + THREADS - 1) / THREADS * 32, first = warp * run, last = min(first + run, n);
+    const int run = (n + threads - 1) / threads * 32, first = warp * run, last = min(first + run, n);
     int* const mine = counts + warp * bins;
     int shift = 0, bits = 0;
     while (1 << bits < bins) ++bits;
@@ -111,41 +110,48 @@ extern "C" __global__ void __launch_bounds__(THREADS) remap(
         int* to = pass == passes - 1 ? out : scratch + pass % 2 * gridDim.y * in_head + at;
         const int limit = pass == passes - 1 ? listed : n;
 
-        for (int i = threadIdx.x; i < WARPS * bins; i += THREADS) counts[i] = 0;
+        for (int i = threadIdx.x; i < warps * bins; i += threads) counts[i] = 0;
         __syncthreads();
-        for (int i = first + lane; i < last; i += 32) {
-            const unsigned int digit = rank_key(to_float(scores[from ? from[i] : i]), scale) >> shift & mask;
-            atomicAdd(mine + digit, 1);
-        }
+#pragma unroll 4
+        for (int i = first + lane; i < last; i += 32)
+            atomicAdd(mine + (rank_key(to_float(scores[from ? from[i] : i]), scale) >> shift & mask), 1);
         __syncthreads();
 
         // Places: digit by digit, and within a digit warp by warp.
-        const int per_thread = (bins + THREADS - 1) / THREADS, bin_first = min((int)threadIdx.x * per_thread, bins);
+        const int per_thread = (bins + threads - 1) / threads, bin_first = min((int)threadIdx.x * per_thread, bins);
         const int bin_last = min(bin_first + per_thread, bins);
         int total = 0;
         for (int b = bin_first; b < bin_last; ++b)
-            for (int w = 0; w < WARPS; ++w) total += counts[w * bins + b];
+            for (int w = 0; w < warps; ++w) total += counts[w * bins + b];
         int place = scan_block(total, warp_totals);
         for (int b = bin_first; b < bin_last; ++b)
-            for (int w = 0; w < WARPS; ++w) {
+            for (int w = 0; w < warps; ++w) {
                 const int here = counts[w * bins + b];
                 counts[w * bins + b] = place;
                 place += here;
             }
         __syncthreads();
 
-        for (int i = first; i < last; i += 32) {
-            const bool active = i + lane < last;
-            const unsigned int live = __ballot_sync(0xffffffffu, active);
-            const int key = !active ? 0 : from ? from[i + lane] : i + lane;
-            const unsigned int digit = active ? rank_key(to_float(scores[key]), scale) >> shift & mask : 0xffffffffu;
-            const unsigned int peers = __match_any_sync(0xffffffffu, digit) & live;
-            const int before = __popc(peers & ((1u << lane) - 1));
-            const int base = active ? mine[digit] : 0;
-            __syncwarp();
-            if (active && before == 0) mine[digit] = base + __popc(peers);
-            __syncwarp();
-            if (active && base + before < limit) to[base + before] = key;
+        for (int start = first; start < last; start += 32 * AHEAD) {
+            int keys[AHEAD];
+            float values[AHEAD];
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) {
+                const int i = start + 32 * j + lane;
+                keys[j] = i >= last ? -1 : from ? from[i] : i;
+                values[j] = i >= last ? 0.f : to_float(scores[keys[j]]);
+            }
+#pragma unroll
+            for (int j = 0; j < AHEAD; ++j) {
+                const bool active = keys[j] >= 0;
+                const unsigned int digit = active ? rank_key(values[j], scale) >> shift & mask : 0xffffffffu;
+                const unsigned int peers = __match_any_sync(0xffffffffu, digit);
+                const int before = __popc(peers & ((1u << lane) - 1)), base = active ? mine[digit] : 0;
+                __syncwarp();
+                if (active && before == 0) mine[digit] = base + __popc(peers);
+                __syncwarp();
+                if (active && base + before < limit) to[base + before] = keys[j];
+            }
         }
         __syncthreads();
     }

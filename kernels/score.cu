@@ -1,13 +1,14 @@
 // score.cu: stage 1, last part. One score for each (order head, segment, history key): a tensor-core product of the
 // keys with every segment's rows (factor.cu), summed up in registers.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
-//   rows     [order heads of the slab, segments, per_list, WIDTH] T   mean query, then covariance factors
-//   mean     [order heads of the slab, segments, WIDTH]   float  the mean's share in full mode, else null
+//   rows     [order heads of the slab, segments, PER_LIST, WIDTH] T   mean query, then covariance factors
+//   mean     [order heads of the slab, segments, WIDTH]   float  scale * mean query; score_full alone reads it
 //   history  [segments of the slab]                       int32  keys [0, history) are scored
 //   starts   [segments of the slab + 1]                   int64  where a list's scores start in its head's
 //   score    [order heads of the slab, starts[segments]]  half   natural-log units, clamped to half's range
-// T is float16 or bfloat16 (IS_BF16). per_list: 1 (mean rank), 8, 16, 32 or a multiple of 64 rows; the first row is
-// linear, the others are squared. With `mean`, per_list = WIDTH and score = sum_i (row_i . k + mean_i) k_i.
+// T is float16 or bfloat16 (IS_BF16). One kernel for each number of rows a list has: score_1 (mean rank), score_8,
+// score_16, score_32, score_64; the first row is linear, the others are squared. score_full: WIDTH rows, and
+// score = sum_i (row_i . k + mean_i) k_i.
 // grid (key tiles of the longest history, order heads of a K/V head, K/V heads of the slab)   block WARPS * 32
 // shared memory (WARPS * 32 + 2 * 64) * WIDTH * 2 bytes   macros IS_BF16, WIDTH (64, 128, 256), WARPS
 #include "gather.cuh"
@@ -27,48 +28,97 @@ __device__ __forceinline__ unsigned short score_bits(float x) {
     return y;
 }
 
+enum { FULL = 0 };  // in place of PER_LIST
+
 // Four keys in a row of one list.
 __device__ __forceinline__ void store_scores(unsigned short* to, float a, float b, float c, float d) {
     *(uint2*)to = make_uint2(score_bits(a) | (unsigned int)score_bits(b) << 16, score_bits(c) | (unsigned int)score_bits(d) << 16);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) score(
+// The sum of one n-tile's (8 rows') products for each of the lane's four keys, this lane's share of it.
+template <int PER_LIST>
+__device__ __forceinline__ void add_shares(float (&sum)[4], const float (&c)[2][4], bool linear, const float* mean, unsigned int keys, int column) {
+    const int quad = threadIdx.x & 3, key = threadIdx.x / 32 * 32 + (threadIdx.x & 31) / 4 * 4;
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const float x = c[m][2 * h], y = c[m][2 * h + 1];
+            float& share = sum[2 * m + h];
+            if (PER_LIST == FULL) {
+                unsigned int pair;
+                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(Tile::address(keys, key + 2 * m + h, column / 8) + 4 * quad));
+                share += (x + mean[column + 2 * quad]) * half_to_float((half_t)pair) + (y + mean[column + 2 * quad + 1]) * half_to_float((half_t)(pair >> 16));
+            } else {
+                share += (linear && quad == 0 ? x : x * x) + y * y;
+            }
+        }
+}
+
+// Adds up the quad's shares of LISTS lists; lane `quad` ends with its own lists' sums in the first places.
+template <int LISTS>
+__device__ __forceinline__ void reduce_quad(float (&u)[LISTS][4]) {
+    const int quad = threadIdx.x & 3;
+    constexpr int HALF = LISTS >= 2 ? LISTS / 2 : 1, QUARTER = LISTS >= 4 ? LISTS / 4 : 1;
+#pragma unroll
+    for (int j = 0; j < HALF; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float mine = LISTS >= 2 && quad & 2 ? u[LISTS / 2 + j][i] : u[j][i];
+            const float other = LISTS >= 2 ? (quad & 2 ? u[j][i] : u[LISTS / 2 + j][i]) : u[j][i];
+            u[j][i] = mine + __shfl_xor_sync(0xffffffffu, other, 2);
+        }
+#pragma unroll
+    for (int j = 0; j < QUARTER; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float mine = LISTS >= 4 && quad & 1 ? u[LISTS / 4 + j][i] : u[j][i];
+            const float other = LISTS >= 4 ? (quad & 1 ? u[j][i] : u[LISTS / 4 + j][i]) : u[j][i];
+            u[j][i] = mine + __shfl_xor_sync(0xffffffffu, other, 1);
+        }
+}
+
+template <int PER_LIST>
+__device__ __forceinline__ void score_tile(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
     const half_t* __restrict__ rows, const float* __restrict__ mean, const int* __restrict__ history,
     const long long* __restrict__ starts, unsigned short* __restrict__ scores,
-    int heads_kv, int kv_start, int n_keys, int dim, int segments, int per_list) {
+    int heads_kv, int kv_start, int n_keys, int dim, int segments) {
     extern __shared__ __align__(128) char shared_memory[];
     __shared__ int index[TILE_KEYS];
+    constexpr int ROWS = PER_LIST == FULL ? WIDTH : PER_LIST;                 // of a list
+    constexpr int LISTS = ROWS >= CHUNK_ROWS ? 1 : CHUNK_ROWS / ROWS;         // of a chunk
+    constexpr int SPAN = ROWS >= CHUNK_ROWS ? ROWS / CHUNK_ROWS : 1;          // chunks of a list
     const unsigned int keys = shared_address(shared_memory), chunks = keys + TILE_KEYS * WIDTH * 2;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
     const int first_key = blockIdx.x * TILE_KEYS, kv = kv_start + blockIdx.z;
     const int order_head = blockIdx.z * gridDim.y + blockIdx.y;
-    rows += (long long)order_head * segments * per_list * WIDTH;
+    rows += (long long)order_head * segments * ROWS * WIDTH;
     scores += order_head * starts[segments];
 
     // Histories grow with the segment: the first list that reaches this tile of keys.
     int first_list = 0;
     for (int step = 1 << 20; step; step /= 2)
         if (first_list + step <= segments && history[first_list + step - 1] <= first_key) first_list += step;
-    const int total_rows = segments * per_list;
-    int chunk = first_list * per_list / CHUNK_ROWS;
-    const int chunk_stop = (total_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    const int total_rows = segments * ROWS, chunk_stop = (total_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    int chunk = (int)((long long)first_list * ROWS / CHUNK_ROWS);
+    if (first_list == segments) return;
 
     auto fetch = [&](int which) {
-        for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS) {
-            const int r = i / Tile::CHUNKS, c = i % Tile::CHUNKS, row = which * CHUNK_ROWS + r;
-            const bool present = row < total_rows;
-            copy16_async(Tile::address(chunks + (which & 1) * CHUNK_BYTES, r, c), rows + (present ? (long long)row * WIDTH + 8 * c : 0), present ? 16 : 0);
+#pragma unroll
+        for (int start = 0; start < CHUNK_ROWS * Tile::CHUNKS; start += THREADS) {
+            const int i = start + threadIdx.x, r = i / Tile::CHUNKS, c = i % Tile::CHUNKS;
+            const int row = min(which * CHUNK_ROWS + r, total_rows - 1);
+            copy16_async(Tile::address(chunks + (which & 1) * CHUNK_BYTES, r, c), rows + (long long)row * WIDTH + 8 * c);
         }
         commit_copies();
     };
 
-    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = first_key + i < n_keys ? first_key + i : -1;
+    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
     __syncthreads();
-    const Rows from = {k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned != 0};
-    load_rows<WIDTH, TILE_KEYS, THREADS>(keys, from, index);
+    load_rows<WIDTH, TILE_KEYS, THREADS>(keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), index);
     commit_copies();
-    if (chunk < chunk_stop) fetch(chunk);
+    fetch(chunk);
     wait_copies<0>();
     __syncthreads();
 
@@ -82,112 +132,74 @@ extern "C" __global__ void __launch_bounds__(THREADS) score(
             load_matrices(a[m][d], Tile::address(keys, warp * 32 + 4 * (lane & 7) + 2 * m + ((lane >> 3) & 1), 2 * d + (lane >> 4)));
 
     const int key = first_key + warp * 32 + 4 * (lane / 4);
-    float carried[4] = {};  // of a list that spans chunks
+    float u[LISTS][4] = {};  // this lane's share of its four keys' sums
     for (; chunk < chunk_stop; ++chunk) {
         wait_copies<0>();
         __syncthreads();
         if (chunk + 1 < chunk_stop) fetch(chunk + 1);
         const unsigned int here = Tile::address(chunks + (chunk & 1) * CHUNK_BYTES, (lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
-        float u[8][4];  // for each 8 rows: this lane's share of its four keys' sums
+        unsigned int b[2][4];
+        load_matrices(b[0], here);
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {
-            float c[2][2][4];
-#pragma unroll
-            for (int m = 0; m < 2; ++m)
-#pragma unroll
-                for (int t = 0; t < 2; ++t)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) c[m][t][i] = 0.f;
+            float c[2][2][4];  // [n-tile][m-tile]
 #pragma unroll
             for (int d = 0; d < D_STEPS; ++d) {
-                unsigned int b[4];
-                load_matrices(b, Tile::from(here, 8 * n, 2 * d));
+                const int next = n / 2 * D_STEPS + d + 1;
+                if (next < 4 * D_STEPS) load_matrices(b[next % 2], Tile::from(here, next / D_STEPS * 16, next % D_STEPS * 2));
+                const unsigned int(&x)[4] = b[d % 2];
 #pragma unroll
                 for (int m = 0; m < 2; ++m) {
-                    mma(c[m][0], a[m][d], b[0], b[1]);
-                    mma(c[m][1], a[m][d], b[2], b[3]);
+                    if (d == 0) mma_from_zero(c[0][m], a[m][0], x[0], x[1]), mma_from_zero(c[1][m], a[m][0], x[2], x[3]);
+                    else mma(c[0][m], a[m][d], x[0], x[1]), mma(c[1][m], a[m][d], x[2], x[3]);
                 }
-            }
-            if (per_list == 1) {
-                // Mean rank: column 2 quad + i of each 8 is a list of its own.
-#pragma unroll
-                for (int t = 0; t < 2; ++t)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const int list = chunk * CHUNK_ROWS + 8 * (n + t) + 2 * quad + i;
-                        if (list < segments && key < history[list])
-                            store_scores(scores + starts[list] + key, c[0][t][i], c[0][t][2 + i], c[1][t][i], c[1][t][2 + i]);
-                    }
-                continue;
             }
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-                const int row = chunk * CHUNK_ROWS + 8 * (n + t);  // of the order head's rows
+                const int row = 8 * (n + t);  // of the chunk
+                if (PER_LIST == 1) {  // columns 2 quad and the next are lists of their own
 #pragma unroll
-                for (int m = 0; m < 2; ++m)
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const float x = c[m][t][2 * h], y = c[m][t][2 * h + 1];
-                        float& share = u[n + t][2 * m + h];
-                        if (mean != nullptr) {
-                            const int column = row % WIDTH + 2 * quad;
-                            const float* shift = mean + ((long long)order_head * segments + row / WIDTH) * WIDTH + column;
-                            unsigned int pair;
-                            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(Tile::address(keys, warp * 32 + 4 * (lane / 4) + 2 * m + h, column / 8) + 2 * (column % 8)));
-                            share = (x + shift[0]) * half_to_float((half_t)pair) + (y + shift[1]) * half_to_float((half_t)(pair >> 16));
-                        } else {
-                            share = (row % per_list == 0 && quad == 0 ? x : x * x) + y * y;
-                        }
+                    for (int i = 0; i < 2; ++i) {
+                        const int list = chunk * CHUNK_ROWS + row + 2 * quad + i;
+                        if (list < segments && key < history[list])
+                            store_scores(scores + starts[list] + key, c[t][0][i], c[t][0][2 + i], c[t][1][i], c[t][1][2 + i]);
                     }
+                } else {
+                    const bool first = SPAN == 1 || chunk % SPAN == 0;
+                    const float* shift = PER_LIST == FULL ? mean + ((long long)order_head * segments + chunk / SPAN) * WIDTH : nullptr;
+                    add_shares<PER_LIST>(u[row / ROWS % LISTS], c[t], row % ROWS == 0 && first, shift, keys, chunk % SPAN * CHUNK_ROWS + row);
+                }
             }
         }
-        if (per_list == 1) continue;
-
-        // The quad's four shares are added up so that lane `quad` keeps rows 16 quad to 16 quad + 15.
-        float pair_sum[2][2][4];  // [which pair of the lane's half][n in pair]
+        if (PER_LIST == 1 || (SPAN > 1 && chunk % SPAN != SPAN - 1)) continue;
+        reduce_quad<LISTS>(u);
+        constexpr int EACH = LISTS >= 4 ? LISTS / 4 : 1;
+        const bool writes = LISTS >= 4 || quad % (4 / LISTS) == 0;
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float mine = quad & 2 ? u[4 + j][i] : u[j][i], other = quad & 2 ? u[j][i] : u[4 + j][i];
-                pair_sum[j / 2][j % 2][i] = mine + __shfl_xor_sync(0xffffffffu, other, 2);
-            }
-        float both[2][4];
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float mine = quad & 1 ? pair_sum[1][j][i] : pair_sum[0][j][i];
-                const float other = quad & 1 ? pair_sum[0][j][i] : pair_sum[1][j][i];
-                both[j][i] = mine + __shfl_xor_sync(0xffffffffu, other, 1);
-            }
-        if (per_list == 8) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int list = chunk * 8 + 2 * quad + j;
-                if (list < segments && key < history[list])
-                    store_scores(scores + starts[list] + key, both[j][0], both[j][1], both[j][2], both[j][3]);
-            }
-            continue;
+        for (int j = 0; j < EACH; ++j) {
+            const int list = chunk / SPAN * LISTS + (LISTS >= 4 ? EACH * quad + j : quad * LISTS / 4);
+            if (writes && list < segments && key < history[list]) store_scores(scores + starts[list] + key, u[j][0], u[j][1], u[j][2], u[j][3]);
         }
-        float x[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = both[0][i] + both[1][i];
-        int list = chunk * 4 + quad;
-        bool writes = true;
-        if (per_list >= 32) {
+        for (int j = 0; j < LISTS; ++j)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], 1);
-            list = chunk * 2 + quad / 2, writes = quad % 2 == 0;
-        }
-        if (per_list >= 64) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], 2) + carried[i];
-            const bool ends = (chunk + 1) * CHUNK_ROWS % per_list == 0;
-            list = chunk * CHUNK_ROWS / per_list, writes = quad == 0 && ends;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) carried[i] = ends ? 0.f : x[i];
-        }
-        if (writes && list < segments && key < history[list]) store_scores(scores + starts[list] + key, x[0], x[1], x[2], x[3]);
+            for (int i = 0; i < 4; ++i) u[j][i] = 0.f;
     }
 }
+
+// FIT: the widest head dim whose registers let two blocks share a multiprocessor.
+#define SCORE(NAME, PER_LIST, FIT)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, WIDTH <= FIT ? 2 : 1) NAME(                                   \
+        const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
+        const half_t* __restrict__ rows, const float* __restrict__ mean, const int* __restrict__ history,               \
+        const long long* __restrict__ starts, unsigned short* __restrict__ scores, int heads_kv, int kv_start,          \
+        int n_keys, int dim, int segments) {                                                                            \
+        score_tile<PER_LIST>(k, k_batch, k_head, k_row, aligned, rows, mean, history, starts, scores, heads_kv,         \
+                             kv_start, n_keys, dim, segments);                                                          \
+    }
+SCORE(score_1, 1, 128)
+SCORE(score_8, 8, 64)
+SCORE(score_16, 16, 128)
+SCORE(score_32, 32, 64)
+SCORE(score_64, 64, 64)
+SCORE(score_full, FULL, 64)

@@ -13,7 +13,7 @@
 #define POSITIVE_INFINITY __int_as_float(0x7f800000)
 typedef REAL real_t;
 
-__device__ __forceinline__ bool finite(real_t x) { return x - x == 0; }
+__device__ __forceinline__ bool is_finite(real_t x) { return x - x == 0; }
 
 extern "C" __global__ void __launch_bounds__(256) moments(
     const real_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(256) moments(
         for (int r = warp; r < 32; r += 8) {
             bool good = start + r < total;
             if (good)
-                for (int d = lane; d < dim; d += 32) good = good && finite(row_at(start + r)[d]);
+                for (int d = lane; d < dim; d += 32) good = good && is_finite(row_at(start + r)[d]);
             good = __all_sync(0xffffffffu, good);
             if (lane == 0) keep[r] = good;
         }
@@ -62,7 +62,7 @@ extern "C" __global__ void __launch_bounds__(256) moments(
         for (int r = warp; r < 32; r += 8) {
             bool good = start + r < total;
             if (good)
-                for (int d = lane; d < dim; d += 32) good = good && finite(row_at(start + r)[d]);
+                for (int d = lane; d < dim; d += 32) good = good && is_finite(row_at(start + r)[d]);
             good = __all_sync(0xffffffffu, good);
             left[r][lane] = good && i0 + lane < dim ? row_at(start + r)[i0 + lane] - mean[i0 + lane] : 0;
             right[r][lane] = good && j0 + lane < dim ? row_at(start + r)[j0 + lane] - mean[j0 + lane] : 0;

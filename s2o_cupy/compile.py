@@ -102,7 +102,7 @@ def attend_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
     """Dynamic shared memory of the attend kernel, with counters for ``pool_blocks``; attend.cu's own layout."""
     m, n = macros["BLOCK_M"], macros["BLOCK_N"]
     tiles = 2 * (m * macros["HEAD_DIM"] + 2 * n * (macros["HEAD_DIM"] + macros["HEAD_DIM_V"]))
-    rows = m * (4 + 4 + 8) + n * 4 * (4 + 1)
+    rows = m * (4 + 4 + 4 + 8) + n * 4 * (4 + 1)
     return tiles + rows + 4 * pool_blocks + 64
 
 
@@ -142,7 +142,7 @@ def score_shared_bytes(macros: dict) -> int:
 
 def remap_macros(dtype: str) -> dict:
     """Macros of remap.cu: scores of 16-bit inputs are kept in half precision."""
-    return {"SCORE_HALF": int(dtype in ("float16", "bfloat16")), "WARPS": 16}
+    return {"SCORE_HALF": int(dtype in ("float16", "bfloat16"))}
 
 
 @dataclass(frozen=True)

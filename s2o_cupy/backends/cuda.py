@@ -70,9 +70,9 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
         )
         if halves:
             macros = kernels.score_macros(p.dtype, p.dim_qk, device_target())
-            sizes = (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments, per_list)
+            sizes = (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)
             grid = (-(-longest // (32 * macros["WARPS"])), p.orders, slab.kv_stop - slab.kv_start)
-            get_kernel("score", **macros)(
+            get_kernel("score", "score_full" if full else f"score_{per_list}", **macros)(
                 grid,
                 (32 * macros["WARPS"],),
                 (*arguments, scores, *map(np.int32, sizes)),
@@ -94,24 +94,19 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
     """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
     if not scores.longest:
         return
-    macros, levels = kernels.remap_macros(problem.dtype), problem.settings.rank_levels or 0
-    heads, segments = kv_offsets.shape[0], slab.segments
-    bins, passes = levels + 2, 1
-    if not levels or 4 * macros["WARPS"] * bins > shared_limit(device_target()) - 2048:
+    levels, segments, heads = problem.settings.rank_levels or 0, slab.segments, kv_offsets.shape[0]
+    room = shared_limit(device_target()) - 2048
+    bins, passes, warps = levels + 2, 1, 32 if scores.longest > 2**15 else 16
+    if not levels or 4 * 16 * bins > room:
         bins, passes = 256, -(-(levels + 1).bit_length() // 8) if levels else 4
+    if 4 * warps * bins > room:
+        warps = 16
     scratch = cp.empty(2 * scores.data.size, np.int32) if passes > 1 else None
-    arguments = (
-        scores.data,
-        scores.starts,
-        scores.history,
-        kv_offsets,
-        np.int64(kv_offsets.strides[0] // 8),
-        kv_order,
-        scratch,
-    )
-    arguments = (*map(_pointer, arguments), *map(np.int32, (segments, levels, bins, passes)))
-    shared = 4 * macros["WARPS"] * bins
-    get_kernel("remap", **macros)((segments, heads), (32 * macros["WARPS"],), arguments, shared_mem=shared)
+    offsets = (kv_offsets, np.int64(kv_offsets.strides[0] // 8))
+    arguments = map(_pointer, (scores.data, scores.starts, scores.history, *offsets, kv_order, scratch))
+    kernel = get_kernel("remap", **kernels.remap_macros(problem.dtype))
+    arguments = (*arguments, *map(np.int32, (segments, levels, bins, passes)))
+    kernel((segments, heads), (32 * warps,), arguments, shared_mem=4 * warps * bins)
 
 
 def pool(problem: Problem, k, v):

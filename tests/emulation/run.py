@@ -1,0 +1,97 @@
+"""Builds a kernel for the CPU by emulation.h and calls it: the same `.cu` source, fibers for threads."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from s2o_cupy.compile import kernel_folder, kernel_source
+
+HERE = Path(__file__).parent
+_BUILDS = tempfile.TemporaryDirectory(prefix="s2o_emulation_")
+_SCALARS = {"int": ctypes.c_int, "long long": ctypes.c_longlong, "float": ctypes.c_float, "double": ctypes.c_double}
+
+
+def compiler() -> str | None:
+    return shutil.which("g++")
+
+
+def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False, edit=None, **macros):
+    """Runs ``kernels/NAME.cu``'s kernel on NumPy arrays, in place. `edit` may change the source (to break it)."""
+    function, types = _built(name, entry or name, tuple(sorted(macros.items())), edit)
+    grid = (*grid, *(1,) * (3 - len(grid)))
+    values = []
+    for argument, kind in zip(arguments, types, strict=True):
+        if kind == "*":
+            values.append(ctypes.c_void_p(None if argument is None else argument.ctypes.data))
+        else:
+            values.append(_SCALARS[kind](argument))
+    function(*map(ctypes.c_int, (*grid, block, shared, int(reverse))), *values)
+
+
+@functools.cache
+def _built(name: str, entry: str, macros: tuple, edit):
+    source = kernel_source(name)
+    if edit is not None:
+        changed = edit(source)
+        assert changed != source, "the edit changes nothing"
+        source = changed
+    real = dict(macros).get("REAL")
+    source = re.sub(
+        r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
+        r"\1* const \2 = (\1*)s2o_emulation::dynamic_shared.data();",
+        source,
+    )
+    match = re.search(rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)\) \{{', source)
+    types, parameters = [], []
+    for i, parameter in enumerate(match[1].replace("\n", " ").split(",")):
+        parameter = re.sub(r"\s+", " ", parameter).strip()
+        kind = "*" if "*" in parameter else re.sub(r" \w+$", "", parameter) if " " in parameter else parameter
+        kind = re.sub(r"^long long.*", "long long", kind)
+        types.append(real if kind in ("real_t", "element_t") else kind)
+        parameters.append(("void*" if kind == "*" else types[-1]) + f" a{i}")
+    casts = ", ".join(_cast(p, i) for i, p in enumerate(match[1].replace("\n", " ").split(",")))
+    source = '#include "emulation.h"\n' + source
+    source += f"""
+extern "C" void emulate(int x, int y, int z, int block, int shared, int reversed, {", ".join(parameters)}) {{
+    s2o_emulation::run({{(unsigned)x, (unsigned)y, (unsigned)z}}, block, shared, reversed, [=] {{ {entry}({casts}); }});
+}}
+"""
+    key = hashlib.sha256((source + repr(macros)).encode()).hexdigest()[:16]
+    cpp, library = Path(_BUILDS.name) / f"{key}.cpp", Path(_BUILDS.name) / f"{key}.so"
+    cpp.write_text(source)
+    defines = [f"-D{n}={v}" for n, v in macros]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-ffp-contract=off",
+        "-shared",
+        "-fPIC",
+        f"-I{HERE}",
+        f"-I{kernel_folder()}",
+    ]
+    done = subprocess.run([*command, *defines, str(cpp), "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return ctypes.CDLL(str(library)).emulate, types
+
+
+def _cast(parameter: str, i: int) -> str:
+    if "*" not in parameter:
+        return f"a{i}"
+    kind = re.sub(r"__restrict__|const", "", parameter).split("*")[0].strip()
+    return f"({kind}*)a{i}"
+
+
+def half_bits(x) -> np.ndarray:
+    """A 16-bit array as the kernels see it."""
+    return x.view(np.uint16)

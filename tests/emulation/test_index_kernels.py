@@ -1,0 +1,87 @@
+"""The index kernels from their own `.cu` source on the CPU, in two thread orders, against the reference."""
+
+import numpy as np
+import pytest
+
+from s2o_cupy import reference
+
+from . import run
+
+pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
+ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+
+
+def remap(lists, listed, levels, *, half=True, warps=4, reverse=False, edit=None):
+    """Orders `lists` (one head, a list a segment), keeping the first `listed` of each."""
+    starts = np.concatenate([[0], np.cumsum([-(-len(x) // 8) * 8 for x in lists])]).astype(np.int64)
+    scores = np.full(starts[-1], np.nan, np.float16 if half else np.float32)
+    for x, start in zip(lists, starts):
+        scores[start : start + len(x)] = x
+    history = np.array([len(x) for x in lists], np.int32)
+    offsets = np.concatenate([[0], np.cumsum(listed)]).astype(np.int64)
+    bins, passes = (levels + 2, 1) if levels and levels < 3000 else (256, 4 if not levels else 3)
+    order = np.full(offsets[-1] + 4, -7, np.int32)
+    scratch = np.full(2 * starts[-1], -9, np.int32) if passes > 1 else None
+    arguments = (scores, starts, history, offsets, len(offsets), order, scratch, len(lists), levels or 0, bins, passes)
+    run.launch(
+        "remap", (len(lists), 1), 32 * warps, arguments,
+        shared=4 * warps * bins, reverse=reverse, edit=edit, SCORE_HALF=int(half),
+    )  # fmt: skip
+    assert (order[offsets[-1] :] == -7).all(), "wrote past the lists"
+    return [order[a:b] for a, b in zip(offsets, offsets[1:])]
+
+
+def awkward_lists(half):
+    rng = np.random.default_rng(5)
+    kind = np.float16 if half else np.float32
+    lists = [rng.standard_normal(n).astype(kind) for n in (1, 31, 32, 33, 700, 1300)]
+    lists.append(np.zeros(100, kind))
+    lists.append(np.round(rng.standard_normal(500) * 2).astype(kind))
+    special = rng.standard_normal(300).astype(kind)
+    special[[3, 50, 299]], special[[7, 8]], special[[0, 20]] = np.inf, -np.inf, np.nan
+    special[[100, 101]] = -0.0, 0.0
+    lists.append(special)
+    lists.append(np.full(40, np.nan, kind))
+    return lists
+
+
+@ORDERS
+@pytest.mark.parametrize("half", [True, False], ids=["half", "float"])
+@pytest.mark.parametrize("levels", [2, 1024, 60000, None])
+def test_remap_is_the_reference_order(levels, half, reverse):
+    lists = awkward_lists(half)
+    listed = [len(x) if i % 2 else -(-len(x) // 3) for i, x in enumerate(lists)]
+    for got, x, n in zip(remap(lists, listed, levels, half=half, reverse=reverse), lists, listed):
+        np.testing.assert_array_equal(got, reference.remap(x, n, levels))
+
+
+def test_a_missing_barrier_shows():
+    """The emulation is worth something only if it notices: without the barrier after the scan, places are wrong."""
+
+    def without(source):
+        head, tail = source.split("// Places: digit by digit", 1)
+        return head + "// Places: digit by digit" + tail.replace("__syncthreads();", "", 1)
+
+    x = [np.round(np.random.default_rng(1).standard_normal(3000) * 4).astype(np.float16)]
+    wrong = [
+        not np.array_equal(remap(x, [3000], 64, reverse=reverse, edit=without)[0], reference.remap(x[0], 3000, 64))
+        for reverse in (False, True)
+    ]
+    assert any(wrong)
+
+
+@ORDERS
+@pytest.mark.parametrize("dim", [8, 33, 128])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_pool_is_the_mean_of_each_block(dtype, dim, reverse):
+    keys, size, heads = 150, 64, 2
+    x = np.random.default_rng(2).standard_normal((1, heads, keys, dim)).astype(dtype)
+    row, blocks = -(-dim // 8) * 8, -(-keys // size)
+    mean = np.full((heads, blocks, row), np.nan, dtype)
+    macros = {"IS_BF16": 0} if dtype == np.float16 else {"REAL": {4: "float", 8: "double"}[np.dtype(dtype).itemsize]}
+    arguments = (x, heads * keys * dim, keys * dim, dim, mean, heads, keys, dim, row, blocks, size)
+    run.launch("pool", (blocks, heads), 256, arguments, reverse=reverse, **macros)
+    want = [x[0, :, b * size : (b + 1) * size].astype(np.float64).mean(axis=1) for b in range(blocks)]
+    tolerance = {2: 2e-3, 4: 1e-6, 8: 1e-14}[np.dtype(dtype).itemsize]
+    np.testing.assert_allclose(mean[..., :dim], np.stack(want, axis=1), atol=tolerance)
+    assert (mean[..., dim:] == 0).all()
