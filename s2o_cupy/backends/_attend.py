@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from s2o_cupy.backends._lanes import BYTES, kernel, once
+from s2o_cupy.backends._lanes import BYTES, inner, kernel
 from s2o_cupy.backends._tiles import (
     BIASED,
     COUNTED,
     HEAD,
+    MASKED,
     PLAIN,
     POSITION,
     ROW,
@@ -23,7 +24,7 @@ from s2o_cupy.backends._tiles import (
 # Columns of `tiles` [row tiles of a work item] int64: its panels, least and greatest position, state,
 # key tiles walked, pooled keys taken.
 BEGIN, END, LOW, HIGH, STATE, WALKED, POOLED = range(7)
-STOPPED, WALKING, STOPPING = range(3)
+STOPPED, WALKING, STOPPING = np.int64([0, 1, 2])
 
 
 @kernel
@@ -54,10 +55,10 @@ def attend_tiles(
         _seat(work, tiles[t], t * panels, b, head, first, n, shift, query_order, guide)
     load_queries(work, pack, q, b, factor)
     if causal:
-        _window(work, pack, tiles, k, v, b, h, history, tiles[:, LOW].max(), False)
+        _window(work, pack, tiles, k, v, b, h, history, _extreme(tiles, LOW, 1), PLAIN)
     _walk(work, pack, pack_pooled, tiles, k, v, b, h, kv_order[start : start + listed], block_k, history, pool, k_pool, v_pool, tail, tau)
     if causal:
-        _window(work, pack, tiles, k, v, b, h, tiles[:, LOW].min(), tiles[:, HIGH].max() + 1, True)
+        _window(work, pack, tiles, k, v, b, h, _extreme(tiles, LOW, -1), _extreme(tiles, HIGH, 1) + 1, MASKED)
     finish(work, out, lse, b)
     for t in range(count):
         head, tile = first_head + (first_tile + t) // per_head, (first_tile + t) % per_head
@@ -69,7 +70,7 @@ def attend_tiles(
                 mass_out[b, head, work.seat[lane, ROW]] = share
 
 
-@once
+@inner
 def _seat(work, tile, panel, b, head, first, n, shift, query_order, guide):
     """Give the rows first .. first + n of a head, in walking order, the lanes from `panel` on."""
     tile[BEGIN], tile[END] = panel, panel + -(-n // work.width)
@@ -82,9 +83,20 @@ def _seat(work, tile, panel, b, head, first, n, shift, query_order, guide):
         tile[HIGH] = max(tile[HIGH], row + shift)
 
 
-@once
-def _window(work, pack, tiles, k, v, b, h, start, stop, masked):
-    """Window keys start .. stop: those before each tile's least position, which every row sees, or (masked) the rest."""
+@inner
+def _extreme(tiles, column, sign):
+    """Greatest number of a column, or least if the sign is negative."""
+    most = tiles[0, column]
+    for t in range(tiles.shape[0]):
+        if sign * tiles[t, column] > sign * most:
+            most = tiles[t, column]
+    return most
+
+
+@inner
+def _window(work, pack, tiles, k, v, b, h, start, stop, mode):
+    """Window keys start .. stop: those before each tile's least position, which every row sees, or (MASKED) the rest."""
+    masked = mode == MASKED
     nothing = np.empty(0, np.int32)
     for key in range(start, stop, TILE):
         n = min(TILE, stop - key)
@@ -99,10 +111,10 @@ def _window(work, pack, tiles, k, v, b, h, start, stop, masked):
                     if masked:
                         absorb_masked(work, p, key, first, last - first, nonfinite)
                     else:
-                        absorb(work, p, first, last - first, PLAIN)
+                        absorb(work, p, first, last - first, mode)
 
 
-@once
+@inner
 def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, pool, k_pool, v_pool, tail, tau):
     """History keys in ranked order until each tile stops; its tail as soon as it does."""
     blocks = -(-history // pool)
@@ -112,28 +124,28 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
     shift = 0
     while 1 << shift < pool:
         shift += 1
-    walking = tiles.shape[0]
+    walking, keys = tiles.shape[0], 0
     for at in range(0, ranked.size, block_k):
         _restart_sums(work, tiles, WALKING)
-        stop = min(at + block_k, ranked.size)
-        for first in range(at, stop, TILE):
-            n = min(TILE, stop - first)
+        keys = min(block_k, ranked.size - at)
+        for first in range(at, at + keys, TILE):
+            n = min(TILE, at + keys - first)
             pack_rows(pack, k, b, h, ranked, first, n, work.x, work.k, work.dim)
             pack_rows(pack, v, b, h, ranked, first, n, work.x, work.v, work.v_row)
             for i in range(first, first + n):
                 skipped[ranked[i] >> shift] -= 1
             _absorb_in(work, tiles, WALKING, n, COUNTED)
         walking -= _vote(work, tiles, tau)
-        _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail)
+        _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail, keys)
         if not walking:
             return
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] == WALKING:
             tiles[t, STATE] = STOPPING
-    _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail)
+    _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail, keys)
 
 
-@once
+@inner
 def _absorb_in(work, tiles, state, n, mode):
     """The panels of the tiles in a state take the packed tile's n rows."""
     for t in range(tiles.shape[0]):
@@ -142,20 +154,30 @@ def _absorb_in(work, tiles, state, n, mode):
                 absorb(work, p, 0, n, mode)
 
 
-@once
+@inner
 def _restart_sums(work, tiles, state):
-    """before = l, gained = 0 in the tiles of a state; how many there are."""
-    count = 0
+    """before = l, gained = 0 in the tiles of a state."""
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] == state:
-            count += 1
             for lane in range(tiles[t, BEGIN] * work.width, tiles[t, END] * work.width):
                 work.x[work.before + lane] = work.x[work.l + lane]
                 work.x[work.gained + lane] = 0
+
+
+@inner
+def _set_ceiling(work, tiles, keys):
+    """The log of the mean weight of the last key tile's `keys` keys, in the stopping tiles; how many there are."""
+    count = 0
+    for t in range(tiles.shape[0]):
+        if tiles[t, STATE] == STOPPING:
+            count += 1
+            for lane in range(tiles[t, BEGIN] * work.width, tiles[t, END] * work.width):
+                ceiling = work.x[work.m + lane] + np.log2(work.x[work.gained + lane] / keys) if keys else np.inf
+                work.x[work.ceiling + lane] = ceiling
     return count
 
 
-@once
+@inner
 def _vote(work, tiles, tau):
     """Count a key tile; tiles whose every voting row gained less than tau are now stopping. How many."""
     x, stopping = work.x, 0
@@ -167,7 +189,8 @@ def _vote(work, tiles, tau):
         least = tau[work.seat[first, HEAD]]
         stop = least > 0
         for lane in range(first, tiles[t, END] * work.width):
-            if work.seat[lane, ROW] >= 0 and x[work.live + lane]:
+            finite = np.isfinite(x[work.m + lane]) and np.isfinite(x[work.l + lane])
+            if work.seat[lane, ROW] >= 0 and x[work.live + lane] and finite:
                 before = np.float64(x[work.before + lane])
                 stop &= before != 0 and x[work.gained + lane] / before < least
         if stop:
@@ -176,11 +199,15 @@ def _vote(work, tiles, tau):
     return stopping
 
 
-@once
-def _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail):
-    """The stopping tiles take blocks with a quarter of their keys left as one pooled key; `gained` becomes their share."""
-    if not _restart_sums(work, tiles, STOPPING):
+@inner
+def _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail, keys):
+    """The stopping tiles take blocks with a quarter of their keys left as one pooled key; `gained` becomes their share.
+
+    A pooled key is at most as heavy as the mean of the last key tile's `keys` keys.
+    """
+    if not _set_ceiling(work, tiles, keys):
         return
+    _restart_sums(work, tiles, STOPPING)
     index, n = np.empty(TILE, np.int32), 0
     for block in range(skipped.size if tail else 0):
         if 4 * skipped[block] >= pool:

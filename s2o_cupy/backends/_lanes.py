@@ -15,8 +15,8 @@ from numba.core.extending import intrinsic, models, register_model
 # One work item, and a function inside it: division by zero is IEEE's.
 kernel = partial(njit, nogil=True, cache=True, error_model="numpy")
 inner = partial(njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-# A function used once: it is no compilation of its own.
-once = inner
+# A call passed on: no function of its own.
+inlined = partial(njit, inline="always")
 
 BYTES = 64
 # Rows of the product kept in registers: 6 x 64 bytes fill the 16 vector registers of AVX2 best.

@@ -42,31 +42,22 @@ def represent(pack, q, rep, b, first_head, heads, first, rows, terms, scale):
     _moments(pack, q, b, first_head, heads, first, rows, terms > 0, mean, cov)
     count = rep.shape[0]
     basis, factor = np.zeros(count * padded, rep.dtype), np.zeros(count * padded, rep.dtype)
-    if 0 < terms < dim:
+    if terms < dim:
         _subspace(cov, padded, terms, basis)
-        root = np.zeros((terms, terms))
-        _root(_project(cov, padded, terms, basis, factor, count), root)
-        for i in range(terms):
-            for c in range(0, padded, width):
-                total = fill(basis, 0.0)
-                for j in range(terms):
-                    total = muladd(fill(basis, root[i, j]), load(basis, j * padded + c), total)
-                store(factor, i * padded + c, total)
-    elif terms:
-        full, root = np.zeros((dim, dim)), np.zeros((dim, dim))
-        for i in range(dim):
-            for j in range(dim):
-                full[i, j] = cov[(j // width * padded + i) * width + j % width]
-        _root(full, root)
-        for i in range(dim):
-            for j in range(dim):
-                factor[i * padded + j] = root[i, j]
+    else:
+        for d in range(dim):
+            basis[d * padded + d] = 1
+    root = _root(_project(cov, padded, terms, basis, factor, count), scale * np.sqrt(0.5))
+    for c in range(0, padded, width):
+        store(factor, c, multiply(load(mean, c), fill(mean, scale)))
+        for i in range(1, count):
+            total = fill(basis, 0.0)
+            for j in range(terms if i <= terms else 0):
+                total = muladd(fill(basis, root[i - 1, j]), load(basis, j * padded + c), total)
+            store(factor, i * padded + c, total)
     for r in range(count):
         for d in range(dim):
-            if r == 0:
-                rep[r, d] = mean[d] * scale
-            else:
-                rep[r, d] = factor[(r - 1) * padded + d] * (scale * np.sqrt(0.5)) if r <= terms else 0.0
+            rep[r, d] = factor[r * padded + d]
 
 
 @inner
@@ -175,10 +166,10 @@ def _project(cov, padded, terms, basis, half, count):
 
 
 @inner
-def _root(a, f):
-    """Rows f with ``sum of outer(f, f) = a`` for a positive semidefinite a (n, n): Cholesky, greatest pivot first."""
+def _root(a, scale):
+    """Rows f with ``sum of outer(f, f) = scale**2 * a``, a (n, n) semidefinite: Cholesky, greatest pivot first."""
     n = a.shape[0]
-    rest, least = np.empty(n), 0.0
+    f, rest, least = np.zeros((n, n)), np.empty(n), 0.0
     for i in range(n):
         rest[i] = a[i, i]
         least = max(least, 1e-7 * rest[i])
@@ -188,7 +179,7 @@ def _root(a, f):
             if rest[i] > rest[pivot]:
                 pivot = i
         if not rest[pivot] > least:
-            return
+            break
         for c in range(n):
             f[j, c] = a[pivot, c]
         for i in range(j):
@@ -199,6 +190,10 @@ def _root(a, f):
             f[j, c] /= size
             rest[c] -= f[j, c] * f[j, c]
         rest[pivot] = 0
+    for i in range(n):
+        for c in range(n):
+            f[i, c] *= scale
+    return f
 
 
 @kernel

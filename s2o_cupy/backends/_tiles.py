@@ -2,7 +2,7 @@
 
 A *panel* is `width` queries, one a lane. A work item's numbers lie in one array x of the compute
 type, at the offsets that `Work` names: q [panels, D, width] scaled by scale * log2 e; o [panels,
-o_rows, width]; m, l, before, gained, live [panels, width]; then for the tile in hand k [TILE, D];
+o_rows, width]; m, l, before, gained, live, ceiling [panels, width]; then for the tile in hand k [TILE, D];
 v, raw [TILE, v_row]; s [TILE, width]; bias [TILE]; alpha, limit [width].
 """
 
@@ -23,11 +23,11 @@ from s2o_cupy.backends._lanes import (
     fetch,
     fetch_lanes,
     fill,
+    inlined,
     inner,
     larger,
     load,
     muladd,
-    once,
     multiply,
     product,
     product_onto,
@@ -43,15 +43,16 @@ TILE = 128
 ROOM = -(-TILE // ROWS) * ROWS
 # Columns of `seat`: where a lane's query is from.
 HEAD, ROW, POSITION = 0, 1, 2
-# Modes of `absorb`, added: bias[key] joins the logits; keys past limit[lane] are hidden; the sum goes to `gained` too.
-PLAIN, BIASED, MASKED, COUNTED = 0, 1, 2, 4
+# Modes of `absorb`, added: logits get at most ceiling[lane], then bias[key]; keys past limit[lane] are hidden; the sum goes to `gained` too.
+# (Not Python integers: each would be a Numba type of its own, and compiled for anew.)
+PLAIN, BIASED, MASKED, COUNTED = np.int64([0, 1, 2, 4])
 
 Work = namedtuple(
-    "Work", "step x seat dim dim_v o_rows v_row width q o m l before gained live k v raw s bias alpha limit"
+    "Work", "step x seat dim dim_v o_rows v_row width q o m l before gained live ceiling k v raw s bias alpha limit"
 )
 
 
-@once
+@inner
 def make_work(step, panels, dim, dim_v, like):
     """Room for some panels, every lane empty (row -1), every sum zero.
 
@@ -65,7 +66,7 @@ def make_work(step, panels, dim, dim_v, like):
     q = 0
     o = q + lanes * dim
     m = o + lanes * o_rows
-    k = m + 5 * lanes
+    k = m + 6 * lanes
     v = k + ROOM * dim
     s = v + 2 * ROOM * v_row
     bias = s + ROOM * width
@@ -75,7 +76,7 @@ def make_work(step, panels, dim, dim_v, like):
     seat = np.full((lanes, 3), -1, np.int64)
     return Work(
         step, x, seat, dim, dim_v, o_rows, v_row, width, q, o, m, m + lanes, m + 2 * lanes, m + 3 * lanes,
-        m + 4 * lanes, k, v, v + ROOM * v_row, s, bias, alpha, alpha + width,
+        m + 4 * lanes, m + 5 * lanes, k, v, v + ROOM * v_row, s, bias, alpha, alpha + width,
     )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def _pack_step(x, source, index, gathered, start, row_stride, stride, dim, items
         at += row
 
 
-@inner
+@inlined
 def pack_rows(pack, array, b, h, index, first, n, x, at, row):
     """Rows first .. first + n of ``array[b, h]``, or those of ``index[first : first + n]`` if it is not empty.
 
@@ -112,7 +113,7 @@ def pack_rows(pack, array, b, h, index, first, n, x, at, row):
     )  # fmt: skip
 
 
-@once
+@inner
 def load_queries(work, pack, q, b, factor):
     """Fill q for the lanes that have a row; `live` is 1 where the row is finite."""
     x, seat, row = work.x, work.seat, work.raw
@@ -122,7 +123,7 @@ def load_queries(work, pack, q, b, factor):
             continue
         pack_rows(pack, q, b, seat[lane, HEAD], nothing, seat[lane, ROW], 1, x, row, 0)
         at = work.q + lane // work.width * work.dim * work.width + lane % work.width
-        finite = x.dtype.type(0)
+        finite = 0.0
         for d in range(work.dim):
             finite += x[row + d] * 0
             x[at + d * work.width] = x[row + d] * factor
@@ -130,14 +131,16 @@ def load_queries(work, pack, q, b, factor):
 
 
 def _absorb_step(pointer, dim, v_row, o_rows, lane, apart, q, o, k, v, s, bias, alpha, limit, first, n, mode):
-    """One panel takes n packed keys: m, l, before, gained lie at `lane`, `apart` from one another."""
+    """One panel takes n packed keys: m, l, before, gained, live, ceiling lie at `lane`, `apart` from one another."""
     x = carray(pointer, 1)
     width = BYTES // x.itemsize
     for i in range(0, n, ROWS):
         product(x, k + i * dim, dim, 1, dim, x, q, x, s + i * width, x, 0)
     if mode & BIASED:
+        ceiling = load(x, lane + 5 * apart)
         for i in range(n):
-            store(x, s + i * width, add(load(x, s + i * width), spread(x, bias + first + i)))
+            logit = load(x, s + i * width)
+            store(x, s + i * width, add(select_le(ceiling, logit, ceiling, logit), spread(x, bias + first + i)))
     if mode & MASKED:
         last, hidden = load(x, limit), fill(x, -np.inf)
         for i in range(n):
@@ -181,7 +184,7 @@ def absorb_step(dtype):
     return cfunc(signature, cache=True, error_model="numpy")(_absorb_step)
 
 
-@once
+@inlined
 def absorb(work, p, first, n, mode):
     """Panel p takes rows first .. first + n of the packed tile into its softmax.
 
@@ -200,11 +203,11 @@ def absorb(work, p, first, n, mode):
     )  # fmt: skip
 
 
-@once
+@inner
 def hide_nonfinite(work, n):
     """Zero the non-finite numbers of the packed values, kept in `raw`; whether there were any."""
     x, size = work.x, n * work.v_row
-    nothing = x.dtype.type(0)
+    nothing = 0.0
     for i in range(work.v, work.v + size):
         nothing += x[i] * 0
     if nothing == 0:
@@ -216,7 +219,7 @@ def hide_nonfinite(work, n):
     return True
 
 
-@once
+@inner
 def _restore_nonfinite(work, p, first, n):
     """Add what `hide_nonfinite` took out of the last `absorb`, to the lanes that see the key only."""
     x, width = work.x, work.width
@@ -230,7 +233,7 @@ def _restore_nonfinite(work, p, first, n):
                     x[work.o + (p * work.o_rows + d) * width + lane] += x[work.s + i * width + lane] * number
 
 
-@once
+@inner
 def absorb_masked(work, p, key, first, n, nonfinite):
     """Panel p takes tile rows first .. first + n as far as each lane may see; tile row 0 is key `key`."""
     last = np.int64(-1)
@@ -245,7 +248,7 @@ def absorb_masked(work, p, key, first, n, nonfinite):
             _restore_nonfinite(work, p, first, n)
 
 
-@once
+@inner
 def finish(work, out, lse, b):
     """Write o / l and the natural-log LSE of every lane that has a row."""
     x, width, row = work.x, work.width, work.raw
