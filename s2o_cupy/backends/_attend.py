@@ -56,7 +56,8 @@ def attend_tiles(
     load_queries(work, pack, q, b, factor)
     if causal:
         _window(work, pack, tiles, k, v, b, h, history, _extreme(tiles, LOW, 1), PLAIN)
-    _walk(work, pack, pack_pooled, tiles, k, v, b, h, kv_order[start : start + listed], block_k, history, pool, k_pool, v_pool, tail, tau)
+    ranked = kv_order[start : start + listed]
+    _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, pool, k_pool, v_pool, tail, tau)
     if causal:
         _window(work, pack, tiles, k, v, b, h, _extreme(tiles, LOW, -1), _extreme(tiles, HIGH, 1) + 1, MASKED)
     finish(work, out, lse, b)
@@ -116,7 +117,10 @@ def _window(work, pack, tiles, k, v, b, h, start, stop, mode):
 
 @inner
 def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, pool, k_pool, v_pool, tail, tau):
-    """History keys in ranked order until each tile stops; its tail as soon as it does."""
+    """History keys in ranked order until each tile stops; its tail as soon as it does.
+
+    A tail's `gained` stays: the pooled keys' share of l.
+    """
     blocks = -(-history // pool)
     skipped = np.full(blocks, pool, np.int64)
     if blocks:
@@ -124,8 +128,8 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
     shift = 0
     while 1 << shift < pool:
         shift += 1
-    walking, keys = tiles.shape[0], 0
-    for at in range(0, ranked.size, block_k):
+    walking, at = tiles.shape[0], 0
+    while walking:
         _restart_sums(work, tiles, WALKING)
         keys = min(block_k, ranked.size - at)
         for first in range(at, at + keys, TILE):
@@ -135,14 +139,17 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
             for i in range(first, first + n):
                 skipped[ranked[i] >> shift] -= 1
             _absorb_in(work, tiles, WALKING, n, COUNTED)
-        walking -= _vote(work, tiles, tau)
-        _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail, keys)
-        if not walking:
-            return
-    for t in range(tiles.shape[0]):
-        if tiles[t, STATE] == WALKING:
-            tiles[t, STATE] = STOPPING
-    _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail, keys)
+        at += keys
+        stopping = _vote(work, tiles, tau, keys, at == ranked.size)
+        if stopping:
+            walking -= stopping
+            _set_ceiling(work, tiles, keys)
+            _restart_sums(work, tiles, STOPPING)
+            if tail:
+                _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool)
+            for t in range(tiles.shape[0]):
+                if tiles[t, STATE] == STOPPING:
+                    tiles[t, STATE] = STOPPED
 
 
 @inner
@@ -166,25 +173,22 @@ def _restart_sums(work, tiles, state):
 
 @inner
 def _set_ceiling(work, tiles, keys):
-    """The log of the mean weight of the last key tile's `keys` keys, in the stopping tiles; how many there are."""
-    count = 0
+    """In the stopping tiles, the log of the mean weight of the last key tile's `keys` keys."""
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] == STOPPING:
-            count += 1
             for lane in range(tiles[t, BEGIN] * work.width, tiles[t, END] * work.width):
                 ceiling = work.x[work.m + lane] + np.log2(work.x[work.gained + lane] / keys) if keys else np.inf
                 work.x[work.ceiling + lane] = ceiling
-    return count
 
 
 @inner
-def _vote(work, tiles, tau):
-    """Count a key tile; tiles whose every voting row gained less than tau are now stopping. How many."""
+def _vote(work, tiles, tau, keys, last):
+    """Count a key tile of `keys`; tiles whose every voting row gained less than tau, or all at the `last`, stop. How many."""
     x, stopping = work.x, 0
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] != WALKING:
             continue
-        tiles[t, WALKED] += 1
+        tiles[t, WALKED] += keys > 0
         first = tiles[t, BEGIN] * work.width
         least = tau[work.seat[first, HEAD]]
         stop = least > 0
@@ -193,24 +197,18 @@ def _vote(work, tiles, tau):
             if work.seat[lane, ROW] >= 0 and x[work.live + lane] and finite:
                 before = np.float64(x[work.before + lane])
                 stop &= before != 0 and x[work.gained + lane] / before < least
-        if stop:
+        if stop or last:
             tiles[t, STATE] = STOPPING
             stopping += 1
     return stopping
 
 
 @inner
-def _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail, keys):
-    """The stopping tiles take blocks with a quarter of their keys left as one pooled key; `gained` becomes their share.
-
-    A pooled key is at most as heavy as the mean of the last key tile's `keys` keys.
-    """
-    if not _set_ceiling(work, tiles, keys):
-        return
-    _restart_sums(work, tiles, STOPPING)
+def _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool):
+    """The stopping tiles take each block with a quarter of its keys left as one pooled key, of at most `ceiling` a key."""
     index, n = np.empty(TILE, np.int32), 0
-    for block in range(skipped.size if tail else 0):
-        if 4 * skipped[block] >= pool:
+    for block in range(skipped.size):
+        if 4 * skipped[block] >= min(pool, history - block * pool):
             index[n] = block
             work.x[work.bias + n] = np.log2(np.float64(skipped[block]))
             n += 1
@@ -222,9 +220,6 @@ def _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool, tail, k
                 if tiles[t, STATE] == STOPPING:
                     tiles[t, POOLED] += n
             n = 0
-    for t in range(tiles.shape[0]):
-        if tiles[t, STATE] == STOPPING:
-            tiles[t, STATE] = STOPPED
 
 
 @kernel
@@ -266,5 +261,5 @@ def dense_rows(step, pack, q, k, v, out, lse, b, h, first, n, shift, causal, fac
             if work.seat[p * work.width, POSITION] >= last:
                 absorb(work, p, 0, count, PLAIN)
             else:
-                absorb_masked(work, p, key, 0, count, nonfinite)
+                absorb_masked(work, p, key, np.int64(0), count, nonfinite)
     finish(work, out, lse, b)

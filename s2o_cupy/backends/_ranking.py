@@ -273,7 +273,9 @@ def _finite_range(s, n):
     ends = np.empty(2 * width, s.dtype)
     store(ends, 0, high)
     store(ends, width, low)
-    top, bottom = ends[:width].max(), -ends[width:].max()
+    top, bottom = s.dtype.type(-np.inf), s.dtype.type(np.inf)
+    for c in range(width):
+        top, bottom = max(top, ends[c]), min(bottom, -ends[width + c])
     for j in range(whole, n):
         if np.isfinite(s[j]):
             top, bottom = max(top, s[j]), min(bottom, s[j])
