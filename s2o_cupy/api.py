@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from s2o_cupy import arrays, backends, planning
-from s2o_cupy.arrays import namespace
-from s2o_cupy.call import Call, natives
+from s2o_cupy.arrays import namespace, natives
+from s2o_cupy.call import Call
 from s2o_cupy.planning import Plan
 from s2o_cupy.problem import make_problem
 from s2o_cupy.settings import Settings, integer

@@ -49,6 +49,15 @@ def native(name: str, x):
     return view
 
 
+def natives(**named) -> dict:
+    """The arguments as native arrays, refused one by one and then where they do not go together."""
+    views = {name: native(name, x) for name, x in named.items()}
+    for name, x in views.items():
+        as_four_axes(name, x)
+    check_together(views)
+    return views
+
+
 def as_four_axes(name: str, x):
     """A view (B, H, N, D) of an array that may lack leading axes."""
     if not 2 <= x.ndim <= 4:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from s2o_cupy import backends
-from s2o_cupy.arrays import as_four_axes, check_finite, check_out, check_together, in_kind, namespace, native
+from s2o_cupy.arrays import as_four_axes, check_finite, check_out, in_kind, namespace, natives
 from s2o_cupy.planning import Plan
 from s2o_cupy.problem import Problem, make_problem
 from s2o_cupy.results import AttentionResult, Stats
@@ -99,11 +99,3 @@ def _empty(problem: Problem, q, out) -> Arrays:
         tail_blocks=xp.zeros((*heads, len(problem.tile_start)), np.int32),
         tail_mass=xp.zeros(rows, np.float32),
     )
-
-
-def natives(**named) -> dict:
-    views = {name: native(name, x) for name, x in named.items()}
-    for name, x in views.items():
-        as_four_axes(name, x)
-    check_together(views)
-    return views

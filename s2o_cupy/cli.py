@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 
 from s2o_cupy import commands, quality_commands
@@ -63,6 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse(error, 2)
     except (OSError, ImportError, MemoryError) as error:
         return _refuse(error, 1)
+    except Exception as error:
+        if os.environ.get("S2O_TRACEBACK"):
+            raise
+        return _refuse(RuntimeError(f"a fault of s2o's own, {error!r}; S2O_TRACEBACK=1 shows where"), 1)
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from s2o_cupy.arrays import namespace, on_host
+from s2o_cupy.arrays import namespace, natives, on_host
 from s2o_cupy.files import load_arrays, save_arrays
 from s2o_cupy.problem import Problem, Slab, make_problem
 from s2o_cupy.settings import ATTEND_SETTINGS, Settings
@@ -73,7 +73,8 @@ class Plan:
         ValueError, TypeError
             Naming the array, the place and the value that is wrong.
         """
-        made = cls(make_problem(q, k, None, settings or Settings()), kv_order, kv_offsets, query_order)
+        problem = make_problem(*natives(q=q, k=k).values(), None, settings or Settings())
+        made = cls(problem, kv_order, kv_offsets, query_order)
         return made.validate() if validate else made
 
     def validate(self) -> Plan:

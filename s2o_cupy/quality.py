@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from s2o_cupy.api import attend, plan
-from s2o_cupy.arrays import as_four_axes, check_finite, on_host
-from s2o_cupy.call import natives
+from s2o_cupy.arrays import as_four_axes, check_finite, natives, on_host
 from s2o_cupy.exact import compare_rows, exact_rows, positive, sample_rows
 from s2o_cupy.problem import make_problem
 from s2o_cupy.results import AttentionResult

@@ -9,7 +9,6 @@ import numpy as np
 import s2o_cupy as s2o
 from s2o_cupy import plots
 from s2o_cupy.commands import load_qkv
-from s2o_cupy.files import replacing
 from s2o_cupy.progress import Bar
 
 
@@ -66,8 +65,7 @@ def calibrate(options) -> None:
         seed=options.seed,
     )
     if options.out:
-        with replacing(options.out) as file:
-            file.write((json.dumps(chosen.as_dict(), indent=2) + "\n").encode())
+        chosen.save(options.out)
     trials = [
         {
             "settings": trial.settings.as_dict(),

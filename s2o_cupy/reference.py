@@ -186,9 +186,9 @@ def _row_tile(problem, q, head, rows, s, ranked, tau):
 
     # 3. Tail: every block that still has a quarter of its keys enters as one pooled key, each of its keys at
     #    most as heavy as the mean key of the last tile walked: the ranking put them behind it.
-    left = np.bincount(np.arange(history) // settings.pool, minlength=len(head.k_pool))
-    left -= np.bincount(ranked[: tiles * settings.block_k] // settings.pool, minlength=len(left))
-    blocks = np.flatnonzero(4 * left >= settings.pool) if settings.tail == "pooled" else np.zeros(0, np.int64)
+    size = np.bincount(np.arange(history) // settings.pool, minlength=len(head.k_pool))
+    left = size - np.bincount(ranked[: tiles * settings.block_k] // settings.pool, minlength=len(size))
+    blocks = np.flatnonzero((4 * left >= size) & (size > 0)) if settings.tail == "pooled" else np.zeros(0, np.int64)
     before = softmax.mass.copy()
     frame = softmax.max.copy()
     softmax.add(head.k_pool[blocks], head.v_pool[blocks], bias=np.log(left[blocks]), ceiling=ceiling)

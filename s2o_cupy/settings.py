@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from s2o_cupy.files import replacing
+
 MAX_HEAD_DIM = 256
 _CHOICES = {
     "rank": ("mean", "gaussian", "mixture"),
@@ -127,8 +129,9 @@ class Settings:
         return dataclasses.asdict(self)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the settings as JSON."""
-        Path(path).write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        """Write the settings as JSON, whole or not at all."""
+        with replacing(path) as file:
+            file.write((json.dumps(self.as_dict(), indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Settings:
