@@ -334,8 +334,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
             float bias = NEGATIVE_INFINITY;
             if ((int)threadIdx.x < step.count) {
                 const int b = step.start + threadIdx.x;
-                const int left = min(1 << log2_pool, agreed.history - (b << log2_pool)) - sm.walked[b];
-                if (4 * left >= 1 << log2_pool) bias = log2f((float)left) / unit;  // fewer are left out
+                const int size = min(1 << log2_pool, agreed.history - (b << log2_pool)), left = size - sm.walked[b];
+                if (4 * left >= size) bias = log2f((float)left) / unit;  // fewer are left out
             }
             if (threadIdx.x < BLOCK_N) sm.bias[threadIdx.x] = bias;
             const int found = __syncthreads_count(bias > NEGATIVE_INFINITY);

@@ -122,8 +122,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
             index[i] = key;
             bias[i] = 0;
             if (step.phase == TAIL) {
-                const int left = key < 0 ? 0 : min(1 << log2_pool, history - (key << log2_pool)) - walked[key];
-                bias[i] = 4 * left >= 1 << log2_pool ? log_2((real_t)left) / unit : -infinity();
+                const int size = key < 0 ? 1 : min(1 << log2_pool, history - (key << log2_pool)), left = key < 0 ? 0 : size - walked[key];
+                bias[i] = 4 * left >= size ? log_2((real_t)left) / unit : -infinity();
             } else if (step.phase == HISTORY && key >= 0 && walk.pool_blocks) {
                 atomicAdd(walked + (key >> log2_pool), 1);
             }

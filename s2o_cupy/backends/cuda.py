@@ -157,7 +157,7 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     shape = (s.causal, segment, slab.segment_start, tiles_per_segment, tile_start, tile_stop, row_tiles)
     steps = (block_q, s.block_k, s.pool.bit_length() - 1)
     stats = (result.tiles, result.tail_blocks, result.tail_mass) if walk else (None, None, None)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v, out = _rows(q), _rows(k), _rows(v), _rows(result.out)
     tau = 0.0 if taus is not None or not walk else s.tau
     order = (kv_order, kv_offsets, np.int64(kv_offsets.strides[0] // 8)) if walk else (None, None, np.int64(0))
     pools = (*pooled, pooled[0].shape[1], pooled[0].shape[2], pooled[1].shape[2]) if blocks else (None, None, 0, 0, 0)
@@ -172,13 +172,15 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
         shared, threads, name = kernels.simt_shared_bytes(macros, blocks), 256, "attend_simt"
     if shared > shared_limit(device_target()) - 1024:
         raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
-    aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, result.out)))
+    aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
     arguments = []
-    for x in (q, k, v, result.out):
+    for x in (q, k, v, out):
         arguments += [x, *_strides(x)]
     arguments += [np.int32(aligned), *pools[:2], *map(np.int32, pools[2:]), *order, query_order, taus, np.float32(tau)]
     arguments += [result.lse, *stats, *map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E)]
     get_kernel(name, **macros)(grid, (threads,), tuple(map(_pointer, arguments)), shared_mem=shared)
+    if out is not result.out:
+        result.out[...] = out
 
 
 def _geometry(p: Problem) -> tuple:
@@ -201,13 +203,9 @@ def _pointer(x):
 
 
 def _rows(x):
-    """`x` with a unit last stride (it may be any where there is one column), or a refusal."""
-    if x.shape[3] > 1 and x.strides[3] != x.itemsize:
-        raise ValueError(
-            f"an array of shape {x.shape} has strides {x.strides}; the CUDA backend needs a last axis without gaps "
-            "(cupy.ascontiguousarray)"
-        )
-    return x
+    """`x` as the kernels read it: a last axis without gaps, rows less than 2 GiB apart; else a copy in the workspace."""
+    gaps = x.shape[3] > 1 and x.strides[3] != x.itemsize
+    return cp.ascontiguousarray(x) if gaps or (x.shape[2] > 1 and abs(x.strides[2]) >= 2**31) else x
 
 
 def _strides(x) -> list:

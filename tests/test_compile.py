@@ -1,0 +1,71 @@
+"""Kernels compile without a GPU or a driver, within budget, and errors say where."""
+
+import importlib.util
+
+import pytest
+
+from s2o_cupy import compile as kernels
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("cuda.core") is None, reason="needs cuda-core and NVRTC")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2O_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90a", "sm_100"])
+def test_at_most_forty_specialisations(arch):
+    shipped = kernels.shipped(arch)
+    assert 0 < len(shipped) <= 40
+    assert len(set(shipped)) == len(shipped)
+
+
+def test_target_refuses_old_devices():
+    assert kernels.target(90) == "sm_90a"
+    assert kernels.target(86) == "sm_86"
+    with pytest.raises(RuntimeError, match=r"compute capability 7\.5; the CUDA backend supports 8\.0"):
+        kernels.target(75)
+
+
+def test_sources_are_hashed_with_their_headers():
+    assert len(kernels.kernels_hash()) == 16
+    assert any("S2O_HASH=0x" + kernels.kernels_hash() in option for option in kernels.options("sm_90a", {}))
+
+
+def test_row_tiles_that_do_not_fit_are_refused():
+    assert kernels.attend_macros("float16", 256, 256, 64, "sm_86")["BLOCK_M"] == 64
+    with pytest.raises(ValueError, match="bytes of shared memory; sm_86 allows"):
+        kernels.attend_macros("float16", 256, 256, 128, "sm_86")
+
+
+@needs_compiler
+def test_report_and_cache():
+    few = [s for s in kernels.shipped("sm_90a") if s.name in ("pool", "remap")]
+    original, kernels.shipped = kernels.shipped, lambda arch: few
+    try:
+        seen = []
+        rows, failures = kernels.compile_report(["sm_90a"], check=True, progress=seen.append)
+        again, _ = kernels.compile_report(["sm_90a"], check=True)
+    finally:
+        kernels.shipped = original
+    assert failures == []
+    assert len(seen) == len(few)
+    assert {row.kernel for row in rows} == {"pool", "remap"}
+    assert all(row.registers > 0 and row.cubin_bytes > 0 and not row.cached for row in rows)
+    assert all(row.cached for row in again)
+
+
+@needs_compiler
+def test_an_error_names_file_and_line():
+    with pytest.raises(kernels.KernelCompileError, match=r"kernels/pool\.cu\(\d+\): error"):
+        kernels.compile_cubin("sm_90a", "pool", {"REAL": "no_such_type"})
+
+
+def test_ptxas_report_is_read():
+    log = """ptxas info    : Compiling entry function 'walk' for 'sm_90a'
+ptxas info    : Function properties for walk
+ptxas         .     64 bytes stack frame, 40 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 256 bytes smem"""
+    expected = {"registers": 255, "spill_bytes": 48, "stack_bytes": 64, "shared_bytes": 256}
+    assert kernels.parse_report(log) == {"walk": expected}
