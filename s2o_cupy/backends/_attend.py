@@ -146,7 +146,7 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
             _set_ceiling(work, tiles, keys)
             _restart_sums(work, tiles, STOPPING)
             if tail:
-                _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool)
+                _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool)
             for t in range(tiles.shape[0]):
                 if tiles[t, STATE] == STOPPING:
                     tiles[t, STATE] = STOPPED
@@ -204,7 +204,7 @@ def _vote(work, tiles, tau, keys, last):
 
 
 @inner
-def _tail(work, pack_pooled, tiles, b, h, skipped, pool, k_pool, v_pool):
+def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool):
     """The stopping tiles take each block with a quarter of its keys left as one pooled key, of at most `ceiling` a key."""
     index, n = np.empty(TILE, np.int32), 0
     for block in range(skipped.size):
