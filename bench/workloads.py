@@ -134,7 +134,7 @@ def _mix(xp, x, key_seed):
 
 
 def _normal(xp, n, columns, seed):
-    """(n, columns) of nearly normal float32, unit variance: a sum of four uniforms, every operation exact or rounded once."""
+    """(n, columns) of nearly normal float32, unit variance: a sum of four uniforms, no operation rounded twice."""
     place = xp.arange(n * columns, dtype=np.uint32)
     a, b = _hash(xp, place, 2 * seed + 1), _hash(xp, place, 2 * seed + 2)
     low = np.uint32(0xFFFF)

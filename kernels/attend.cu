@@ -50,7 +50,9 @@ struct Agreed {
     Rows keys, values, pooled_keys, pooled_values;
     Walk walk;
     Step steps[4];  // ring: the current step, and the ones whose rows and indices are in flight
-    int history, walked_tiles, blocks_found;
+    const int* order;
+    long long flat_head, out_at;
+    int history, shift, rows, walked_tiles, blocks_found;
     int last_keys;  // of the last key tile walked
 };
 
@@ -212,7 +214,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         agreed.walk.block_k = block_k;
         agreed.walk.listed = listed;
         agreed.walk.pool_blocks = pool_blocks;
-        agreed.history = history, agreed.walked_tiles = agreed.blocks_found = 0;
+        agreed.order = order, agreed.flat_head = flat_head, agreed.out_at = batch * out_batch + head * out_head;
+        agreed.shift = shift, agreed.rows = rows, agreed.history = history, agreed.walked_tiles = agreed.blocks_found = 0;
         agreed.steps[0] = first_step(agreed.walk, SEEN_WINDOW, BLOCK_N);
         for (int i = 1; i < 3; ++i) agreed.steps[i] = step_after(agreed.walk, agreed.steps[i - 1], BLOCK_N);
     }
@@ -225,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         int* to = sm.index + (place & 3) * BLOCK_N + threadIdx.x;
         if (threadIdx.x >= BLOCK_N) return;
         if (step.phase == HISTORY && (int)threadIdx.x < step.count)
-            copy4_async(shared_address(to), order + step.start + threadIdx.x);
+            copy4_async(shared_address(to), agreed.order + step.start + threadIdx.x);
         else
             *to = step.phase != HISTORY && (int)threadIdx.x < step.count ? step.start + (int)threadIdx.x : 0;
     };
@@ -262,15 +265,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
     fetch_rows(0);
     commit_copies();
     __syncthreads();
-    bool votes[M_TILES][2];  // finite queries of the tile
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const int r = warp_row + 16 * m + 8 * h + lane / 4;
-            votes[m][h] = r < rows && !sm.poisoned[r];
-        }
-
+    // Finite queries of the tile vote.
+    auto votes = [&](int r) { return r < agreed.rows && !sm.poisoned[r]; };
     int place = 0;
     bool voted = false, wanted = false, in_tail = false;
 
@@ -359,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                 for (int h = 0; h < 2; ++h) {
                     const int r = warp_row + 16 * m + 8 * h + lane / 4;
                     int limit = step.count;  // columns from here on are hidden
-                    if (step.phase == MASKED_WINDOW) limit = min(limit, sm.row[r] + shift + 1 - step.start);
+                    if (step.phase == MASKED_WINDOW) limit = min(limit, sm.row[r] + agreed.shift + 1 - step.start);
                     const float ceiling = step.phase == TAIL ? sm.ceiling[r] : -NEGATIVE_INFINITY;
 #pragma unroll
                     for (int n = 0; n < N_TILES; ++n)
@@ -373,26 +369,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                 }
         }
 
+        float shrink[M_TILES][2];
+        bool moved = false;
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float greatest = fmaxf(p[m][0][2 * h], p[m][0][2 * h + 1]);
+#pragma unroll
+                for (int n = 1; n < N_TILES; ++n) greatest = fmaxf(greatest, fmaxf(p[m][n][2 * h], p[m][n][2 * h + 1]));
+                shrink[m][h] = soft[m][h].raise(quad_max(greatest), unit);
+                moved |= shrink[m][h] != 1.f;
+            }
+        // In ranked order the greatest logits come first: most steps move no maximum.
+        if (__any_sync(0xffffffffu, moved)) {
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+                for (int d = 0; d < V_TILES; ++d)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) o[m][d][i] *= shrink[m][i / 2];
+        }
         unsigned int weights[M_TILES][N_TILES][2];
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                RowSoftmax& row = soft[m][h];
-                float greatest = p[m][0][2 * h];
-#pragma unroll
-                for (int n = 0; n < N_TILES; ++n) greatest = fmaxf(greatest, fmaxf(p[m][n][2 * h], p[m][n][2 * h + 1]));
-                const float shrink = row.raise(quad_max(greatest), unit);
-                const float frame = row.frame() * unit;
+                const float frame = soft[m][h].frame() * unit;
+                float even = 0.f, odd = 0.f;
 #pragma unroll
                 for (int n = 0; n < N_TILES; ++n) {
                     const float x = exp2_approx(p[m][n][2 * h] * unit - frame);
                     const float y = exp2_approx(p[m][n][2 * h + 1] * unit - frame);
-                    row.open += x, row.open += y;
+                    even += x, odd += y;
                     weights[m][n][h] = pack_halves(x, y);
                 }
-#pragma unroll
-                for (int d = 0; d < V_TILES; ++d) o[m][d][2 * h] *= shrink, o[m][d][2 * h + 1] *= shrink;
+                soft[m][h].open += even + odd;
             }
         multiply_pv(o, weights, sm.v + stage * V_BYTES);
 
@@ -403,8 +415,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const float before = soft[m][h].closed, gained = soft[m][h].close();
-                    wanted |= votes[m][h] && soft[m][h].wants(gained, before, tau);
-                    if (step.phase == HISTORY && lane % 4 == 0) sm.ceiling[warp_row + 16 * m + 8 * h + lane / 4] = gained;
+                    const int r = warp_row + 16 * m + 8 * h + lane / 4;
+                    wanted |= votes(r) && soft[m][h].wants(gained, before, tau);
+                    if (step.phase == HISTORY && lane % 4 == 0) sm.ceiling[r] = gained;
                 }
         }
         ++place;
@@ -417,7 +430,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         for (int h = 0; h < 2; ++h) {
             const int r = warp_row + 16 * m + 8 * h + lane / 4;
             const RowSoftmax& row = soft[m][h];
-            const bool poisoned = r < rows && !votes[m][h];
+            const bool poisoned = sm.poisoned[r];
             const float nan = __int_as_float(0x7fffffff);
             const float inverse = poisoned ? nan : row.closed == 0.f ? 0.f : 1.f / row.closed;
 #pragma unroll
@@ -425,8 +438,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                 const unsigned int pair = pack_halves(o[m][d][2 * h] * inverse, o[m][d][2 * h + 1] * inverse);
                 asm volatile("st.shared.b32 [%0], %1;" ::"r"(ValueTile::address(sm.q, r, d) + 4 * (lane % 4)), "r"(pair) : "memory");
             }
-            if (r < rows && lane % 4 == 0) {
-                const long long place = flat_head * n_q + sm.row[r];
+            if (r < agreed.rows && lane % 4 == 0) {
+                const long long place = agreed.flat_head * n_q + sm.row[r];
                 const float natural = row.closed == 0.f ? NEGATIVE_INFINITY : row.top * unit * LN_2 + logf(row.closed);
                 lse[place] = poisoned ? nan : natural;
                 if (tail_mass != nullptr) {
@@ -436,8 +449,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
             }
         }
     __syncthreads();
-    out += batch * out_batch + head * out_head;
-    for (int i = threadIdx.x; i < rows * ValueTile::CHUNKS; i += THREADS) {
+    out += agreed.out_at;
+    for (int i = threadIdx.x; i < agreed.rows * ValueTile::CHUNKS; i += THREADS) {
         const int r = i / ValueTile::CHUNKS, c = i % ValueTile::CHUNKS, valid = min(8, dim_v - 8 * c);
         if (valid <= 0) continue;
         half_t* to = out + sm.row[r] * out_row + 8 * c;
@@ -450,7 +463,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         }
     }
     if (tiles != nullptr && threadIdx.x == 0) {
-        tiles[flat_head * row_tiles + tile] = agreed.walked_tiles;
-        tail_blocks[flat_head * row_tiles + tile] = agreed.blocks_found;
+        const int tile = tile_stop - 1 - blockIdx.x / (heads_q / heads_kv);
+        tiles[agreed.flat_head * row_tiles + tile] = agreed.walked_tiles;
+        tail_blocks[agreed.flat_head * row_tiles + tile] = agreed.blocks_found;
     }
 }

@@ -10,7 +10,10 @@
 // without contraction; 0: exact. +inf leads, -inf and NaN close.
 // A pass: every warp counts the digits of its own run of keys; a scan over (digit, warp) gives places; the warp then
 // deals its keys out in order, equal digits of 32 keys ranked by match. No place depends on the order of atomics.
-// grid (segments, lists' heads)   block warps * 32 (at most 1024)   shared memory warps * bins * 4 bytes
+// A list of at most 2^17 keys is dealt out into shared memory, `window` places at a time (16 bits of the key, and its
+// 17th), and written from there in whole sectors: scattered 4-byte writes cost more than dealing twice.
+// grid (segments, lists' heads)   block warps * 32 (at most 1024)
+// shared memory warps * bins * 4 + window * 2 + window / 8 bytes; window a multiple of 32, or 0: none
 // macros SCORE_HALF (0, 1)
 #define IS_BF16 0
 #include "half.cuh"
@@ -67,8 +70,9 @@ __device__ int scan_block(int x, int* warp_totals) {
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int* scratch,
-    int segments, int levels, int bins, int passes) {
-    extern __shared__ int counts[];  // [warps][bins]
+    int segments, int levels, int bins, int passes, int window) {
+    extern __shared__ int counts[];  // [warps][bins], then the window
+    __shared__ int next_digit, next_place;
     __shared__ int warp_totals[MAX_WARPS];
     __shared__ float least[MAX_WARPS], greatest[MAX_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
@@ -102,6 +106,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap(
     // Every warp's run of keys, a multiple of 32.
     const int run = (n + threads - 1) / threads * 32, first = warp * run, last = min(first + run, n);
     int* const mine = counts + warp * bins;
+    unsigned int* const tops = (unsigned int*)(counts + warps * bins);         // [window / 32] 17th bits
+    unsigned short* const places = (unsigned short*)(tops + window / 32);  // [window]
     int shift = 0, bits = 0;
     while (1 << bits < bins) ++bits;
     for (int pass = 0; pass < passes; ++pass, shift += bits) {
@@ -132,27 +138,62 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap(
             }
         __syncthreads();
 
-        for (int start = first; start < last; start += 32 * AHEAD) {
-            int keys[AHEAD];
-            float values[AHEAD];
+        // The keys whose digit lies in [low, high), to their places: in the window from `base` on, or in `to`.
+        auto deal = [&](unsigned int low, unsigned int high, bool direct, int base_place) {
+            for (int start = first; start < last; start += 32 * AHEAD) {
+                int keys[AHEAD];
+                float values[AHEAD];
 #pragma unroll
-            for (int j = 0; j < AHEAD; ++j) {
-                const int i = start + 32 * j + lane;
-                keys[j] = i >= last ? -1 : from ? from[i] : i;
-                values[j] = i >= last ? 0.f : to_float(scores[keys[j]]);
-            }
+                for (int j = 0; j < AHEAD; ++j) {
+                    const int i = start + 32 * j + lane;
+                    keys[j] = i >= last ? -1 : from ? from[i] : i;
+                    values[j] = i >= last ? 0.f : to_float(scores[keys[j]]);
+                }
 #pragma unroll
-            for (int j = 0; j < AHEAD; ++j) {
-                const bool active = keys[j] >= 0;
-                const unsigned int digit = active ? rank_key(values[j], scale) >> shift & mask : 0xffffffffu;
-                const unsigned int peers = __match_any_sync(0xffffffffu, digit);
-                const int before = __popc(peers & ((1u << lane) - 1)), base = active ? mine[digit] : 0;
-                __syncwarp();
-                if (active && before == 0) mine[digit] = base + __popc(peers);
-                __syncwarp();
-                if (active && base + before < limit) to[base + before] = keys[j];
+                for (int j = 0; j < AHEAD; ++j) {
+                    const unsigned int found = rank_key(values[j], scale) >> shift & mask;
+                    const bool active = keys[j] >= 0 && found >= low && found < high;
+                    const unsigned int peers = __match_any_sync(0xffffffffu, active ? found : 0xffffffffu);
+                    const int before = __popc(peers & ((1u << lane) - 1)), base = active ? mine[found] : 0;
+                    __syncwarp();
+                    if (active && before == 0) mine[found] = base + __popc(peers);
+                    __syncwarp();
+                    const int place = base + before;
+                    if (!active || place >= limit) continue;
+                    if (direct) {
+                        to[place] = keys[j];
+                    } else {
+                        places[place - base_place] = (unsigned short)keys[j];
+                        if (keys[j] >> 16) atomicOr(tops + (place - base_place) / 32, 1u << (place - base_place) % 32);
+                    }
+                }
             }
+        };
+        if (window == 0 || pass < passes - 1 || n > 1 << 17) {
+            deal(0u, 0xffffffffu, true, 0);
+            __syncthreads();
+            continue;
         }
-        __syncthreads();
+        for (int low = 0, base = 0; low < bins && base < limit;) {
+            // The digits whose places fit the window: warp 0's counts are where each digit starts.
+            if (threadIdx.x == 0) {
+                int high = low;
+                for (int step = 1 << 16; step; step /= 2)
+                    if (high + step <= bins && (high + step == bins ? n : counts[high + step]) - base <= window) high += step;
+                next_digit = high;
+                next_place = high == low ? (low + 1 == bins ? n : counts[low + 1]) : high == bins ? n : counts[high];
+            }
+            for (int i = threadIdx.x; i < window / 32; i += threads) tops[i] = 0;
+            __syncthreads();
+            const int high = max(next_digit, low + 1), stop = next_place;
+            const bool direct = next_digit == low;  // one digit alone is more than the window
+            deal((unsigned int)low, (unsigned int)high, direct, base);
+            __syncthreads();
+            if (!direct)
+                for (int i = threadIdx.x; i < min(stop, limit) - base; i += threads)
+                    to[base + i] = places[i] | (int)(tops[i / 32] >> i % 32 & 1) << 16;
+            low = high, base = stop;
+            __syncthreads();
+        }
     }
 }

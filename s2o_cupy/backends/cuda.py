@@ -30,6 +30,8 @@ class Scores:
 def score(problem: Problem, q, k, slab: Slab) -> Scores:
     """Stage 1 for the slab's lists."""
     p, halves = problem, problem.dtype in _HALVES
+    if p.settings.rank not in ("mean", "gaussian"):
+        raise ValueError(f"rank is {p.settings.rank!r}; the CUDA backend supports 'mean' and 'gaussian'")
     q, k = _rows(q), _rows(k)
     heads, segments = (slab.kv_stop - slab.kv_start) * p.orders, slab.segments
     lists, terms = heads * segments, p.terms
@@ -96,17 +98,17 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
         return
     levels, segments, heads = problem.settings.rank_levels or 0, slab.segments, kv_offsets.shape[0]
     room = shared_limit(device_target()) - 2048
-    bins, passes, warps = levels + 2, 1, 32 if scores.longest > 2**15 else 16
-    if not levels or 4 * 16 * bins > room:
+    bins, passes, warps = levels + 2, 1, 8 if scores.longest <= 2**14 else 16
+    if not levels or 4 * warps * bins > room - 8192:
         bins, passes = 256, -(-(levels + 1).bit_length() // 8) if levels else 4
-    if 4 * warps * bins > room:
-        warps = 16
+    window = min((room - 4 * warps * bins) * 8 // 17, scores.longest + 31, 2**16) // 32 * 32
     scratch = cp.empty(2 * scores.data.size, np.int32) if passes > 1 else None
     offsets = (kv_offsets, np.int64(kv_offsets.strides[0] // 8))
     arguments = map(_pointer, (scores.data, scores.starts, scores.history, *offsets, kv_order, scratch))
     kernel = get_kernel("remap", **kernels.remap_macros(problem.dtype))
-    arguments = (*arguments, *map(np.int32, (segments, levels, bins, passes)))
-    kernel((segments, heads), (32 * warps,), arguments, shared_mem=4 * warps * bins)
+    arguments = (*arguments, *map(np.int32, (segments, levels, bins, passes, window)))
+    shared = 4 * warps * bins + 2 * window + window // 8
+    kernel((segments, heads), (32 * warps,), arguments, shared_mem=shared)
 
 
 def pool(problem: Problem, k, v):
@@ -203,7 +205,7 @@ def _pointer(x):
 
 
 def _rows(x):
-    """`x` as the kernels read it: a last axis without gaps, rows less than 2 GiB apart; else a copy in the workspace."""
+    """`x` as the kernels read it: a last axis without gaps, rows less than 2 GiB apart; else a copy of it."""
     gaps = x.shape[3] > 1 and x.strides[3] != x.itemsize
     return cp.ascontiguousarray(x) if gaps or (x.shape[2] > 1 and abs(x.strides[2]) >= 2**31) else x
 

@@ -186,6 +186,12 @@ static inline T atomicAdd(T* p, T x) {
     *p += x;
     return old;
 }
+template <typename T>
+static inline T atomicOr(T* p, T x) {
+    const T old = *p;
+    *p |= x;
+    return old;
+}
 static inline float __int_as_float(unsigned int x) { float y; memcpy(&y, &x, 4); return y; }
 static inline float __uint_as_float(unsigned int x) { return __int_as_float(x); }
 static inline unsigned int __float_as_uint(float x) { unsigned int y; memcpy(&y, &x, 4); return y; }

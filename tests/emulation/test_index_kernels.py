@@ -1,5 +1,7 @@
 """The index kernels from their own `.cu` source on the CPU, in two thread orders, against the reference."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
-def remap(lists, listed, levels, *, half=True, warps=4, reverse=False, edit=None):
+def remap(lists, listed, levels, *, half=True, warps=4, window=256, reverse=False, edit=None):
     """Orders `lists` (one head, a list a segment), keeping the first `listed` of each."""
     starts = np.concatenate([[0], np.cumsum([-(-len(x) // 8) * 8 for x in lists])]).astype(np.int64)
     scores = np.full(starts[-1], np.nan, np.float16 if half else np.float32)
@@ -22,13 +24,26 @@ def remap(lists, listed, levels, *, half=True, warps=4, reverse=False, edit=None
     bins, passes = (levels + 2, 1) if levels and levels < 3000 else (256, 4 if not levels else 3)
     order = np.full(offsets[-1] + 4, -7, np.int32)
     scratch = np.full(2 * starts[-1], -9, np.int32) if passes > 1 else None
-    arguments = (scores, starts, history, offsets, len(offsets), order, scratch, len(lists), levels or 0, bins, passes)
+    arguments = (
+        scores,
+        starts,
+        history,
+        offsets,
+        len(offsets),
+        order,
+        scratch,
+        len(lists),
+        levels or 0,
+        bins,
+        passes,
+        window,
+    )
     run.launch(
         "remap", (len(lists), 1), 32 * warps, arguments,
-        shared=4 * warps * bins, reverse=reverse, edit=edit, SCORE_HALF=int(half),
+        shared=4 * warps * bins + 2 * window + window // 8, reverse=reverse, edit=edit, SCORE_HALF=int(half),
     )  # fmt: skip
     assert (order[offsets[-1] :] == -7).all(), "wrote past the lists"
-    return [order[a:b] for a, b in zip(offsets, offsets[1:])]
+    return [order[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def awkward_lists(half):
@@ -55,6 +70,21 @@ def test_remap_is_the_reference_order(levels, half, reverse):
         np.testing.assert_array_equal(got, reference.remap(x, n, levels))
 
 
+@ORDERS
+@pytest.mark.parametrize("window", [0, 32, 4096])
+def test_remap_in_any_window(window, reverse):
+    lists = awkward_lists(True)
+    got = remap(lists, [len(x) for x in lists], 300, window=window, reverse=reverse)
+    for mine, x in zip(got, lists):
+        np.testing.assert_array_equal(mine, reference.remap(x, len(x), 300))
+
+
+@pytest.mark.parametrize("count", [70_000, 140_000])
+def test_remap_of_long_lists(count):
+    x = np.random.default_rng(9).standard_normal(count).astype(np.float16)
+    np.testing.assert_array_equal(remap([x], [count], 1024, window=65536)[0], reference.remap(x, count, 1024))
+
+
 def test_a_missing_barrier_shows():
     """The emulation is worth something only if it notices: without the barrier after the scan, places are wrong."""
 
@@ -64,7 +94,9 @@ def test_a_missing_barrier_shows():
 
     x = [np.round(np.random.default_rng(1).standard_normal(3000) * 4).astype(np.float16)]
     wrong = [
-        not np.array_equal(remap(x, [3000], 64, reverse=reverse, edit=without)[0], reference.remap(x[0], 3000, 64))
+        not np.array_equal(
+            remap(x, [3000], 64, window=0, reverse=reverse, edit=without)[0], reference.remap(x[0], 3000, 64)
+        )
         for reverse in (False, True)
     ]
     assert any(wrong)
