@@ -1,0 +1,218 @@
+"""The CUDA stages on a GPU: shapes, ranks, streams, repeats, odd views and long inputs, against the reference.
+
+The properties of docs/design.md run on this backend too, by the `backend` fixture (``pytest -m gpu``).
+"""
+
+import types
+
+import numpy as np
+import pytest
+
+import s2o_cupy as s2o
+from s2o_cupy import reference
+from s2o_cupy.problem import Problem
+from s2o_cupy.settings import Settings
+
+cupy = pytest.importorskip("cupy", reason="needs CuPy")
+ml_dtypes = pytest.importorskip("ml_dtypes")
+try:
+    DEVICES = cupy.cuda.runtime.getDeviceCount()
+except cupy.cuda.runtime.CUDARuntimeError:
+    DEVICES = 0
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICES, reason="needs a CUDA device")]
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
+# Relative error over a whole answer, against float64 on the same inputs. Weights and output are each rounded once to
+# the type: half a unit in the last place, uniform, is .29 units root mean square; 1.8e-3, 2.2e-4 and 1e-6 were seen.
+ERROR = {"float16": 5e-4, "bfloat16": 4e-3, "float32": 3e-6, "float64": 1e-12}
+# Of a list's scores, against their spread: rows and scores are rounded to the type (float16 scores of either half).
+SCORE_ERROR = {"float16": 2e-3, "bfloat16": 1.5e-2, "float32": 3e-6, "float64": 1e-6}
+
+
+def arrays(p, seed=0):
+    rng, kind = np.random.default_rng(seed), DTYPES[p.dtype]
+    mix = rng.standard_normal((p.dim_qk, p.dim_qk)) / np.sqrt(p.dim_qk) * np.exp(rng.standard_normal(p.dim_qk))
+    q = rng.standard_normal((p.batch, p.heads_q, p.n_q, p.dim_qk)) @ mix
+    q += rng.standard_normal((p.batch, p.heads_q, 1, p.dim_qk))
+    k = rng.standard_normal((p.batch, p.heads_kv, p.n_k, p.dim_qk))
+    return q.astype(kind), k.astype(kind), rng.standard_normal((*k.shape[:3], p.dim_v)).astype(kind)
+
+
+def wide(x):
+    x = x.get() if isinstance(x, cupy.ndarray) else x
+    return x.astype(np.float64)
+
+
+def empty(p):
+    rows = (p.batch, p.heads_q, p.n_q)
+    tiles = (*rows[:2], len(p.tile_start))
+    return types.SimpleNamespace(
+        out=cupy.full((*rows, p.dim_v), np.nan, np.float32).astype(DTYPES[p.dtype]),
+        lse=cupy.full(rows, np.nan, p.compute_dtype),
+        tiles=cupy.full(tiles, -1, np.int32),
+        tail_blocks=cupy.full(tiles, -1, np.int32),
+        tail_mass=cupy.full(rows, np.nan, np.float32),
+    )
+
+
+def check_stages(p, seed=0):
+    """Scores to rounding, lists bitwise given the scores, stage 3 given the lists."""
+    from s2o_cupy.backends import cuda
+
+    host = arrays(p, seed)
+    q, k, v = map(cupy.asarray, host)
+    exact = [wide(x) for x in host]
+    scores = cuda.score(p, q, k, p.whole)
+    starts = scores.starts.get()
+    values = scores.data.get().reshape(-1, starts[-1])
+    offsets = p.offsets(p.whole)
+    order = cupy.full(int(offsets[-1, -1]), -7, np.int32)
+    cuda.remap(p, scores, p.whole, cupy.asarray(offsets), order)
+    lists = order.get()
+    for b, o, s in np.ndindex(p.batch, p.heads_order, p.segments):
+        row, history = b * p.heads_order + o, int(p.history[s])
+        got = values[row, starts[s] : starts[s] + history]
+        want = reference.score(p, *exact[:2], b, o, s)
+        spread = np.linalg.norm(want - want.mean()) if history else 1
+        assert np.linalg.norm(got - want) <= SCORE_ERROR[p.dtype] * max(spread, 1e-9)
+        expected = reference.remap(got, p.listed[s], p.settings.rank_levels)
+        np.testing.assert_array_equal(lists[offsets[row, s] : offsets[row, s + 1]], expected)
+    result = empty(p)
+    cuda.attend(p, q, k, v, p.whole, order, cupy.asarray(offsets), None, cuda.pool(p, k, v), result)
+    want = reference.attend(p, *exact, lists, offsets.reshape(p.batch, p.heads_order, -1))
+    assert np.linalg.norm(wide(result.out) - want.out) <= ERROR[p.dtype] * np.linalg.norm(want.out)
+    np.testing.assert_allclose(result.lse.get(), want.lse, atol=2e-4 if p.dtype != "float64" else 1e-11)
+    assert (result.tiles.get() == want.tiles).mean() > 0.97
+    assert (result.tail_blocks.get() == want.tail_blocks).mean() > 0.97
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dims", "settings"),
+    [
+        ((128, 128), {}),
+        ((128, 128), {"rank": "mean", "tail": None}),
+        ((128, 128), {"rank_terms": 7, "share_order": True}),
+        ((128, 64), {"rank_terms": 31, "rank_levels": None}),
+        ((64, 64), {"rank_terms": 50, "rank_levels": 60000}),
+        ((64, 64), {"rank_terms": None, "block_q": 64, "block_k": 32}),
+        ((32, 32), {"causal": False, "cap": 0.4}),
+        ((96, 80), {"block_q": 32, "block_k": 96}),
+        ((192, 128), {"tau": 0.0}),
+        ((256, 256), {"causal": False}),
+        ((256, 200), {"rank_terms": None}),
+        ((40, 17), {"rank_levels": 4096}),
+    ],
+)
+def test_stages(dtype, dims, settings):
+    chosen = Settings(**{"segment": 256, "pool": 64, "block_k": 64, "tau": 0.2, **settings})
+    check_stages(Problem(1, 4, 2, 600, 800, *dims, dtype, chosen))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dims", "settings"),
+    [
+        ((64, 64), {}),
+        ((100, 36), {"rank_terms": None, "rank_levels": None}),
+        ((256, 256), {"causal": False, "cap": 0.5}),
+    ],
+)
+def test_plain_stages(dtype, dims, settings):
+    chosen = Settings(**{"segment": 128, "pool": 32, "block_k": 64, "tau": 0.2, **settings})
+    check_stages(Problem(2, 2, 1, 300, 400, *dims, dtype, chosen))
+
+
+def call(n=3000, dtype="float16", heads=(4, 2), dim=64, seed=3):
+    p = Problem(1, *heads, n, n, dim, dim, dtype, Settings())
+    return [cupy.asarray(x) for x in arrays(p, seed)]
+
+
+CALL = {"segment": 256, "tau": 0.05, "backend": "cuda"}
+
+
+def test_twenty_repeats_agree_bitwise():
+    q, k, v = call()
+    first = s2o.attention(q, k, v, full_output=True, **CALL)
+    for _ in range(20):
+        again = s2o.attention(q, k, v, full_output=True, **CALL)
+        assert (again.out == first.out).all()
+        assert (again.lse == first.lse).all()
+        assert (again.stats.tiles == first.stats.tiles).all()
+
+
+def test_two_streams_at_once():
+    inputs = [call(seed=s) for s in (1, 2)]
+    alone = [s2o.attention(*x, **CALL) for x in inputs]
+    streams = [cupy.cuda.Stream(non_blocking=True) for _ in inputs]
+    cupy.cuda.runtime.deviceSynchronize()
+    together = []
+    for _ in range(3):
+        for stream, x in zip(streams, inputs):
+            with stream:
+                together.append(s2o.attention(*x, **CALL))
+    for stream in streams:
+        stream.synchronize()
+    for i, out in enumerate(together):
+        assert (out == alone[i % 2]).all()
+
+
+@pytest.mark.skipif(DEVICES < 2, reason="needs two CUDA devices")
+def test_another_device():
+    host = [x.get() for x in call()]
+    here = s2o.attention(*map(cupy.asarray, host), **CALL).get()
+    with cupy.cuda.Device(1):
+        there = s2o.attention(*map(cupy.asarray, host), **CALL)
+        assert there.device.id == 1
+        np.testing.assert_array_equal(there.get(), here)
+
+
+def test_odd_views_and_out():
+    """Rows off 16 bytes, gaps, reversed and transposed views: bitwise what contiguous copies give; out in place."""
+    wider = [cupy.concatenate([x, x], axis=-1) for x in call()]
+    q, k, v = wider[0][..., 1:65], wider[1][..., ::2], wider[2][:, :, ::-1, 3:67]
+    plain = s2o.attention(*map(cupy.ascontiguousarray, (q, k, v)), **CALL)
+    assert (s2o.attention(q, k, v, **CALL) == plain).all()
+    room = cupy.full((1, 3000, 4, 130), 7, q.dtype)
+    for out in (room[..., 1:65], room[..., ::2][..., 1:65]):
+        view = out.transpose(0, 2, 1, 3)
+        assert s2o.attention(q, k, v, out=view, **CALL) is view
+        assert (view == plain).all()
+    assert (room[..., 129] == 7).all()
+
+
+def test_inputs_of_more_than_2_to_the_31_elements():
+    batch, heads, n, dim = 70, 16, 16384, 128
+    assert batch * heads * n * dim > 2**31
+    needed = 4 * 2 * batch * heads * n * dim
+    if cupy.cuda.runtime.memGetInfo()[0] < needed + 2**32:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    q = cupy.random.default_rng(0).integers(-4, 5, (batch, heads, n, dim), dtype=np.int8).astype(np.float16)
+    k, v = q[:, ::-1], q[:, :, ::-1]
+    last = [x[-1:, -2:] for x in (q, k, v)]
+    out = s2o.attention(q, k, v, segment=1024, rank="mean", cap=0.05, tau=0.1, backend="cuda")
+    assert (out[-1:, -2:] == s2o.attention(*last, segment=1024, rank="mean", cap=0.05, tau=0.1, backend="cuda")).all()
+    del q, k, v, last, out
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def test_long_lists_in_several_windows():
+    """Lists beyond 2^16 and 2^17 keys, which stage 2 deals out in other ways."""
+    from s2o_cupy.backends import cuda
+
+    for n in (70_000, 140_000):
+        p = Problem(1, 1, 1, 512, n, 64, 64, "float16", Settings(rank="mean", causal=False))
+        q, k, _ = map(cupy.asarray, arrays(p))
+        scores, offsets = cuda.score(p, q, k, p.whole), p.offsets(p.whole)
+        order = cupy.full(int(offsets[-1, -1]), -7, np.int32)
+        cuda.remap(p, scores, p.whole, cupy.asarray(offsets), order)
+        expected = reference.remap(scores.data.get()[:n], n, p.settings.rank_levels)
+        np.testing.assert_array_equal(order.get(), expected)
+
+
+def test_refusals():
+    q, k, v = call(n=1500)
+    with pytest.raises(ValueError, match="block_q is 256; the CUDA backend supports 1 to 128"):
+        s2o.attend(q, k, v, s2o.plan(q, k, backend="cuda"), block_q=256, backend="cuda")
+    with pytest.raises(ValueError, match="rank is 'mixture'; the CUDA backend supports"):
+        s2o.plan(q, k, rank="mixture", backend="cuda")
