@@ -15,16 +15,12 @@ from s2o_cupy.settings import Settings, real
 
 METRICS = ("relative", "captured_mass")
 # What is tried beside the settings given: finer rankings cost more to build and need fewer keys.
-VARIANTS = (
-    {},
-    {"segment": 256, "block_k": 64},
-    {"segment": 128, "block_k": 64},
-    {"rank": "mean"},
-)
+VARIANTS = ({}, {"segment": 128}, {"segment": 512}, {"rank": "mixture", "rank_terms": 31})
 _LOOSEST = 1.0  # tau: a walk that stops at its first tile, but where a row gains more than it had
 _CLOSE = 0.8  # a search ends once the error lies between this share of the target and the target
 _STEPS = 8
-_ORDER_FLOPS = 300.0  # what putting one key of a list in order costs, in floating-point operations
+# What putting one key of a list in order costs, and one exponential of the mixture, in floating-point operations.
+_ORDER_FLOPS, _EXP_FLOPS = 300.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -198,5 +194,7 @@ def _work(problem: Problem, density: np.ndarray) -> float:
     """Floating-point operations of stages 1 to 3 at these densities of the heads."""
     pairs = float(density.mean()) * problem.allowed_pairs * problem.heads_q
     keys = float(problem.history.sum()) * problem.heads_order
-    a_key = 2 * (1 + problem.terms) * problem.dim_qk + _ORDER_FLOPS
+    product = 2 * (1 + problem.terms) * problem.dim_qk
+    mixture = problem.settings.rank == "mixture"
+    a_key = _ORDER_FLOPS + (2 * (product + problem.terms * _EXP_FLOPS) if mixture else product)
     return problem.batch * (pairs * 2 * (problem.dim_qk + problem.dim_v) + keys * a_key)

@@ -45,11 +45,11 @@ def score(problem: Problem, q, k, b: int, order_head: int, s: int) -> np.ndarray
     """
     kv = order_head // problem.orders
     heads = problem.group // problem.orders
-    queries = q[b, order_head * heads : (order_head + 1) * heads, _rows(problem, s)].reshape(-1, problem.dim_qk)
+    queries = q[b, order_head * heads : (order_head + 1) * heads][:, _rows(problem, s)].reshape(-1, problem.dim_qk)
     queries = queries[np.isfinite(queries).all(axis=1)]
     keys = k[b, kv, : problem.history[s]]
     if not len(queries):
-        return np.zeros(len(keys))
+        queries = np.zeros((1, problem.dim_qk))
     with np.errstate(all="ignore"):
         if problem.settings.rank == "mixture":
             return mixture_score(queries, keys, problem.terms, problem.scale)

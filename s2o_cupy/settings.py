@@ -66,16 +66,16 @@ class Settings:
     Examples
     --------
     >>> from s2o_cupy import Settings
-    >>> Settings(tau=3e-3).replace(segment=256).segment
-    256
+    >>> Settings(tau=3e-3).replace(segment=512).segment
+    512
     """
 
     causal: bool = True
     scale: float | None = None
-    segment: int = 512
+    segment: int = 256
     block_q: int = 128
-    block_k: int = 128
-    pool: int = 256
+    block_k: int = 64
+    pool: int = 128
     rank: str = "gaussian"
     rank_terms: int | None = 15
     rank_levels: int | None = 1024

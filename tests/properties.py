@@ -18,6 +18,7 @@ A new backend is one `Backend`: how arrays reach it, and its unit of rounding by
 from dataclasses import dataclass, replace
 
 import numpy as np
+from hypothesis import assume
 
 import s2o_cupy as s2o
 from s2o_cupy import backends, reference
@@ -98,14 +99,15 @@ def wide(*arrays):
 def logit_error(backend, case) -> float:
     """Bound on the error of a logit, of a row's log mass and of the relative error of a weight.
 
-    A product of D terms and its scale are right to a few units of the sum of the terms' sizes; a sum of
-    exponentials, an exponential and a logarithm to a few units of 1.
+    A product of D terms, added in turn, is right to a few units of the sum of the terms' sizes, times the square
+    root of D; a sum of exponentials, an exponential and a logarithm to a few units of 1.
     """
     q, k = wide(*case.arrays[:2])
     with np.errstate(all="ignore"):
         keys = np.repeat(np.abs(k), case.problem.group, axis=1).swapaxes(2, 3)
         sizes = case.problem.scale * (np.abs(q) @ keys)
-    return 4 * backend.unit[case.q.dtype.name] * (8 + sizes[np.isfinite(sizes)].max(initial=0))
+    steps = max(1, np.sqrt(case.problem.dim_qk) / 2)
+    return 4 * backend.unit[case.q.dtype.name] * (8 + steps * sizes[np.isfinite(sizes)].max(initial=0))
 
 
 def out_error(backend, case, expected):
@@ -308,7 +310,11 @@ def rows_that_an_infinite_key_spoils_do_not_vote(backend, case, seed, bad):
 
 def ranks_as_the_reference(backend, case):
     """A plan's lists descend in the reference's score, to the scores' rounding and one quantised level."""
-    plan, p = backend.plan(case), case.problem
+    p = case.problem
+    # A query as near to one centre as to another joins either, by rounding; its group's scores then differ.
+    ties = case.contents in ("ties", "equal", "constant") or p.dtype not in ("float32", "float64")
+    assume(p.settings.rank != "mixture" or not ties)
+    plan = backend.plan(case)
     order, offsets = backend.to_host(plan.kv_order), backend.to_host(plan.kv_offsets)
     q, k = wide(*case.arrays[:2])
     error = score_error(backend, case)
@@ -326,7 +332,7 @@ def ranks_as_the_reference(backend, case):
 
 
 def score_error(backend, case) -> float:
-    """Bound on the rounding of a score: its mean term, and its quadratic term when ranked by a Gaussian."""
+    """Bound on the rounding of a score: its mean term, and its quadratic term when there is one."""
     q, k = wide(*case.arrays[:2])
     longest = np.sqrt((q**2).sum(-1).max() * (k**2).sum(-1).max()) * case.problem.scale
     return 8 * backend.unit["float32"] * (1 + longest + (longest**2 if case.problem.terms else 0))

@@ -77,7 +77,7 @@ def all_settings(draw, heads_q: int, **fixed) -> Settings:
         "block_q": st.integers(1, 40),
         "block_k": st.integers(1, 32),
         "pool": st.sampled_from([1, 2, 4, 8, 16, 32]),
-        "rank": st.sampled_from(["mean", "gaussian"]),
+        "rank": st.sampled_from(["mean", "gaussian", "mixture"]),
         "rank_terms": st.one_of(st.none(), st.integers(1, 32)),
         "rank_levels": st.one_of(st.none(), st.sampled_from([2, 3, 16, 256, 1024, 65536])),
         "tail": st.sampled_from(["pooled", None]),

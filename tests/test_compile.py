@@ -6,7 +6,10 @@ import pytest
 
 from s2o_cupy import compile as kernels
 
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("cuda.core") is None, reason="needs cuda-core and NVRTC")
+needs_compiler = pytest.mark.skipif(
+    not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.core"),
+    reason="needs cuda-core and NVRTC",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 from numba import types
 
-from s2o_cupy.backends import _attend, _ranking
+from s2o_cupy.backends import _attend, _mixture, _ranking
 from s2o_cupy.backends._tiles import absorb_step, pack_step
 from s2o_cupy.problem import Problem, Slab
 
@@ -25,6 +25,8 @@ _INT = types.int64
 
 def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndarray:
     """Stage 1: (lists of the slab, longest history) float32 scores; beyond a list's history undefined."""
+    if problem.settings.rank == "mixture":
+        return _score_mixture(problem, q, k, slab)
     history = problem.history[slab.segment_start : slab.segment_stop]
     lists = (slab.kv_stop - slab.kv_start) * problem.orders * slab.segments
     width = int(history.max(initial=0))
@@ -53,6 +55,48 @@ def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndar
     signature = (_INT, _type(k), _type(rep, "C"), _type(history), _type(scores)) + (_INT,) * 7
     _run(_entry(_ranking.score_keys, *signature), items)
     return scores
+
+
+def _score_mixture(problem: Problem, q, k, slab: Slab) -> np.ndarray:
+    """`score` for the mixture rank: centres, then their sums over the keys, then the scores."""
+    history = problem.history[slab.segment_start : slab.segment_stop]
+    lists = (slab.kv_stop - slab.kv_start) * problem.orders * slab.segments
+    width, dtype = int(history.max(initial=0)), problem.compute_dtype
+    rows = -(-problem.terms // _ranking.ROWS) * _ranking.ROWS
+    rep, variance = np.empty((lists, rows, problem.dim_qk), dtype), np.empty((lists, problem.dim_qk), dtype)
+    share, scores = np.full((lists, rows), -np.inf, dtype), np.empty((lists, width), np.float32)
+    q, k = _storage(q), _storage(k)
+    heads, segment, items = problem.group // problem.orders, problem.settings.segment, []
+    for index, (kv, o, s) in enumerate(_lists(problem, slab)):
+        b, h = divmod(kv, problem.heads_kv)
+        n = min(segment, problem.n_q - s * segment)
+        place = (b, h * problem.group + o * heads, heads, s * segment, n, problem.terms, problem.scale)
+        items.append((n, (_pack(q), q, rep[index], variance[index], share[index], *place)))
+    if not items:
+        return scores
+    parts = [_type(x, "C") for x in items[0][1][2:5]]
+    _run(_entry(_mixture.centre_queries, _INT, _type(q), *parts, *(_INT,) * 6, types.float64), items)
+    sums = np.empty((-(-width // _ranking.CHUNK), lists, rows), dtype)
+    common = (_pack(k), k, rep, variance, history)
+    _run_chunks(problem, slab, width, _mixture.sum_keys, common, (sums,), numbered=True)
+    with np.errstate(invalid="ignore"):
+        offset = (share - 2 * np.logaddexp2.reduce(sums, axis=0, initial=-np.inf)).astype(dtype)
+    _run_chunks(problem, slab, width, _mixture.score_keys, common, (offset, scores), numbered=False)
+    return scores
+
+
+def _run_chunks(problem: Problem, slab: Slab, width: int, kernel, common, arrays, numbered: bool) -> None:
+    """Run a kernel of _mixture.py on every chunk of keys of the slab's K/V heads; `numbered` passes the chunk."""
+    _, k, rep, variance, history = common
+    lists, items = problem.orders * slab.segments, []
+    for at, kv in enumerate(range(slab.kv_start, slab.kv_stop)):
+        for chunk, key in enumerate(range(0, width, _ranking.CHUNK)):
+            n = min(_ranking.CHUNK, width - key)
+            place = (*divmod(kv, problem.heads_kv), at * lists, lists, slab.segments, key, n)
+            cost = int((history > key).sum())
+            items.append((cost, (*common, *arrays, *((chunk,) if numbered else ()), *place)))
+    signature = [_INT, _type(k), *(_type(x, "C") for x in (rep, variance, history, *arrays))]
+    _run(_entry(kernel, *signature, *(_INT,) * (8 if numbered else 7)), items)
 
 
 def remap(problem: Problem, scores: np.ndarray, slab: Slab, kv_offsets: np.ndarray, kv_order: np.ndarray) -> None:
