@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from s2o_cupy.backends._lanes import BYTES, inner, kernel
+from s2o_cupy.backends._lanes import BYTES, inner, kernel, lean
 from s2o_cupy.backends._tiles import (
     BIASED,
     COUNTED,
@@ -29,7 +29,8 @@ STOPPED, WALKING, STOPPING = np.int64([0, 1, 2])
 
 @kernel
 def attend_tiles(
-    step, pack, pack_pooled, q, k, v, out, lse, tiles_out, blocks_out, mass_out, kv_order, query_order, k_pool, v_pool, tau,
+    step, pack, pack_pooled, q, k, v, out, lse, tiles_out, blocks_out, mass_out,
+    kv_order, query_order, k_pool, v_pool, tau,
     segment_size, block_q, block_k, pool, tiles_a_segment, shift, causal, tail, guide,
     b, h, first_head, segment, first_tile, last_tile, start, listed, history, factor,
 ):  # fmt: skip
@@ -39,8 +40,10 @@ def attend_tiles(
     lse [B, Hq, Nq] compute type; tiles_out, blocks_out [B, Hq, row tiles] int32; mass_out
     [B, Hq, Nq] float32; kv_order [.] int32, the list at `start`; query_order [B, Hq, Nq] int32,
     read if `guide`; k_pool, v_pool [B, Hkv, blocks, .] compute type; tau [Hq] float64.
-    The tiles count through the heads that share the list, from first_head.
+    The tiles count through the heads that share the list, from first_head. step, pack, pack_pooled: addresses
+    of `absorb_step` and of the `pack_step` of k and of k_pool.
     """
+    lean()
     rows = min(segment_size, q.shape[2] - segment * segment_size)
     per_head = -(-rows // block_q)
     like = np.empty(0, lse.dtype)
@@ -74,6 +77,7 @@ def attend_tiles(
 @inner
 def _seat(work, tile, panel, b, head, first, n, shift, query_order, guide):
     """Give the rows first .. first + n of a head, in walking order, the lanes from `panel` on."""
+    lean()
     tile[BEGIN], tile[END] = panel, panel + -(-n // work.width)
     tile[STATE], tile[LOW], tile[HIGH] = WALKING, 2**62, -1
     for i in range(n):
@@ -87,6 +91,7 @@ def _seat(work, tile, panel, b, head, first, n, shift, query_order, guide):
 @inner
 def _extreme(tiles, column, sign):
     """Greatest number of a column, or least if the sign is negative."""
+    lean()
     most = tiles[0, column]
     for t in range(tiles.shape[0]):
         if sign * tiles[t, column] > sign * most:
@@ -96,7 +101,8 @@ def _extreme(tiles, column, sign):
 
 @inner
 def _window(work, pack, tiles, k, v, b, h, start, stop, mode):
-    """Window keys start .. stop: those before each tile's least position, which every row sees, or (MASKED) the rest."""
+    """Window keys start .. stop: before each tile's least position, where every row sees them, or (MASKED) the rest."""
+    lean()
     masked = mode == MASKED
     nothing = np.empty(0, np.int32)
     for key in range(start, stop, TILE):
@@ -121,6 +127,7 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
 
     A tail's `gained` stays: the pooled keys' share of l.
     """
+    lean()
     blocks = -(-history // pool)
     skipped = np.full(blocks, pool, np.int64)
     if blocks:
@@ -155,6 +162,7 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
 @inner
 def _absorb_in(work, tiles, state, n, mode):
     """The panels of the tiles in a state take the packed tile's n rows."""
+    lean()
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] == state:
             for p in range(tiles[t, BEGIN], tiles[t, END]):
@@ -164,6 +172,7 @@ def _absorb_in(work, tiles, state, n, mode):
 @inner
 def _restart_sums(work, tiles, state):
     """before = l, gained = 0 in the tiles of a state."""
+    lean()
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] == state:
             for lane in range(tiles[t, BEGIN] * work.width, tiles[t, END] * work.width):
@@ -174,6 +183,7 @@ def _restart_sums(work, tiles, state):
 @inner
 def _set_ceiling(work, tiles, keys):
     """In the stopping tiles, the log of the mean weight of the last key tile's `keys` keys."""
+    lean()
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] == STOPPING:
             for lane in range(tiles[t, BEGIN] * work.width, tiles[t, END] * work.width):
@@ -183,7 +193,8 @@ def _set_ceiling(work, tiles, keys):
 
 @inner
 def _vote(work, tiles, tau, keys, last):
-    """Count a key tile of `keys`; tiles whose every voting row gained less than tau, or all at the `last`, stop. How many."""
+    """How many tiles stop after a tile of `keys` keys: where every voting row gained less than tau; all at the `last`."""
+    lean()
     x, stopping = work.x, 0
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] != WALKING:
@@ -205,7 +216,8 @@ def _vote(work, tiles, tau, keys, last):
 
 @inner
 def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool):
-    """The stopping tiles take each block with a quarter of its keys left as one pooled key, of at most `ceiling` a key."""
+    """The stopping tiles take each block with a quarter of its keys left as one pooled key, at most `ceiling` a key."""
+    lean()
     index, n = np.empty(TILE, np.int32), 0
     for block in range(skipped.size):
         if 4 * skipped[block] >= min(pool, history - block * pool):
@@ -224,7 +236,8 @@ def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool
 
 @kernel
 def pool_blocks(pack, x, mean, b, h, size):
-    """mean[b, h, block] = mean over the keys of a block. x [B, H, N, D] storage, mean [B, H, blocks, D] compute type."""
+    """mean[b, h, block]: the mean key of a block. x [B, H, N, D] storage type, mean [B, H, blocks, D] compute type."""
+    lean()
     nothing, dim = np.empty(0, np.int32), x.shape[3]
     row, total = np.zeros(dim, mean.dtype), np.zeros(dim)
     for block in range(mean.shape[2]):
@@ -241,6 +254,7 @@ def pool_blocks(pack, x, mean, b, h, size):
 @kernel
 def dense_rows(step, pack, q, k, v, out, lse, b, h, first, n, shift, causal, factor):
     """Exact attention of rows first .. first + n of all the query heads of one K/V head; arrays as above."""
+    lean()
     group, like, nothing = q.shape[1] // k.shape[1], np.empty(0, lse.dtype), np.empty(0, np.int32)
     panels = -(-n * like.itemsize // BYTES)
     work = make_work(step, group * panels, q.shape[3], v.shape[3], like)

@@ -68,6 +68,17 @@ def _store(builder, value, pointer, itemsize):
 
 
 @intrinsic
+def lean(typingctx):
+    """Compile the function that calls this for size: it only arranges work, and unrolling it takes seconds."""
+
+    def codegen(context, builder, signature, args):
+        builder.function.attributes.add("optsize")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def load(typingctx, array, index):
     """``array[index : index + width]``."""
     lanes = Lanes(array.dtype)
@@ -122,8 +133,9 @@ def lane_sum(typingctx, lanes):
         value, count = args[0], args[0].type.count
         while count > 1:
             count //= 2
-            index = [ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(at, at + count))) for at in (0, count)]
-            halves = [builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), i) for i in index]
+            mask, nothing = ir.VectorType(ir.IntType(32), count), ir.Constant(value.type, ir.Undefined)
+            picks = [ir.Constant(mask, list(range(at, at + count))) for at in (0, count)]
+            halves = [builder.shuffle_vector(value, nothing, pick) for pick in picks]
             value = builder.fadd(*halves)
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
@@ -191,7 +203,8 @@ def _narrow(builder, storage, value):
 
 
 def _byte_address(context, builder, array_type, array, offset, element):
-    data = array if isinstance(array_type, types.CPointer) else context.make_array(array_type)(context, builder, array).data
+    is_pointer = isinstance(array_type, types.CPointer)
+    data = array if is_pointer else context.make_array(array_type)(context, builder, array).data
     data = builder.bitcast(data, ir.IntType(8).as_pointer())
     return builder.bitcast(builder.gep(data, [offset]), element.as_pointer())
 
@@ -301,9 +314,7 @@ exp2 = _operation(1, _exp2)
 # Where an operand is NaN the second one: a running maximum in second place ignores NaN.
 larger = _operation(2, lambda builder, a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
 # c where a <= b, else d.
-select_le = _operation(
-    4, lambda builder, a, b, c, d: builder.select(builder.fcmp_ordered("<=", a, b), c, d)
-)
+select_le = _operation(4, lambda builder, a, b, c, d: builder.select(builder.fcmp_ordered("<=", a, b), c, d))
 
 
 # --- products -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from s2o_cupy.backends._lanes import (
     kernel,
     lane_sum,
     larger,
+    lean,
     load,
     muladd,
     multiply,
@@ -34,6 +35,7 @@ def represent(pack, q, rep, b, first_head, heads, first, rows, terms, scale):
 
     q [B, Hq, Nq, D] storage type; rep [whole blocks of 1 + terms rows, D] compute type, written.
     """
+    lean()
     dim, width = rep.shape[1], BYTES // rep.itemsize
     padded = -(-dim // width) * width
     mean = np.zeros(padded, rep.dtype)
@@ -63,6 +65,7 @@ def represent(pack, q, rep, b, first_head, heads, first, rows, terms, scale):
 @inner
 def _moments(pack, q, b, first_head, heads, first, rows, gaussian, mean, cov):
     """Mean and covariance of the finite rows of some heads, written."""
+    lean()
     width, padded = BYTES // mean.itemsize, mean.size
     chunk, flat = np.zeros(CHUNK * padded, mean.dtype), np.zeros(CHUNK * padded, mean.dtype)
     exact, one, total, n = np.zeros(padded), np.ones(width, mean.dtype), 0, 0
@@ -92,7 +95,8 @@ def _moments(pack, q, b, first_head, heads, first, rows, gaussian, mean, cov):
             for right in range(0, padded, width):
                 for d in range(0, padded, ROWS):
                     left = d // width * CHUNK * width + d % width
-                    product_onto_4(chunk, left, 1, width, n, chunk, right * CHUNK, cov, right * padded + d * width, one, 0)
+                    target = right * padded + d * width
+                    product_onto_4(chunk, left, 1, width, n, chunk, right * CHUNK, cov, target, one, 0)
     share = fill(cov, 1.0 / max(total, 1))
     for i in range(0, cov.size, width):
         store(cov, i, multiply(load(cov, i), share))
@@ -101,6 +105,7 @@ def _moments(pack, q, b, first_head, heads, first, rows, gaussian, mean, cov):
 @inner
 def _pack_finite(pack, q, b, h, first, n, flat, chunk, padded):
     """Pack the finite ones of n query rows as ``chunk[column panel, row, width]``; how many."""
+    lean()
     width, kept = BYTES // flat.itemsize, 0
     pack_rows(pack, q, b, h, np.empty(0, np.int32), first, n, flat, 0, padded)
     zero = fill(flat, 0.0)
@@ -117,6 +122,7 @@ def _pack_finite(pack, q, b, h, first, n, flat, chunk, padded):
 @inner
 def _subspace(cov, padded, terms, basis):
     """Orthonormal rows basis [terms, padded] spanning the columns of cov of largest variance; Gram-Schmidt."""
+    lean()
     width = BYTES // cov.itemsize
     used = np.zeros(padded, np.bool_)
     for row in range(0, terms * padded, padded):
@@ -143,6 +149,7 @@ def _subspace(cov, padded, terms, basis):
 @inner
 def _dot(x, a, b, n):
     """Inner product of the n numbers from x[a] and from x[b]."""
+    lean()
     total = fill(x, 0.0)
     for c in range(0, n, BYTES // x.itemsize):
         total = muladd(load(x, a + c), load(x, b + c), total)
@@ -152,6 +159,7 @@ def _dot(x, a, b, n):
 @inner
 def _project(cov, padded, terms, basis, half, count):
     """basis @ cov @ basis.T (terms, terms) float64; half is room for [count, padded]."""
+    lean()
     width, small = BYTES // cov.itemsize, np.empty((terms, terms))
     for c in range(0, padded, width):
         for r in range(0, count, ROWS):
@@ -168,6 +176,7 @@ def _project(cov, padded, terms, basis, half, count):
 @inner
 def _root(a, scale):
     """Rows f with ``sum of outer(f, f) = scale**2 * a``, a (n, n) semidefinite: Cholesky, greatest pivot first."""
+    lean()
     n = a.shape[0]
     f, rest, least = np.zeros((n, n)), np.empty(n), 0.0
     for i in range(n):

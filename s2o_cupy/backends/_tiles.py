@@ -26,6 +26,7 @@ from s2o_cupy.backends._lanes import (
     inlined,
     inner,
     larger,
+    lean,
     load,
     muladd,
     multiply,
@@ -43,8 +44,8 @@ TILE = 128
 ROOM = -(-TILE // ROWS) * ROWS
 # Columns of `seat`: where a lane's query is from.
 HEAD, ROW, POSITION = 0, 1, 2
-# Modes of `absorb`, added: logits get at most ceiling[lane], then bias[key]; keys past limit[lane] are hidden; the sum goes to `gained` too.
-# (Not Python integers: each would be a Numba type of its own, and compiled for anew.)
+# Modes of `absorb`, added: BIASED, logits are at most ceiling[lane], plus bias[key]; MASKED, keys past limit[lane] are
+# hidden; COUNTED, the sum goes to `gained` too. (Python integers would each be a Numba type, and compiled for anew.)
 PLAIN, BIASED, MASKED, COUNTED = np.int64([0, 1, 2, 4])
 
 Work = namedtuple(
@@ -58,6 +59,7 @@ def make_work(step, panels, dim, dim_v, like):
 
     step: address of `absorb_step`; like: 1-D array of the compute type.
     """
+    lean()
     width = BYTES // like.itemsize
     o_rows = -(-dim_v // ROWS) * ROWS
     # An odd number of cache lines a row: a column of values then spreads over all cache sets.
@@ -116,6 +118,7 @@ def pack_rows(pack, array, b, h, index, first, n, x, at, row):
 @inner
 def load_queries(work, pack, q, b, factor):
     """Fill q for the lanes that have a row; `live` is 1 where the row is finite."""
+    lean()
     x, seat, row = work.x, work.seat, work.raw
     nothing = np.empty(0, np.int32)
     for lane in range(seat.shape[0]):
@@ -190,7 +193,7 @@ def absorb(work, p, first, n, mode):
 
     `before` and `gained` follow the running maximum.
     """
-    lane, width = p * work.width, work.width
+    lane = p * work.width
     call_at(
         work.step,
         work.x,
@@ -206,6 +209,7 @@ def absorb(work, p, first, n, mode):
 @inner
 def hide_nonfinite(work, n):
     """Zero the non-finite numbers of the packed values, kept in `raw`; whether there were any."""
+    lean()
     x, size = work.x, n * work.v_row
     nothing = 0.0
     for i in range(work.v, work.v + size):
@@ -222,6 +226,7 @@ def hide_nonfinite(work, n):
 @inner
 def _restore_nonfinite(work, p, first, n):
     """Add what `hide_nonfinite` took out of the last `absorb`, to the lanes that see the key only."""
+    lean()
     x, width = work.x, work.width
     for i in range(n):
         for d in range(work.dim_v):
@@ -236,6 +241,7 @@ def _restore_nonfinite(work, p, first, n):
 @inner
 def absorb_masked(work, p, key, first, n, nonfinite):
     """Panel p takes tile rows first .. first + n as far as each lane may see; tile row 0 is key `key`."""
+    lean()
     last = np.int64(-1)
     for lane in range(work.width):
         seen = work.seat[p * work.width + lane, POSITION] - key
@@ -251,6 +257,7 @@ def absorb_masked(work, p, key, first, n, nonfinite):
 @inner
 def finish(work, out, lse, b):
     """Write o / l and the natural-log LSE of every lane that has a row."""
+    lean()
     x, width, row = work.x, work.width, work.raw
     for lane in range(work.seat.shape[0]):
         h, i = work.seat[lane, HEAD], work.seat[lane, ROW]

@@ -1,0 +1,37 @@
+"""`python -m bench NAME`: measurements, one module each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import s2o_cupy as s2o
+from bench import cpu, quality
+from s2o_cupy.files import replacing
+
+
+def main() -> None:
+    """Run one benchmark; print it, and write JSON if asked."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", metavar="FILE", help="write every number here")
+    benches = parser.add_subparsers(dest="bench", required=True)
+    sub = benches.add_parser("cpu", parents=[common], help="speed and memory of the CPU backend")
+    sub.add_argument("--threads", type=int, metavar="N", help="threads for ours and for torch (default: Numba's)")
+    sub.set_defaults(run=cpu.main)
+    sub = benches.add_parser("quality", parents=[common], help="density against error beside other methods")
+    sub.add_argument("files", nargs="*", metavar="FILE.npz", help="more heads: an npz with q, k, v")
+    sub.add_argument("--settings", metavar="FILE", help="settings to measure (JSON)")
+    sub.add_argument("--plots", metavar="DIR", help="write one PNG a file there")
+    sub.set_defaults(run=quality.main)
+    options = parser.parse_args()
+    if options.bench == "quality":
+        options.settings = s2o.Settings.load(options.settings) if options.settings else s2o.Settings()
+    report = options.run(options)
+    if options.json:
+        with replacing(options.json) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
