@@ -55,6 +55,11 @@ class Calibrated(Settings):
     evidence: tuple[Trial, ...]
     rows: int
 
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Settings) and self.as_dict() == other.as_dict()
+
+    __hash__ = Settings.__hash__
+
 
 def calibrate(
     q,
@@ -68,6 +73,7 @@ def calibrate(
     rows: int = 8192,
     seed: int = 0,
     variants=VARIANTS,
+    backend: str | None = None,
     **changes,
 ) -> Calibrated:
     """Settings that meet an error at the least work, judged on sampled query rows.
@@ -87,7 +93,9 @@ def calibrate(
     rows, seed : int
         Rows compared with exact attention.
     variants : sequence of dict
-        Changes of settings to try besides; ``({},)`` searches `tau` alone.
+        Changes of settings to try; ``({},)`` searches `tau` alone. None may change `causal` or `scale`.
+    backend : str, optional
+        As in `attention`.
 
     Returns
     -------
@@ -113,14 +121,20 @@ def calibrate(
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; allowed: {', '.join(map(repr, METRICS))}")
     base = (settings or Settings()).replace(**changes)
+    tried = list(dict.fromkeys(base.replace(**{**x, "tau": 0.0}) for x in variants))
+    if not tried:
+        raise ValueError("variants is empty; allowed: one dict of settings or more, ({},) for tau alone")
+    for variant in tried:
+        if (variant.causal, variant.scale) != (base.causal, base.scale):
+            raise ValueError("variants change causal or scale, and so what is exact; allowed: every other setting")
     problem, arrays = checked(q, k, v, base.replace(tau=0.0))
     exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed))
     trials, least = [], np.inf
-    for variant in dict.fromkeys(base.replace(**x) for x in variants):
-        ranking = plan(q, k, variant)
+    for variant in tried:
+        ranking = plan(q, k, variant, backend=backend)
 
         def measure(tau, ranking=ranking):
-            result = attend(q, k, v, ranking, tau=tau, full_output=True)
+            result = attend(q, k, v, ranking, backend=backend, tau=tau, full_output=True)
             found = compare_rows(result.stats.problem, result, exact)
             worst = found.relative if metric == "relative" else 1 - found.captured.mean(axis=-1)
             return worst.max(axis=0), result.stats.head_density.mean(axis=0)
@@ -152,7 +166,7 @@ class _Found:
 def _search(measure, target: float, heads: int, per_head: bool) -> _Found:
     """The loosest tau found that meets the target: a bracketed search along log tau, for all heads in step."""
     tau = np.full(heads, min(target, _LOOSEST))
-    low, high = np.full(heads, -np.inf), np.full(heads, np.log(_LOOSEST))
+    low, high = np.full(heads, -np.inf), np.full(heads, np.inf)
     best = _Found(np.zeros(heads), np.full(heads, np.inf), np.ones(heads), False)
     before = None
     for _ in range(_STEPS):
@@ -183,11 +197,10 @@ def _next(at, log_error, before, log_target, low, high):
         with np.errstate(all="ignore"):
             line = (log_error - before[1]) / (at - before[0])
         slope = np.where(np.isfinite(line), np.clip(line, 0.3, 3.0), slope)
-    step = at + np.clip((log_target - log_error) / slope, -3.0, 3.0)
+    step = np.minimum(at + np.clip((log_target - log_error) / slope, -3.0, 3.0), np.log(_LOOSEST))
     inside = (step > low) & (step < high)
     middle = np.where(np.isfinite(low), (low + high) / 2, high - 2.0)
-    loosest = (high >= np.log(_LOOSEST)) & (step >= high)
-    return np.where(inside, step, np.where(loosest, high, middle)), (at, log_error)
+    return np.where(inside, step, np.where(np.isinf(high), np.log(_LOOSEST), middle)), (at, log_error)
 
 
 def _work(problem: Problem, density: np.ndarray) -> float:

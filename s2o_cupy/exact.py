@@ -143,8 +143,16 @@ class RowErrors:
         """(B, Hq, rows) relative L2 error of each row."""
         return np.sqrt(self.gap / positive(self.norm))
 
+    @property
+    def cosine_rows(self) -> np.ndarray:
+        """(B, Hq, rows) cosine of each row; 1 where it and the exact one are both zero."""
+        both = np.sqrt(self.norm) * np.sqrt(self.length)
+        return np.where((self.norm == 0) & (self.length == 0), 1, self.dot / positive(both))
 
-def tile_mass(q, k, rows: int, *, causal: bool = True, scale: float | None = None) -> np.ndarray:
+
+def tile_mass(
+    q, k, rows: int, *, causal: bool = True, scale: float | None = None, segment: int | None = None
+) -> np.ndarray:
     """Mean softmax probability of every key, over each run of `rows` queries of one head.
 
     Parameters
@@ -153,19 +161,23 @@ def tile_mass(q, k, rows: int, *, causal: bool = True, scale: float | None = Non
     k : array (Nk, D)
     rows : int
         Queries averaged over: a row tile.
+    segment : int, optional
+        Queries after which runs start anew, as row tiles do; matters where `rows` does not divide it.
 
     Returns
     -------
-    float32 array (ceil(Nq / rows), Nk)
+    float32 array (runs, Nk)
         Each row sums to 1.
     """
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     n_q, n_k = len(q), len(k)
     keys = np.asarray(k, np.float32).T * np.float32(scale)
-    mass = np.zeros((-(-n_q // rows), n_k), np.float32)
-    for tile, start in enumerate(range(0, n_q, rows)):
-        block = np.asarray(q[start : start + rows], np.float32)
-        seen = min(start + rows + n_k - n_q, n_k) if causal else n_k
+    segment = segment or max(n_q, 1)
+    starts = [start for s in range(0, n_q, segment) for start in range(s, min(s + segment, n_q), rows)]
+    mass = np.zeros((len(starts), n_k), np.float32)
+    for tile, (start, stop) in enumerate(zip(starts, [*starts[1:], n_q], strict=True)):
+        block = np.asarray(q[start:stop], np.float32)
+        seen = stop + n_k - n_q if causal else n_k
         logit = block @ keys[:, :seen]
         if causal:
             position = np.arange(start, start + len(block))[:, None] + n_k - n_q

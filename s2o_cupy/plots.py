@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from s2o_cupy.arrays import on_host
 from s2o_cupy.planning import Plan
 from s2o_cupy.results import Stats
 
@@ -30,12 +31,18 @@ def save_before_after(path: str | os.PathLike, mass: np.ndarray, plan: Plan, sta
     plan, stats
         Of one head (B = Hq = 1), in position order.
     """
-    figure, (before, after, along) = _figure(1, 3, (15, 5))
+    require()
     problem, block = stats.problem, stats.problem.settings.block_k
-    tiles = stats.tiles.reshape(-1)
+    tiles = on_host(stats.tiles).reshape(-1)
+    if len(mass) != len(tiles):
+        raise ValueError(f"mass has {len(mass)} rows and the result {len(tiles)} row tiles; allowed: the same")
+    if not problem.history[-1]:
+        raise ValueError(f"nothing was ranked over {problem.n_k} keys; allowed: a head with a history")
+    figure, (before, after, along) = _figure(1, 3, (15, 5))
     ranked = _in_ranked_order(mass, plan)
     history = ranked.shape[1]
     _map(before, mass, "Before: keys in position order", "key position (tokens)", mass.shape[1])
+    before.set_ylabel(f"row tile ({problem.settings.block_q} queries each)")
     image = _map(after, ranked, "After: history keys in ranked order", "rank of key", history)
     figure.colorbar(image, ax=[before, after], label="mean probability of a key (log scale)")
     depth = np.minimum(tiles * block, problem.listed[problem.tile_segment])
@@ -51,7 +58,7 @@ def save_before_after(path: str | os.PathLike, mass: np.ndarray, plan: Plan, sta
     along.set(xscale="log", yscale="log", xlabel="history keys walked", ylabel="share of the history's mass missed")
     along.set(title="Last row tile: mass along the walk", ylim=(1e-6, 1.5))
     along.legend(loc="lower left")
-    figure.suptitle(f"{title}, density {stats.density:.3f}")
+    figure.suptitle(f"{title}, density {stats.density:.3f}", parse_math=False)
     _save(figure, path)
 
 
@@ -63,7 +70,7 @@ def save_sweep(path: str | os.PathLike, curves: dict, title: str) -> None:
     path : path
         Where the PNG goes.
     curves : dict of name to (density, error)
-        Arrays (points, heads); one line style a name, one marker a head.
+        Arrays (points, heads); one line style a name, one marker a head. A point without error is left out.
     """
     figure, axes = _figure(1, 1, (7, 5))
     styles = ("-", "--", "-.", ":")
@@ -71,8 +78,12 @@ def save_sweep(path: str | os.PathLike, curves: dict, title: str) -> None:
         for head in range(density.shape[1]):
             shade, marker = str(0.7 * head / max(density.shape[1], 2)), "osv^D*"[head % 6]
             label = f"{name}, head {head}" if density.shape[1] < 9 else None
-            axes.plot(density[:, head], error[:, head], styles[i % 4], marker=marker, ms=4, color=shade, label=label)
-    axes.set(xlabel="density (computed / allowed pairs)", ylabel="relative L2 error", yscale="log", title=title)
+            some = error[:, head] > 0
+            axes.plot(
+                density[some, head], error[some, head], styles[i % 4], marker=marker, ms=4, color=shade, label=label
+            )
+    axes.set(xlabel="density (computed / allowed pairs)", ylabel="relative L2 error", yscale="log")
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
         axes.legend()
@@ -81,11 +92,11 @@ def save_sweep(path: str | os.PathLike, curves: dict, title: str) -> None:
 
 def _in_ranked_order(mass: np.ndarray, plan: Plan) -> np.ndarray:
     """(row tiles, longest history) mass of each tile's history keys, best first; NaN past a history's end."""
-    problem = plan.problem
-    offsets = plan.kv_offsets.reshape(-1)
+    problem, kv_order = plan.problem, on_host(plan.kv_order)
+    offsets = on_host(plan.kv_offsets).reshape(-1)
     ranked = np.full((len(mass), int(problem.history[-1])), np.nan, np.float32)
     for tile, s in enumerate(problem.tile_segment):
-        order = plan.kv_order[offsets[s] : offsets[s + 1]]
+        order = kv_order[offsets[s] : offsets[s + 1]]
         ranked[tile, : len(order)] = mass[tile, order]
     return ranked
 
@@ -101,11 +112,7 @@ def _map(axes, mass: np.ndarray, title: str, xlabel: str, keys: int):
     extent = (0, keys, len(mass), 0)
     columns = np.where(columns > 0, columns, np.nan)
     image = axes.imshow(columns, aspect="auto", extent=extent, cmap="viridis", norm=LogNorm(1e-7, 1e-2))
-    axes.set(
-        title=title,
-        xlabel=xlabel,
-        ylabel="row tile (128 queries each)" if axes.get_subplotspec().is_first_col() else "",
-    )
+    axes.set(title=title, xlabel=xlabel)
     return image
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from s2o_cupy.api import attend, plan
 from s2o_cupy.arrays import as_four_axes, check_finite, natives, on_host
-from s2o_cupy.exact import compare_rows, exact_rows, positive, sample_rows
+from s2o_cupy.exact import RowErrors, compare_rows, exact_rows, positive, sample_rows
 from s2o_cupy.problem import make_problem
 from s2o_cupy.results import AttentionResult
-from s2o_cupy.settings import Settings
+from s2o_cupy.settings import Settings, real
 
 TAUS = tuple(float(x) for x in np.geomspace(0.3, 1e-4, 12).round(6))
 
@@ -86,24 +86,36 @@ def audit(q, k, v, result: AttentionResult, rows: int = 256, seed: int = 0) -> A
         raise TypeError(f"result is a {type(result).__name__}; allowed: the AttentionResult of full_output=True")
     problem = result.stats.problem
     given, arrays = checked(q, k, v, problem.settings)
-    if given != problem:
-        raise ValueError(f"q, k, v make {given}; the result is of {problem}")
+    for name in ("batch", "heads_q", "heads_kv", "n_q", "n_k", "dim_qk", "dim_v", "dtype"):
+        mine, theirs = getattr(given, name), getattr(problem, name)
+        if mine != theirs:
+            raise ValueError(
+                f"q, k, v have {name} {mine} and the result {theirs}; allowed: the arrays it was made from"
+            )
     found = compare_rows(problem, result, exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed)))
-    draws = np.random.default_rng(seed).integers(0, len(found.rows), (500, len(found.rows)))
-    resampled = np.sqrt(found.gap[..., draws].sum(axis=-1) / positive(found.norm[..., draws].sum(axis=-1)))
-    low, high = np.quantile(resampled, (0.025, 0.975), axis=-1)
+    low, high = np.quantile(_resampled(found, np.random.default_rng(seed)), (0.025, 0.975), axis=0)
     return Audit(
         error=found.relative,
-        low=low,
-        high=high,
+        low=np.minimum(low, found.relative),
+        high=np.maximum(high, found.relative),
         error_p99=np.quantile(found.relative_rows, 0.99, axis=-1),
         mse=found.gap.mean(axis=-1) / problem.dim_v,
-        cosine=(found.dot / np.sqrt(positive(found.norm * found.length))).mean(axis=-1),
+        cosine=found.cosine_rows.mean(axis=-1),
         captured_mass=found.captured.mean(axis=-1),
         captured_min=found.captured.min(axis=-1),
         density=result.stats.head_density,
         rows=found.rows,
     )
+
+
+def _resampled(found: RowErrors, rng, draws: int = 500) -> np.ndarray:
+    """(draws, B, Hq) relative errors of rows drawn again with replacement, one draw held at a time."""
+    n = len(found.rows)
+    answer = np.empty((draws, *found.gap.shape[:-1]))
+    for draw in range(draws):
+        times = np.bincount(rng.integers(0, n, n), minlength=n).astype(np.float64)
+        answer[draw] = np.sqrt(found.gap @ times / positive(found.norm @ times))
+    return answer
 
 
 @dataclass(frozen=True)
@@ -123,6 +135,8 @@ class Sweep:
 
     def density_at(self, error: float) -> np.ndarray:
         """(B, Hq) density at a relative error, interpolated in its logarithm; NaN outside of what was swept."""
+        if real("error", error, "a finite number above 0") <= 0:
+            raise ValueError(f"error is {error}; allowed: a finite number above 0")
         return self._interpolated(np.log(positive(self.error)), self.density, math.log(error), np.asarray)
 
     def _interpolated(self, x, y, at, back):
@@ -141,6 +155,7 @@ def sweep(
     settings: Settings | None = None,
     tau=TAUS,
     *,
+    backend: str | None = None,
     rows: int = 1024,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -150,10 +165,10 @@ def sweep(
 
     Parameters
     ----------
-    q, k, v, settings, **changes
-        As in `attention`.
+    q, k, v, settings, backend, **changes
+        As in `attention`; q, k and v finite.
     tau : sequence of float
-        What to try.
+        What to try, each for all heads.
     rows, seed
         Query rows compared with exact attention, as in `audit`.
     progress : callable, optional
@@ -168,21 +183,31 @@ def sweep(
     True
     """
     settings = (settings or Settings()).replace(**changes)
-    taus = np.asarray([Settings(tau=t).tau for t in tau], np.float64)
-    if not len(taus):
-        raise ValueError("tau is empty; allowed: one number or more")
+    taus = _taus(tau)
     problem, arrays = checked(q, k, v, settings)
-    ranking = plan(q, k, settings)
+    ranking = plan(q, k, settings, backend=backend)
     exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed))
     points = []
     for t in taus:
-        result = attend(q, k, v, ranking, tau=float(t), full_output=True)
+        result = attend(q, k, v, ranking, backend=backend, tau=float(t), full_output=True)
         found = compare_rows(problem, result, exact)
         tail = result.stats.tail_mass.reshape(problem.batch, problem.heads_q, -1).mean(axis=-1)
         points.append((result.stats.head_density, found.relative, found.captured.mean(axis=-1), on_host(tail)))
         if progress is not None:
             progress(len(points), len(taus))
     return Sweep(settings, taus, *(np.stack(x) for x in zip(*points, strict=True)))
+
+
+def _taus(tau) -> np.ndarray:
+    allowed = "a sequence of finite numbers, 0 or above"
+    if not isinstance(tau, (list, tuple, np.ndarray)) or (isinstance(tau, np.ndarray) and tau.ndim != 1):
+        raise TypeError(f"tau is {tau!r}; allowed: {allowed}")
+    taus = np.array([real("tau", t, allowed) for t in tau])
+    if not len(taus):
+        raise ValueError(f"tau is empty; allowed: {allowed}")
+    if (taus < 0).any():
+        raise ValueError(f"tau is {taus[taus < 0][0]}; allowed: {allowed}")
+    return taus
 
 
 def checked(q, k, v, settings: Settings):

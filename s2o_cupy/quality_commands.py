@@ -19,7 +19,15 @@ def sweep(options) -> None:
         plots.require()
     with Bar("sweep", 1) as bar:
         curve = s2o.sweep(
-            q, k, v, options.settings, options.taus, rows=options.rows, seed=options.seed, progress=bar.show
+            q,
+            k,
+            v,
+            options.settings,
+            options.taus,
+            backend=options.backend,
+            rows=options.rows,
+            seed=options.seed,
+            progress=bar.show,
         )
     density, error, captured, tail = (
         x.reshape(len(curve.tau), -1) for x in (curve.density, curve.error, curve.captured_mass, curve.tail_mass)
@@ -39,7 +47,8 @@ def sweep(options) -> None:
         for t in range(len(curve.tau))
     ]
     if options.json:
-        print(json.dumps({"settings": curve.settings.as_dict(), "rows": options.rows, "points": rows}, indent=2))
+        compared = min(options.rows, q.shape[-2])
+        print(json.dumps({"settings": curve.settings.as_dict(), "rows": compared, "points": rows}, indent=2))
         return
     print(f"{'head':>4} {'tau':>9} {'density':>8} {'rel. error':>10} {'captured':>9} {'tail mass':>9}")
     for row in rows:
@@ -61,6 +70,7 @@ def calibrate(options) -> None:
         options.metric,
         options.per_head,
         options.settings,
+        backend=options.backend,
         rows=options.rows,
         seed=options.seed,
     )
@@ -85,7 +95,7 @@ def calibrate(options) -> None:
         s = trial["settings"]
         print(
             f"{'' if place else 'chosen:':7} {s['segment']:7d} {s['block_k']:7d} {s['rank']:>8} "
-            f"{np.min(s['tau']):9.4g} "
+            f"{np.min(s['tau']):11.4g} "
             f"{np.mean(trial['density']):8.3f} {max(trial['error']):8.5f} {trial['gflop']:8.2f}"
         )
     print(f"judged on {chosen.rows} query rows")
