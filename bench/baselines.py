@@ -1,6 +1,8 @@
-"""Other methods' selections, from their descriptions, as density against error on one causal head of float32 arrays.
+"""Other methods' selections, from their descriptions, as density against error on one causal head.
 
-Density counts unmasked (query, key) pairs over allowed pairs, as the package's own does.
+Each takes q (N, D), k (N, D), v (N, Dv) of any float dtype and computes in float32; N need be no multiple of a block,
+and the last one is then short. Density counts unmasked (query, key) pairs over allowed pairs, as the package does.
+A threshold is a share of mass in [0, 1]; 1 takes everything.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Points:
     def curve(self) -> Curve:
         """The points in order of density, kept where more density lowers the error."""
         order = np.lexsort((self.gap, self.density))
-        density, error = self.density[order], np.sqrt(self.gap[order] / self.norm)
+        density, error = self.density[order], np.sqrt(self.gap[order] / (self.norm or 1.0))
         keep = (error < np.concatenate([[np.inf], np.minimum.accumulate(error)[:-1]])) & (error > 0)
         return Curve(density[keep], error[keep])
 
@@ -48,15 +50,20 @@ class Curve:
 
     def error_at(self, density):
         """Relative error at a density; NaN outside of the curve."""
+        if not len(self.density):
+            return np.full(np.shape(density), np.nan)
         return np.exp(np.interp(density, self.density, np.log(self.error), left=np.nan, right=np.nan))
 
     def density_at(self, error):
         """Density at a relative error; NaN outside of the curve."""
+        if not len(self.density):
+            return np.full(np.shape(error), np.nan)
         return np.interp(-np.log(error), -np.log(self.error), self.density, left=np.nan, right=np.nan)
 
 
 def pbs_attention(q, k, v, scale: float | None = None, thresholds=THRESHOLDS) -> Points:
     """PBS-Attn: keys sorted within segments of 256 by the last 128 queries' mean attention, then block top-CDF."""
+    q, k, v = _one_head(q, k, v)
     n = len(k)
     received = _softmax_rows(q[-BLOCK:], k, scale, first=n - min(BLOCK, n)).mean(axis=0)
     order = np.arange(n)
@@ -68,6 +75,7 @@ def pbs_attention(q, k, v, scale: float | None = None, thresholds=THRESHOLDS) ->
 
 def block_attention(q, k, v, scale: float | None = None, thresholds=THRESHOLDS) -> Points:
     """Block top-CDF over mean-pooled blocks, keys in position order."""
+    q, k, v = _one_head(q, k, v)
     return _block_top_cdf(q, k, v, np.arange(len(k)), BLOCK, scale, thresholds)
 
 
@@ -89,7 +97,8 @@ def _block_top_cdf(q, k, v, order, segment: int, scale, thresholds) -> Points:
         reached = np.cumsum(weight[ranked]) / max(weight.sum(), 1e-30)
         taken = np.zeros((len(thresholds), before), bool)
         for i, threshold in enumerate(thresholds):
-            taken[i, ranked[: np.searchsorted(reached, threshold) + 1]] = True
+            count = before if threshold >= 1 else np.searchsorted(reached, threshold) + 1
+            taken[i, ranked[:count]] = True
         if before:
             taken[:, sink] |= sink < before
         return taken
@@ -120,6 +129,8 @@ def _walk_blocks(q, k, v, order, segment: int, scale, choose: Callable) -> Point
 
 def oracle(q, k, v, segment: int, block_q: int, block_k: int, pool: int, scale=None, thresholds=THRESHOLDS) -> Points:
     """Keys by the true mean probability of each segment, stopped at the true share of every row's mass; no tail."""
+    q, k, v = _one_head(q, k, v)
+    thresholds = np.asarray(thresholds)
     n, pairs, gap, norm = len(k), 0, 0.0, 0.0
     for start in range(0, n, segment):
         history = start // pool * pool
@@ -133,9 +144,12 @@ def oracle(q, k, v, segment: int, block_q: int, block_k: int, pool: int, scale=N
             window = tile[:, history:]
             ranked = tile[:, order]
             edges = np.minimum(np.arange(block_k, history + block_k, block_k), history)
-            mass = np.concatenate([np.zeros((rows, 1)), np.cumsum(ranked, axis=1)[:, edges - 1]], axis=1)
+            mass = np.concatenate(
+                [np.zeros((rows, 1)), np.cumsum(ranked, axis=1, dtype=np.float64)[:, edges - 1]], axis=1
+            )
             mass += window.sum(axis=1, keepdims=True)
             depth = np.searchsorted(mass.min(axis=0), np.minimum(thresholds, mass[:, -1].min()))
+            depth = np.where(thresholds >= 1, len(edges), depth)
             walked = np.minimum(depth * block_k, history)
             before = window @ v[history:end]
             outs = [
@@ -155,6 +169,13 @@ def _softmax_rows(q, k, scale, first: int) -> np.ndarray:
     np.exp(logit - logit.max(axis=1, keepdims=True), out=logit)
     logit /= logit.sum(axis=1, keepdims=True)
     return logit
+
+
+def _one_head(q, k, v):
+    """The arrays in float32, refused where they are not one causal head's."""
+    if not (q.ndim == k.ndim == v.ndim == 2 and q.shape == k.shape and len(v) == len(k) and len(k)):
+        raise ValueError(f"q has shape {q.shape}, k {k.shape}, v {v.shape}; allowed: (N, D), (N, D), (N, Dv), one N")
+    return [np.asarray(x, np.float32) for x in (q, k, v)]
 
 
 def _scale(scale, q) -> float:

@@ -24,7 +24,12 @@ METHODS = ("ours", "no tail", "paper", "PBS-Attn", "block top-CDF", "oracle")
 def main(options) -> dict:
     """Measure every file, print the table, and return what JSON holds."""
     files = [(name, *s2o.load_sample(name)[:3]) for name in NAMES]
-    files += [(Path(f).stem, *list(load_arrays(f, ("q", "k", "v")).values())) for f in options.files]
+    for file in options.files:  # a capture may bear the name of a sample
+        stem, taken = Path(file).stem, [name for name, *_ in files]
+        name = next(name for name in (stem, *(f"{stem}_{i}" for i in range(2, 9999))) if name not in taken)
+        files.append((name, *load_arrays(file, ("q", "k", "v")).values()))
+    if not options.settings.causal:
+        raise ValueError("causal is False; allowed: True, for the baselines are causal")
     report = {"settings": options.settings.as_dict(), "files": {}}
     with Bar("quality", sum(len(METHODS) for _ in files)) as bar:
         for name, q, k, v in files:
@@ -37,17 +42,17 @@ def main(options) -> dict:
 
 
 def ours(q, k, v, settings, exact: ExactRows, taus=TAUS) -> list[Points]:
-    """One `Points` a query head along `tau`, over the rows of `exact`."""
+    """One `Points` a query head along `tau`, over the rows of `exact`; the heads of a batch follow one another."""
     problem, _ = checked(q, k, v, settings)
     plan = s2o.plan(q, k, settings)
-    heads = [([], []) for _ in range(problem.heads_q)]
+    heads = [([], []) for _ in range(problem.batch * problem.heads_q)]
     for tau in taus:
         result = s2o.attend(q, k, v, plan, tau=tau, full_output=True)
         rows = compare_rows(problem, result, exact)
         for head, (density, gap) in enumerate(heads):
-            density.append(result.stats.head_density[0, head])
-            gap.append(rows.gap[0, head].sum())
-    norm = (exact.out.astype(np.float64) ** 2).sum(axis=(2, 3))[0]
+            density.append(result.stats.head_density.flat[head])
+            gap.append(rows.gap.reshape(len(heads), -1)[head].sum())
+    norm = (exact.out.astype(np.float64) ** 2).sum(axis=(2, 3)).reshape(-1)
     return [Points(np.array(d), np.array(g), float(n)) for (d, g), n in zip(heads, norm, strict=True)]
 
 
@@ -55,7 +60,8 @@ def _file(q, k, v, settings, bar) -> dict:
     """Every method's points on one file, a list over heads each."""
     problem, arrays = checked(q, k, v, settings)
     exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, problem.n_q, 0))
-    paper = s2o.Settings.paper(segment=settings.segment, block_q=settings.block_q, block_k=settings.block_k)
+    same = {name: getattr(settings, name) for name in ("segment", "block_q", "block_k", "pool", "causal", "scale")}
+    paper = s2o.Settings.paper(**same)
     found = {}
     for name, variant in (("ours", settings), ("no tail", settings.replace(tail=None)), ("paper", paper)):
         found[name] = ours(q, k, v, variant, exact)
@@ -63,9 +69,9 @@ def _file(q, k, v, settings, bar) -> dict:
             position = ours(q, k, v, variant.replace(query_order="position"), exact)
             found[name] = min(found[name], position, key=lambda heads: _mean_log_error(Points.pooled(heads)))
         bar.step()
-    group = len(q) // len(k)
     single = [
-        (np.asarray(q[h], np.float32), *(np.asarray(x[h // group], np.float32) for x in (k, v))) for h in range(len(q))
+        (arrays[0][b, h], *(x[b, h // problem.group] for x in arrays[1:]))
+        for b, h in np.ndindex(problem.batch, problem.heads_q)
     ]
     tiles = (settings.segment, settings.block_q, settings.block_k, settings.pool)
     for name, method, more in (
@@ -73,7 +79,7 @@ def _file(q, k, v, settings, bar) -> dict:
         ("block top-CDF", baselines.block_attention, ()),
         ("oracle", baselines.oracle, tiles),
     ):
-        found[name] = [method(*x, *more) for x in single]
+        found[name] = [method(*x, *more, scale=problem.scale) for x in single]
         bar.step()
     return {
         name: [{"density": x.density.tolist(), "gap": x.gap.tolist(), "norm": x.norm} for x in heads]
@@ -82,7 +88,9 @@ def _file(q, k, v, settings, bar) -> dict:
 
 
 def _mean_log_error(points: Points) -> float:
-    return float(np.nanmean(np.log(points.curve.error_at(np.linspace(LOW, HIGH, 8)))))
+    """Mean log error between LOW and HIGH, as far as the curve reaches there; infinite where it does not."""
+    error = points.curve.error_at(np.linspace(LOW, HIGH, 8))
+    return float(np.log(error[np.isfinite(error)]).mean()) if np.isfinite(error).any() else np.inf
 
 
 def _pooled(file: dict, method: str):
@@ -103,6 +111,12 @@ def _summary(report: dict) -> None:
                 "mse_ratio": ((rival.error_at(density) / error) ** 2).tolist(),
                 "density_ratio": (rival.density_at(error) / density).tolist(),
             }
+        denser, plain = (points.density > HIGH) & (points.gap > 0), _pooled(file, "no tail").curve
+        error = np.sqrt(points.gap[denser] / points.norm)
+        file["summary"]["above"] = {
+            "density": points.density[denser].tolist(),
+            "mse_ratio": ((plain.error_at(points.density[denser]) / error) ** 2).tolist(),
+        }
 
 
 def _print(report: dict) -> None:
@@ -114,22 +128,31 @@ def _print(report: dict) -> None:
             curve = _pooled(file, method).curve
             print(f"{method:16}" + "".join(f"{curve.error_at(d):9.4f}" for d in grid))
     print(f"\nOur MSE and density against each method, at our own points of density {LOW} to {HIGH}:")
-    print(f"{'':16} {'MSE: geometric mean':>20} {'least':>7} {'density: geometric mean':>24} {'least':>7}")
+    print(
+        f"{'':16} {'MSE: geometric mean':>20} {'least':>7} {'density: geometric mean':>24} {'least':>7} {'points':>9}"
+    )
     report["ratios"] = {}
     for method in METHODS[1:]:
         parts = [file["summary"][method] for file in report["files"].values()]
         mse, density = (np.concatenate([p[key] for p in parts]) for key in ("mse_ratio", "density_ratio"))
-        ratios = {
-            "mse": float(np.exp(np.nanmean(np.log(mse)))),
-            "mse_least": float(np.nanmin(mse)),
-            "density": float(np.exp(np.nanmean(np.log(density)))),
-            "density_least": float(np.nanmin(density)),
-        }
+        ratios = dict(
+            zip(("mse", "mse_least", "density", "density_least"), (*_over(mse), *_over(density)), strict=True)
+        )
+        ratios |= {"points": len(mse), "compared": int(np.isfinite(mse).sum())}  # a rival's curve may not reach
         report["ratios"][method] = ratios
         print(
             f"{method:16} {ratios['mse']:20.2f} {ratios['mse_least']:7.2f} "
-            f"{ratios['density']:24.2f} {ratios['density_least']:7.2f}"
+            f"{ratios['density']:24.2f} {ratios['density_least']:7.2f} {ratios['compared']:4d} of {ratios['points']}"
         )
+    above = np.concatenate([file["summary"]["above"]["mse_ratio"] for file in report["files"].values()])
+    report["ratios"]["no tail, above"] = dict(zip(("mse", "mse_least"), _over(above), strict=True))
+    print(f"Above density {HIGH}, MSE without the tail over ours: {_over(above)[0]:.2f}, least {_over(above)[1]:.2f}")
+
+
+def _over(ratios: np.ndarray) -> tuple[float, float]:
+    """Geometric mean and least of what could be compared; NaN where nothing could."""
+    ratios = ratios[np.isfinite(ratios)]
+    return (float(np.exp(np.log(ratios).mean())), float(ratios.min())) if len(ratios) else (np.nan, np.nan)
 
 
 def _plots(report: dict, folder: Path) -> None:
