@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (TypeError, ValueError) as error:
         return _refuse(error, 2)
-    except (OSError, ImportError, MemoryError) as error:
+    except (OSError, ImportError, MemoryError, RuntimeError) as error:
         return _refuse(error, 1)
     except Exception as error:
         if os.environ.get("S2O_TRACEBACK"):
