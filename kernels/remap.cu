@@ -12,7 +12,7 @@
 // deals its keys out in order, equal digits of 32 keys ranked by match. No place depends on the order of atomics.
 // A list of at most 2^17 keys is dealt out into shared memory, `window` places at a time (16 bits of the key, and its
 // 17th), and written from there in whole sectors: scattered 4-byte writes cost more than dealing twice.
-// grid (segments, lists' heads)   block warps * 32 (at most 1024)
+// grid (segments, lists' heads)   block warps * 32 (at most 512)
 // shared memory warps * bins * 4 + window * 2 + window / 8 bytes; window a multiple of 32, or 0: none
 // macros SCORE_HALF (0, 1)
 #define IS_BF16 0
@@ -28,7 +28,7 @@ typedef float score_t;
 __device__ __forceinline__ float to_float(score_t x) { return x; }
 #endif
 
-constexpr int MAX_WARPS = 32;
+constexpr int MAX_WARPS = 16;
 constexpr int AHEAD = 4;  // keys a lane loads before it deals the first of them out
 
 struct Scale {
@@ -67,6 +67,25 @@ __device__ int scan_block(int x, int* warp_totals) {
     return base + sum - x;
 }
 
+// Calls `use` with each of the scores [first, last), `threads` of them sharing the work 16 bytes at a time. `first` is a
+// multiple of 32 past an address on 16 bytes.
+template <typename Use>
+__device__ __forceinline__ void for_each_score(const score_t* scores, int first, int last, int thread, int threads, Use use) {
+    constexpr int EACH = 16 / sizeof(score_t);
+#pragma unroll 2
+    for (int i = first + EACH * thread; i < last; i += EACH * threads) {
+        score_t x[EACH];
+        if (i + EACH <= last) {
+            *(uint4*)x = *(const uint4*)(scores + i);
+        } else {
+            for (int j = 0; j < EACH; ++j) x[j] = scores[min(i + j, last - 1)];
+        }
+#pragma unroll
+        for (int j = 0; j < EACH; ++j)
+            if (i + j < last) use(to_float(x[j]));
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int* scratch,
@@ -88,10 +107,9 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap(
     Scale scale = {0.f, 0.f, levels, true};
     if (levels > 0) {
         float low = POSITIVE_INFINITY, high = -POSITIVE_INFINITY;
-        for (int i = threadIdx.x; i < n; i += threads) {
-            const float x = to_float(scores[i]);
+        for_each_score(scores, 0, n, threadIdx.x, threads, [&](float x) {
             if (x - x == 0.f) low = fminf(low, x), high = fmaxf(high, x);
-        }
+        });
         for (int step = 16; step; step /= 2) {
             low = fminf(low, __shfl_xor_sync(0xffffffffu, low, step));
             high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
@@ -118,9 +136,13 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap(
 
         for (int i = threadIdx.x; i < warps * bins; i += threads) counts[i] = 0;
         __syncthreads();
+        auto count = [&](float x) { atomicAdd(mine + (rank_key(x, scale) >> shift & mask), 1); };
+        if (from == nullptr) {
+            for_each_score(scores, first, last, lane, 32, count);
+        } else {
 #pragma unroll 4
-        for (int i = first + lane; i < last; i += 32)
-            atomicAdd(mine + (rank_key(to_float(scores[from ? from[i] : i]), scale) >> shift & mask), 1);
+            for (int i = first + lane; i < last; i += 32) count(to_float(scores[from[i]]));
+        }
         __syncthreads();
 
         // Places: digit by digit, and within a digit warp by warp.
@@ -140,15 +162,24 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap(
 
         // The keys whose digit lies in [low, high), to their places: in the window from `base` on, or in `to`.
         auto deal = [&](unsigned int low, unsigned int high, bool direct, int base_place) {
+            // The next keys and scores are on their way while these are dealt out.
+            int next_keys[AHEAD];
+            score_t next_scores[AHEAD];
+            auto fetch = [&](int start) {
+#pragma unroll
+                for (int j = 0; j < AHEAD; ++j) {
+                    const int i = start + 32 * j + lane;
+                    next_keys[j] = i >= last ? -1 : from ? from[i] : i;
+                    next_scores[j] = scores[max(next_keys[j], 0)];
+                }
+            };
+            fetch(first);
             for (int start = first; start < last; start += 32 * AHEAD) {
                 int keys[AHEAD];
                 float values[AHEAD];
 #pragma unroll
-                for (int j = 0; j < AHEAD; ++j) {
-                    const int i = start + 32 * j + lane;
-                    keys[j] = i >= last ? -1 : from ? from[i] : i;
-                    values[j] = i >= last ? 0.f : to_float(scores[keys[j]]);
-                }
+                for (int j = 0; j < AHEAD; ++j) keys[j] = next_keys[j], values[j] = to_float(next_scores[j]);
+                fetch(start + 32 * AHEAD);
 #pragma unroll
                 for (int j = 0; j < AHEAD; ++j) {
                     const unsigned int found = rank_key(values[j], scale) >> shift & mask;

@@ -22,6 +22,7 @@
 
 struct dim3 { unsigned int x, y, z; };
 struct float2 { float x, y; };
+struct uint4 { unsigned int x, y, z, w; };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 
 namespace s2o_emulation {
