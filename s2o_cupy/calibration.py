@@ -180,7 +180,7 @@ def _search(measure, target: float, heads: int, per_head: bool) -> _Found:
         low, high = np.where(meets, np.maximum(low, at), low), np.where(meets, high, np.minimum(high, at))
         if (meets & ((judged >= _CLOSE * target) | (tau >= _LOOSEST))).all():
             break
-        at, before = _next(at, np.log(np.maximum(judged, 1e-12)), before, np.log(0.92 * target), low, high)
+        at, before = _next(at, np.log(np.maximum(judged, 1e-12)), before, np.log(0.92 * target), low, high, meets)
         tau = np.exp(at)
     if not np.isfinite(best.error).all():
         error, density = measure(0.0)
@@ -190,8 +190,11 @@ def _search(measure, target: float, heads: int, per_head: bool) -> _Found:
     return best
 
 
-def _next(at, log_error, before, log_target, low, high):
-    """The next log tau of each head: along the line through the last two points, kept inside its bracket."""
+def _next(at, log_error, before, log_target, low, high, meets):
+    """The next log tau of each head: along the line through the last two points, kept inside its bracket.
+
+    A bracket is halved where a second point in turn falls on the same side: one row can make the error jump.
+    """
     slope = np.full(at.shape, 0.7)
     if before is not None:
         with np.errstate(all="ignore"):
@@ -199,8 +202,10 @@ def _next(at, log_error, before, log_target, low, high):
         slope = np.where(np.isfinite(line), np.clip(line, 0.3, 3.0), slope)
     step = np.minimum(at + np.clip((log_target - log_error) / slope, -3.0, 3.0), np.log(_LOOSEST))
     inside = (step > low) & (step < high)
+    if before is not None:
+        inside &= (meets != before[2]) | ~np.isfinite(high - low)
     middle = np.where(np.isfinite(low), (low + high) / 2, high - 2.0)
-    return np.where(inside, step, np.where(np.isinf(high), np.log(_LOOSEST), middle)), (at, log_error)
+    return np.where(inside, step, np.where(np.isinf(high), np.log(_LOOSEST), middle)), (at, log_error, meets)
 
 
 def _work(problem: Problem, density: np.ndarray) -> float:
