@@ -23,6 +23,7 @@ from s2o_cupy.settings import Settings
 
 HEADS_Q, HEADS_KV, DIM = 32, 8, 128
 TAUS = (3e-2, 1e-2, 3e-3)
+BASE = {"segment": 512, "block_k": 128, "pool": 256}  # fixed here, whatever the package's defaults are
 RANKS = {"gaussian15": {}, "mean": {"rank": "mean"}, "gaussian7": {"rank_terms": 7}, "cap.25": {"cap": 0.25}}
 
 
@@ -54,7 +55,7 @@ def case(name: str, inputs: list, options) -> dict:
     """One set of shapes: dense, PyTorch's kernels, plan by rank, attend by tau, a whole call, memory."""
     cp, backend = _cupy(), _backend()
     q, k, v = inputs[0]
-    p = make_problem(q, k, v, Settings())
+    p = make_problem(q, k, v, Settings(**BASE))
     exact = _empty(p, q)
     pairs = p.allowed_pairs * p.batch * p.heads_q
     found = {"name": name, "shape": [list(x.shape) for x in (q, k, v)], "dtype": p.dtype}
@@ -78,7 +79,9 @@ def case(name: str, inputs: list, options) -> dict:
     pool = cp.get_default_memory_pool()
     pool.free_all_blocks()
     before = pool.total_bytes()
-    found["call"] = on_device([lambda x=x: s2o.attention(*x, tau=1e-2, backend="cuda") for x in inputs], repeats, 1)
+    found["call"] = on_device(
+        [lambda x=x: s2o.attention(*x, tau=1e-2, backend="cuda", **BASE) for x in inputs], repeats, 1
+    )
     found["call_bytes"] = pool.total_bytes() - before
     _say(name, p.n_q, "attention()", found["call"], f"{found['call_bytes'] / 2**30:.2f} GiB above its inputs")
     return found
@@ -129,7 +132,7 @@ def torch_times(inputs, pairs, p) -> dict:
         tensors.append((q, *(x.repeat_interleave(p.group, 1) for x in (k, v))))
     for label, kind in (("flash2", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
         try:
-            with sdpa_kernel(kind), torch.cuda.stream(torch.cuda.ExternalStream(0)):
+            with sdpa_kernel(kind):
                 timing = on_device([lambda x=x: attention(*x, is_causal=True) for x in tensors])
         except RuntimeError as error:
             print(label, "does not run:", str(error).splitlines()[0])

@@ -51,19 +51,18 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
     arguments = (q, *_strides(q), *([np.int32(_aligned(q))] if halves else []), totals, counts, moment)
     arguments = (*map(_pointer, arguments), *map(np.int32, sizes))
     if halves:
-        macros = kernels.moments_macros(p.dtype, p.dim_qk)
         grid = (segments, heads, width // 64 if terms else 1)
-        get_kernel("moments", **macros)(grid, (128,), arguments, shared_mem=2 * 64 * width * 2)
+        _kernel("moments", p.dtype, p.dim_qk)[0](grid, (128,), arguments, shared_mem=2 * 64 * width * 2)
     else:
         grid = (segments, heads, (-(-width // 32)) ** 2 if terms else 1)
-        get_kernel("score_simt", "moments", **DTYPE_MACROS[p.dtype])(grid, (256,), arguments)
+        _kernel("score_simt", p.dtype, entry="moments")[0](grid, (256,), arguments)
 
     rows = cp.empty((lists, per_list, width), np.uint16 if halves else p.dtype)
     mean = cp.empty((lists, width), np.float32) if full else None
     floats = 2 * width if full else 2 * terms * (width + 1) + terms**2 + 2 * width + 2 * terms + 16
     sizes = (width, p.dim_qk, terms, per_list, not halves, full)
     arguments = (*map(_pointer, (totals, counts, moment, rows, mean)), *map(np.int32, sizes), np.float32(p.scale))
-    get_kernel("factor", **DTYPE_MACROS[p.dtype])((lists,), (128,), arguments, shared_mem=4 * floats)
+    _kernel("factor", p.dtype)[0]((lists,), (128,), arguments, shared_mem=4 * floats)
 
     scores = cp.empty(heads * total, np.float16 if halves else np.float32)
     if longest:
@@ -71,24 +70,16 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
             _pointer, (k, *_strides(k), *([np.int32(_aligned(k))] if halves else []), rows, mean, history, starts)
         )
         if halves:
-            macros = kernels.score_macros(p.dtype, p.dim_qk, device_target())
+            kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_full" if full else f"score_{per_list}")
             sizes = (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)
-            grid = (-(-longest // (32 * macros["WARPS"])), p.orders, slab.kv_stop - slab.kv_start)
-            get_kernel("score", "score_full" if full else f"score_{per_list}", **macros)(
-                grid,
-                (32 * macros["WARPS"],),
-                (*arguments, scores, *map(np.int32, sizes)),
-                shared_mem=kernels.score_shared_bytes(macros),
-            )
+            block, shared = 32 * macros["WARPS"], kernels.score_shared_bytes(macros)
+            grid = (-(-longest // block), p.orders, slab.kv_stop - slab.kv_start)
         else:
+            kernel, _ = _kernel("score_simt", p.dtype, entry="score")
             sizes = (p.heads_kv, slab.kv_start, p.dim_qk, segments, per_list, p.orders)
-            shared = (32 * (p.dim_qk + 1) + 256) * np.dtype(p.dtype).itemsize
-            get_kernel("score_simt", "score", **DTYPE_MACROS[p.dtype])(
-                (-(-longest // 32), segments, heads),
-                (256,),
-                (*arguments, scores, *map(np.int32, sizes)),
-                shared_mem=shared,
-            )
+            block, shared = 256, (32 * (p.dim_qk + 1) + 256) * np.dtype(p.dtype).itemsize
+            grid = (-(-longest // 32), segments, heads)
+        kernel(grid, (block,), (*arguments, scores, *map(np.int32, sizes)), shared_mem=shared)
     return Scores(scores, starts, history, longest)
 
 
@@ -98,14 +89,15 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
         return
     levels, segments, heads = problem.settings.rank_levels or 0, slab.segments, kv_offsets.shape[0]
     room = shared_limit(device_target()) - 2048
-    bins, passes, warps = levels + 2, 1, 8 if scores.longest <= 2**14 else 16
+    longest = int(problem.listed[slab.segment_start : slab.segment_stop].max())
+    bins, passes, warps = levels + 2, 1, 8 if longest <= 2**15 else 16
     if not levels or 4 * warps * bins > room - 8192:
         bins, passes = 256, -(-(levels + 1).bit_length() // 8) if levels else 4
-    window = min((room - 4 * warps * bins) * 8 // 17, scores.longest + 31, 2**16) // 32 * 32
+    window = min((room - 4 * warps * bins) * 8 // 17, longest + 31, 2**16) // 32 * 32
     scratch = cp.empty(2 * scores.data.size, np.int32) if passes > 1 else None
     offsets = (kv_offsets, np.int64(kv_offsets.strides[0] // 8))
     arguments = map(_pointer, (scores.data, scores.starts, scores.history, *offsets, kv_order, scratch))
-    kernel = get_kernel("remap", **kernels.remap_macros(problem.dtype))
+    kernel, _ = _kernel("remap", problem.dtype)
     arguments = (*arguments, *map(np.int32, (segments, levels, bins, passes, window)))
     shared = 4 * warps * bins + 2 * window + window // 8
     kernel((segments, heads), (32 * warps,), arguments, shared_mem=shared)
@@ -115,7 +107,7 @@ def pool(problem: Problem, k, v):
     """Means of K and V over pool blocks, (B * Hkv, blocks, dim padded to 8), the inputs' dtype; None without a tail."""
     if problem.settings.tail is None or not problem.pool_blocks:
         return None
-    kernel = get_kernel("pool", **DTYPE_MACROS[problem.dtype])
+    kernel, _ = _kernel("pool", problem.dtype)
     means = []
     for x in (k, v):
         x, dim = _rows(x), x.shape[3]
@@ -142,7 +134,7 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     walk = slab is not None
     if not walk:
         slab = p.whole
-        block_q = kernels.largest_block_q(p.dtype, p.dim_qk, p.dim_v, device_target()) if p.dtype in _HALVES else 128
+        block_q = _dense_block_q(device_target(), p.dtype, p.dim_qk, p.dim_v)
         segment, tiles_per_segment = p.n_q, -(-p.n_q // block_q)
         row_tiles = tiles_per_segment
         tile_start, tile_stop = 0, row_tiles
@@ -167,11 +159,11 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     if block_q > 128:
         raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
     if halves:
-        macros = kernels.attend_macros(p.dtype, p.dim_qk, p.dim_v, block_q, device_target())
-        shared, threads, name = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros), "attend"
+        kernel, macros = _kernel("attend", p.dtype, p.dim_qk, None, p.dim_v, block_q)
+        shared, threads = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros)
     else:
-        macros = kernels.simt_macros(p.dtype, p.dim_v)
-        shared, threads, name = kernels.simt_shared_bytes(macros, blocks), 256, "attend_simt"
+        kernel, macros = _kernel("attend_simt", p.dtype, None, None, p.dim_v)
+        shared, threads = kernels.simt_shared_bytes(macros, blocks), 256
     if shared > shared_limit(device_target()) - 1024:
         raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
     aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
@@ -180,9 +172,35 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
         arguments += [x, *_strides(x)]
     arguments += [np.int32(aligned), *pools[:2], *map(np.int32, pools[2:]), *order, query_order, taus, np.float32(tau)]
     arguments += [result.lse, *stats, *map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E)]
-    get_kernel(name, **macros)(grid, (threads,), tuple(map(_pointer, arguments)), shared_mem=shared)
+    kernel(grid, (threads,), tuple(map(_pointer, arguments)), shared_mem=shared)
     if out is not result.out:
         result.out[...] = out
+
+
+def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=None, block_q=None):
+    """A kernel on the current device, and its macros."""
+    return _kernel_on(cp.cuda.runtime.getDevice(), name, dtype, dim, entry, dim_v, block_q)
+
+
+@functools.lru_cache(maxsize=512)
+def _kernel_on(device: int, name: str, dtype: str, dim, entry, dim_v, block_q):
+    arch = device_target(device)
+    if name == "attend":
+        macros = kernels.attend_macros(dtype, dim, dim_v, block_q, arch)
+    elif name == "attend_simt":
+        macros = kernels.simt_macros(dtype, dim_v)
+    elif name == "score":
+        macros = kernels.score_macros(dtype, dim, arch)
+    elif name == "moments":
+        macros = kernels.moments_macros(dtype, dim)
+    else:
+        macros = kernels.remap_macros(dtype) if name == "remap" else DTYPE_MACROS[dtype]
+    return get_kernel(name, entry, **macros), macros
+
+
+@functools.lru_cache(maxsize=256)
+def _dense_block_q(arch: str, dtype: str, dim_qk: int, dim_v: int) -> int:
+    return kernels.largest_block_q(dtype, dim_qk, dim_v, arch) if dtype in _HALVES else 128
 
 
 def _geometry(p: Problem) -> tuple:

@@ -201,7 +201,7 @@ def test_long_lists_in_several_windows():
     from s2o_cupy.backends import cuda
 
     for n in (70_000, 140_000):
-        p = Problem(1, 1, 1, 512, n, 64, 64, "float16", Settings(rank="mean", causal=False))
+        p = Problem(1, 1, 1, 512, n, 64, 64, "float16", Settings(rank="mean", causal=False, segment=512))
         q, k, _ = map(cupy.asarray, arrays(p))
         scores, offsets = cuda.score(p, q, k, p.whole), p.offsets(p.whole)
         order = cupy.full(int(offsets[-1, -1]), -7, np.int32)
