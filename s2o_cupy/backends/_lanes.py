@@ -1,4 +1,4 @@
-"""SIMD lanes for the CPU kernels: a vector type for Numba, 16-bit floats, a register-blocked product, exp2.
+"""SIMD lanes for the CPU kernels: a vector type for Numba, its arithmetic, exp2, a register-blocked product.
 
 A `Lanes` value is 64 bytes of float32 or float64 in registers: one number for each of `width`
 queries (or keys). LLVM cuts it to what the machine has. Nothing here assumes finite numbers.
@@ -50,7 +50,8 @@ def _splat(builder, scalar, vector):
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
 
 
-def _constant(vector, number):
+def constant(vector, number):
+    """`number` in every lane."""
     return ir.Constant(vector, [number] * vector.count)
 
 
@@ -142,115 +143,6 @@ def lane_sum(typingctx, lanes):
     return lanes.dtype(lanes), codegen
 
 
-# --- storage types: float16 arrives viewed as uint16, bfloat16 as int16 -------------------------------
-def compute_type(storage):
-    """float32 or float64: what numbers of a storage type are computed in."""
-    return types.float64 if storage == types.float64 else types.float32
-
-
-def _same_shape(template, element):
-    """`element`, or a vector of it as long as `template`."""
-    return ir.VectorType(element, template.count) if isinstance(template, ir.VectorType) else element
-
-
-def _number(llvm_type, number):
-    return _constant(llvm_type, number) if isinstance(llvm_type, ir.VectorType) else ir.Constant(llvm_type, number)
-
-
-def _widen(builder, storage, raw):
-    """The numbers of a storage type in its compute type, exactly."""
-    if storage not in (types.uint16, types.int16):
-        return raw
-    word, single = _same_shape(raw.type, ir.IntType(32)), _same_shape(raw.type, ir.FloatType())
-    bits = builder.zext(raw, word)
-    if storage == types.int16:
-        return builder.bitcast(builder.shl(bits, _number(word, 16)), single)
-    size = builder.shl(builder.and_(bits, _number(word, 0x7FFF)), _number(word, 13))
-    value = builder.bitcast(builder.fmul(builder.bitcast(size, single), _number(single, 2.0**112)), word)
-    special = builder.icmp_unsigned(">=", size, _number(word, 0x7C00 << 13))
-    value = builder.or_(value, builder.select(special, _number(word, 0x7F800000), _number(word, 0)))
-    sign = builder.shl(builder.and_(bits, _number(word, 0x8000)), _number(word, 16))
-    return builder.bitcast(builder.or_(value, sign), single)
-
-
-def _narrow(builder, storage, value):
-    """The nearest number of a storage type, ties to even; too large is infinite, NaN stays NaN."""
-    if storage not in (types.uint16, types.int16):
-        return value
-    single, word = value.type, _same_shape(value.type, ir.IntType(32))
-    short = _same_shape(value.type, ir.IntType(16))
-
-    def n(number):
-        return _number(word, number)
-
-    bits = builder.bitcast(value, word)
-    if storage == types.int16:
-        odd = builder.and_(builder.lshr(bits, n(16)), n(1))
-        kept = builder.lshr(builder.add(bits, builder.add(odd, n(0x7FFF))), n(16))
-        result = builder.select(builder.fcmp_unordered("uno", value, value), n(0x7FC0), kept)
-        return builder.trunc(result, short)
-    size = builder.and_(bits, n(0x7FFFFFFF))
-    odd = builder.and_(builder.lshr(size, n(13)), n(1))
-    normal = builder.lshr(builder.add(size, builder.add(odd, n(0xFFF - (112 << 23)))), n(13))
-    # One half's last bit weighs 2**-24, the least float16.
-    small = builder.bitcast(builder.fadd(builder.bitcast(size, single), _number(single, 0.5)), word)
-    small = builder.sub(small, n(0x3F000000))
-    result = builder.select(builder.icmp_unsigned("<", size, n(0x38800000)), small, normal)
-    large = builder.select(builder.icmp_unsigned(">", size, n(0x7F800000)), n(0x7E00), n(0x7C00))
-    result = builder.select(builder.icmp_unsigned(">=", size, n(0x47800000)), large, result)
-    sign = builder.and_(builder.lshr(bits, n(16)), n(0x8000))
-    return builder.trunc(builder.or_(result, sign), short)
-
-
-def _byte_address(context, builder, array_type, array, offset, element):
-    is_pointer = isinstance(array_type, types.CPointer)
-    data = array if is_pointer else context.make_array(array_type)(context, builder, array).data
-    data = builder.bitcast(data, ir.IntType(8).as_pointer())
-    return builder.bitcast(builder.gep(data, [offset]), element.as_pointer())
-
-
-@intrinsic
-def fetch(typingctx, array, offset):
-    """The number at a byte offset of an array of any layout, or of a pointer, in its compute type."""
-    storage = array.dtype
-
-    def codegen(context, builder, signature, args):
-        element = context.get_data_type(storage)
-        pointer = _byte_address(context, builder, signature.args[0], *args, element)
-        return _widen(builder, storage, builder.load(pointer, align=1))
-
-    return compute_type(storage)(array, types.int64), codegen
-
-
-@intrinsic
-def fetch_lanes(typingctx, array, offset):
-    """`width` consecutive numbers at a byte offset of an array or a pointer, in their compute type."""
-    storage = array.dtype
-    lanes = Lanes(compute_type(storage))
-
-    def codegen(context, builder, signature, args):
-        element = ir.VectorType(context.get_data_type(storage), lanes.width)
-        pointer = _byte_address(context, builder, signature.args[0], *args, element)
-        return _widen(builder, storage, builder.load(pointer, align=1))
-
-    return lanes(array, types.int64), codegen
-
-
-@intrinsic
-def put(typingctx, array, offset, value):
-    """Write a number, or lanes of them, at a byte offset of an array of any layout, rounded to nearest."""
-    storage, computed = array.dtype, compute_type(array.dtype)
-    value = Lanes(computed) if isinstance(value, Lanes) else computed
-
-    def codegen(context, builder, signature, args):
-        result = _narrow(builder, storage, args[2])
-        pointer = _byte_address(context, builder, signature.args[0], args[0], args[1], result.type)
-        builder.store(result, pointer, align=1)
-        return context.get_dummy_value()
-
-    return types.void(array, types.int64, value), codegen
-
-
 # --- arithmetic ---------------------------------------------------------------------------------------
 def _operation(arity, emit):
     """An intrinsic of `arity` lanes from `emit(builder, *values)`."""
@@ -284,17 +176,17 @@ def _exp2(builder, x):
     mantissa, bias, word = (23, 127, 32) if single else (52, 1023, 64)
     integer = ir.VectorType(ir.IntType(word), vector.count)
     # Adding 1.5 * 2**mantissa rounds x to an integer and leaves it, biased, in the low bits.
-    magic = _constant(vector, float(3 << (mantissa - 1)) + bias)
+    magic = constant(vector, float(3 << (mantissa - 1)) + bias)
     rounded = builder.fadd(x, magic)
     part = builder.fsub(x, builder.fsub(rounded, magic))
-    power = builder.shl(builder.bitcast(rounded, integer), _constant(integer, mantissa))
+    power = builder.shl(builder.bitcast(rounded, integer), constant(integer, mantissa))
     value = None
     for c in _exp2_coefficients(types.float32 if single else types.float64):
-        c = _constant(vector, c)
+        c = constant(vector, c)
         value = c if value is None else _muladd(builder, value, part, c)
     value = builder.fmul(value, builder.bitcast(power, vector))
-    tiny = builder.fcmp_ordered("<", x, _constant(vector, float(1 - bias)))
-    return builder.select(tiny, _constant(vector, 0.0), value)
+    tiny = builder.fcmp_ordered("<", x, constant(vector, float(1 - bias)))
+    return builder.select(tiny, constant(vector, 0.0), value)
 
 
 def _exp2_coefficients(dtype):
@@ -335,7 +227,7 @@ def _block(rows, fresh):
             targets = [builder.add(c0, builder.mul(width, ir.Constant(ir.IntType(64), r))) for r in range(rows)]
             targets = [_address(context, builder, at["c"], c, t) for t in targets]
             if fresh:
-                start = [_constant(vector, 0.0)] * rows
+                start = [constant(vector, 0.0)] * rows
             else:
                 factor = _load(builder, _address(context, builder, at["alpha"], alpha, alpha0), vector, size)
                 start = [builder.fmul(_load(builder, t, vector, size), factor) for t in targets]
@@ -363,17 +255,3 @@ def _block(rows, fresh):
 product, product_onto = _block(ROWS, True), _block(ROWS, False)
 # Four rows at a time, nearly as fast, for the ranking's 8, 16 or 32 rows.
 product_4, product_onto_4 = _block(4, True), _block(4, False)
-
-
-@intrinsic
-def call_at(typingctx, address, x, numbers):
-    """Call a compiled ``void(pointer to x's numbers, ...)`` at an address; a tuple gives the int64 or pointer rest."""
-
-    def codegen(context, builder, signature, args):
-        data = context.make_array(x)(context, builder, args[1]).data
-        integers = cgutils.unpack_tuple(builder, args[2])
-        function = ir.FunctionType(ir.VoidType(), [data.type] + [i.type for i in integers])
-        builder.call(builder.inttoptr(args[0], function.as_pointer()), [data, *integers])
-        return context.get_dummy_value()
-
-    return types.void(address, x, numbers), codegen

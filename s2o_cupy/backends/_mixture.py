@@ -20,7 +20,7 @@ from s2o_cupy.backends._lanes import (
     subtract,
 )
 from s2o_cupy.backends._ranking import ROWS
-from s2o_cupy.backends._tiles import pack_rows
+from s2o_cupy.backends._storage import pack_rows
 
 _LOG2E = np.log2(np.e)
 

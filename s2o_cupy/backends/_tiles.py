@@ -16,12 +16,8 @@ from s2o_cupy.backends._lanes import (
     BYTES,
     ROWS,
     add,
-    call_at,
-    compute_type,
     divide,
     exp2,
-    fetch,
-    fetch_lanes,
     fill,
     inlined,
     inner,
@@ -32,12 +28,12 @@ from s2o_cupy.backends._lanes import (
     multiply,
     product,
     product_onto,
-    put,
     select_le,
     spread,
     store,
     subtract,
 )
+from s2o_cupy.backends._storage import call_at, pack_rows, put
 
 # Keys computed at a time: a panel's logits and a tile's keys stay in the first two caches. ROOM: in whole blocks.
 TILE = 128
@@ -79,39 +75,6 @@ def make_work(step, panels, dim, dim_v, like):
     return Work(
         step, x, seat, dim, dim_v, o_rows, v_row, width, q, o, m, m + lanes, m + 2 * lanes, m + 3 * lanes,
         m + 4 * lanes, m + 5 * lanes, k, v, v + ROOM * v_row, s, bias, alpha, alpha + width,
-    )  # fmt: skip
-
-
-def _pack_step(x, source, index, gathered, start, row_stride, stride, dim, itemsize, first, n, at, row):
-    """See `pack_rows`; strides in bytes, `index` is read if `gathered`."""
-    target, ids = carray(x, 1), carray(index, 1)
-    step = BYTES // target.itemsize
-    for i in range(first, first + n):
-        offset = start + (np.int64(ids[i]) if gathered else i) * row_stride
-        d = 0
-        if stride == itemsize:
-            while d + step <= dim:
-                store(target, at + d, fetch_lanes(source, offset + d * stride))
-                d += step
-        while d < dim:
-            target[at + d] = fetch(source, offset + d * stride)
-            d += 1
-        at += row
-
-
-@inlined
-def pack_rows(pack, array, b, h, index, first, n, x, at, row):
-    """Rows first .. first + n of ``array[b, h]``, or those of ``index[first : first + n]`` if it is not empty.
-
-    Written to x from `at` on, `row` numbers apart. `pack` is the address of the array's `pack_step`.
-    """
-    call_at(
-        pack,
-        x,
-        (
-            array.ctypes.data, index.ctypes.data, np.int64(index.size > 0), b * array.strides[0] + h * array.strides[1],
-            array.strides[2], array.strides[3], array.shape[3], array.itemsize, first, n, at, row,
-        ),
     )  # fmt: skip
 
 
@@ -170,14 +133,6 @@ def _absorb_step(pointer, dim, v_row, o_rows, lane, apart, q, o, k, v, s, bias, 
     store(x, lane, add(gained, total) if mode & COUNTED else gained)
     for d in range(0, o_rows, ROWS):
         product_onto(x, v + d, 1, v_row, n, x, s, x, o + d * width, x, alpha)
-
-
-@cache
-def pack_step(storage):
-    """Address of the compiled step that packs rows of a storage type."""
-    computed = compute_type(from_dtype(storage))
-    pointers = [types.CPointer(x) for x in (computed, from_dtype(storage), types.int32)]
-    return cfunc(types.void(*pointers, *[types.int64] * 10), cache=True, error_model="numpy")(_pack_step)
 
 
 @cache

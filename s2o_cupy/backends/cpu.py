@@ -11,8 +11,9 @@ import numba
 import numpy as np
 from numba import types
 
-from s2o_cupy.backends import _attend, _mixture, _ranking
-from s2o_cupy.backends._tiles import absorb_step, pack_step
+from s2o_cupy.backends import _attend, _dense, _mixture, _order, _ranking
+from s2o_cupy.backends._storage import pack_step
+from s2o_cupy.backends._tiles import absorb_step
 from s2o_cupy.problem import Problem, Slab
 
 # Scores that stage 1 leaves for stage 2 at a time.
@@ -31,7 +32,8 @@ def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndar
     lists = (slab.kv_stop - slab.kv_start) * problem.orders * slab.segments
     width = int(history.max(initial=0))
     scores = np.empty((lists, width), np.float32)
-    rep = np.empty((lists, -(-(1 + problem.terms) // _ranking.ROWS) * _ranking.ROWS, problem.dim_qk), problem.compute_dtype)
+    rows = -(-(1 + problem.terms) // _ranking.ROWS) * _ranking.ROWS
+    rep = np.empty((lists, rows, problem.dim_qk), problem.compute_dtype)
     q, k = _storage(q), _storage(k)
     heads = problem.group // problem.orders
     segment = problem.settings.segment
@@ -51,7 +53,8 @@ def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndar
             n = min(_ranking.CHUNK, width - key)
             cost = int((history > key).sum())
             first = at * problem.orders * slab.segments
-            items.append((cost, (_pack(k), k, rep, history, scores, b, h, first, problem.orders, slab.segments, key, n)))
+            place = (b, h, first, problem.orders, slab.segments, key, n)
+            items.append((cost, (_pack(k), k, rep, history, scores, *place)))
     signature = (_INT, _type(k), _type(rep, "C"), _type(history), _type(scores)) + (_INT,) * 7
     _run(_entry(_ranking.score_keys, *signature), items)
     return scores
@@ -107,8 +110,10 @@ def remap(problem: Problem, scores: np.ndarray, slab: Slab, kv_offsets: np.ndarr
         head, at = divmod(index, slab.segments)
         item = (scores, index, history, listed) + (() if levels is None else (levels,))
         items.append((history, (*item, kv_order, int(kv_offsets[head, at]))))
-    kernel, middle = (_ranking.order_exactly, 3) if levels is None else (_ranking.order_levels, 4)
-    _run(_entry(kernel, _type(scores, "C"), *(_INT,) * middle, _type(kv_order), _INT), items)
+    kernel, middle = (_order.order_exactly, 3) if levels is None else (_order.order_levels, 4)
+    scratch = scores.shape[1] * (16 if levels is None else 4)  # bytes that a thread's list takes
+    entry = _entry(kernel, _type(scores, "C"), *(_INT,) * middle, _type(kv_order), _INT)
+    _run(entry, items, max(1, SCORE_BYTES // max(scratch, 1)))
 
 
 def pool(problem: Problem, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +121,7 @@ def pool(problem: Problem, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np
     size, means = problem.settings.pool, []
     for x in (_storage(k), _storage(v)):
         mean = np.empty((*x.shape[:2], problem.pool_blocks, x.shape[3]), problem.compute_dtype)
-        entry = _entry(_attend.pool_blocks, _INT, _type(x), _type(mean), _INT, _INT, _INT)
+        entry = _entry(_dense.pool_blocks, _INT, _type(x), _type(mean), _INT, _INT, _INT)
         _run(entry, [(0, (_pack(x), x, mean, b, h, size)) for b in range(x.shape[0]) for h in range(x.shape[1])])
         means.append(mean)
     return means[0], means[1]
@@ -163,7 +168,7 @@ def dense(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, answer)
                 rows = min(block, problem.n_q - first)
                 item = (*steps, *arrays, b, h, first, rows, problem.shift, int(problem.settings.causal))
                 items.append((rows * (first + rows), (*item, problem.scale * _LOG2E)))
-    _run(_entry(_attend.dense_rows, _INT, _INT, *map(_type, arrays), *(_INT,) * 6, types.float64), items)
+    _run(_entry(_dense.dense_rows, _INT, _INT, *map(_type, arrays), *(_INT,) * 6, types.float64), items)
 
 
 def _lists(problem, slab):
@@ -194,10 +199,10 @@ def _entry(kernel, *signature):
     return kernel.compile(signature)
 
 
-def _run(entry, items):
-    """Call `entry` on every (cost, arguments), the costly ones first, on at most NUMBA_NUM_THREADS threads."""
+def _run(entry, items, most: int = 2**31):
+    """Call `entry` on every (cost, arguments), the costly first, on up to NUMBA_NUM_THREADS threads, or `most`."""
     items = [arguments for _, arguments in sorted(items, key=lambda item: -item[0])]
-    threads = min(numba.config.NUMBA_NUM_THREADS, len(items))
+    threads = min(numba.config.NUMBA_NUM_THREADS, len(items), most)
     if threads <= 1:
         for arguments in items:
             entry(*arguments)
