@@ -47,6 +47,7 @@ def main(options) -> dict:
         with np.load(path) as file:
             arrays = [_cupy().asarray(file[name][None]) for name in ("q", "k", "v")]
         report["cases"].append(case(path.rsplit("/", 1)[-1], [arrays], options))
+    report["crossover"] = [crossover(n) for n in (2048, 4096, 8192, 16384)]
     report["host"] = host_times()
     return as_json(report)
 
@@ -139,6 +140,27 @@ def torch_times(inputs, pairs, p) -> dict:
             continue
         found[label] = {"time": timing, "tflops": timing.rate(4 * p.dim_qk * pairs)}
         _say("torch", p.n_q, label, timing, f"{found[label]['tflops']:.0f} TFLOP/s")
+    return found
+
+
+def crossover(n: int) -> dict:
+    """Where ranking pays: dense beside plan and attend, on the diffuse preset and on randn, the worst case."""
+    cp, backend, found = _cupy(), _backend(), {"n": n}
+    for name in ("diffuse", "randn"):
+        arrays = [x[None] for x in workloads.make("diffuse", n, heads_q=HEADS_Q, heads_kv=HEADS_KV, dim=DIM, xp=cp)]
+        if name == "randn":
+            arrays = [cp.random.standard_normal(x.shape, dtype=np.float32).astype(x.dtype) for x in arrays]
+        p = make_problem(*arrays, Settings(**BASE))
+        result, (offsets, order) = _empty(p, arrays[0]), _lists(p)
+        rank = partial(planning.rank, p, *arrays[:2], p.whole, offsets, order, backend)
+        found[f"{name} dense"] = on_device([partial(backend.dense, p, *arrays, result)])
+        found[f"{name} plan"] = on_device([rank])
+        pooled = backend.pool(p, *arrays[1:])
+        found[f"{name} attend"] = on_device(
+            [partial(backend.attend, p, *arrays, p.whole, order, offsets, None, pooled, result)]
+        )
+        found[f"{name} density"] = _pairs(p, result)[0]
+    _say("crossover", *(f"{key} {value}" for key, value in found.items()))
     return found
 
 
