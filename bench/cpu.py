@@ -22,8 +22,8 @@ ROWS = 48  # query rows of a head that the float64 check looks at
 # (name, settings): the published defaults, then what is fastest at a relative error of .02 and of .05.
 CASES = (
     ("defaults", {}),
-    ("error .02", {"segment": 256, "block_q": 64, "block_k": 64, "rank_terms": 7, "tau": 0.01}),
-    ("error .05", {"segment": 256, "block_q": 64, "block_k": 64, "rank_terms": 7, "tau": 0.04}),
+    ("error .02", {"segment": 256, "block_q": 64, "block_k": 64, "rank_terms": 7, "tau": 0.007}),
+    ("error .05", {"segment": 512, "block_q": 64, "block_k": 64, "rank_terms": 7, "tau": 0.02}),
 )
 FIRST_CALL = """
 import time

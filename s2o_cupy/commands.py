@@ -91,7 +91,7 @@ def run(options) -> None:
 def info(options) -> None:
     """Versions, devices, and for each backend whether it works here and, where it does not, what to install."""
     versions = {"python": platform.python_version(), "s2o_cupy": s2o.__version__}
-    for package in ("numpy", "numba", "scipy", "ml_dtypes", "matplotlib", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda"):
+    for package in ("numpy", "numba", "ml_dtypes", "matplotlib", "cupy-cuda12x", "cupy-cuda13x", "numba-cuda"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
