@@ -11,7 +11,7 @@ from s2o_cupy.arrays import namespace, natives
 from s2o_cupy.call import Call
 from s2o_cupy.planning import Plan
 from s2o_cupy.problem import make_problem
-from s2o_cupy.settings import Settings, integer
+from s2o_cupy.settings import Settings, as_settings, integer
 
 WORKSPACE = 2**30
 
@@ -80,7 +80,7 @@ def attention(
     >>> res.stats.density
     1.0
     """
-    settings = _settings(settings).replace(**changes)
+    settings = as_settings(settings).replace(**changes)
     workspace = integer("workspace", workspace, 1, 2**62)
     call = Call.take(q, k, v, settings, backend, out, check_finite)
     problem, engine = call.problem, call.engine
@@ -161,7 +161,7 @@ def plan(
     named = natives(q=q, k=k)
     if check_finite:
         arrays.check_finite(named)
-    problem = make_problem(*named.values(), None, _settings(settings).replace(**changes))
+    problem = make_problem(*named.values(), None, as_settings(settings).replace(**changes))
     four = [arrays.as_four_axes(name, x) for name, x in named.items()]
     return planning.make_plan(problem, *four, backends.get(backend, named))
 
@@ -214,11 +214,3 @@ def attend(
             problem, *call.arrays, problem.whole, plan.kv_order, kv_offsets, plan.query_order, pooled, call.result
         )
     return call.answer(full_output, "ranked", problem.settings, plan)
-
-
-def _settings(settings) -> Settings:
-    if settings is None:
-        return Settings()
-    if not isinstance(settings, Settings):
-        raise TypeError(f"settings is a {type(settings).__name__}; allowed: Settings, or its fields as keywords")
-    return settings

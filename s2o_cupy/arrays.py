@@ -94,7 +94,7 @@ def check_finite(named: dict) -> None:
                 if bad.any():
                     row, column = (int(i[0]) for i in xp.nonzero(bad))
                     place = [*lead, start + row, column]
-                    raise ValueError(f"{name} has {float(rows[row, column])} at {place}; check_finite allows none")
+                    raise ValueError(f"{name} has {float(rows[row, column])} at {place}; allowed: finite numbers")
 
 
 def check_out(out, shape: tuple[int, ...], inputs: dict) -> None:

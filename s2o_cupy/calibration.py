@@ -11,7 +11,7 @@ from s2o_cupy.api import attend, plan
 from s2o_cupy.exact import compare_rows, exact_rows, sample_rows
 from s2o_cupy.problem import Problem
 from s2o_cupy.quality import checked
-from s2o_cupy.settings import Settings, real
+from s2o_cupy.settings import Settings, as_settings, real
 
 METRICS = ("relative", "captured_mass")
 # What is tried beside the settings given: finer rankings cost more to build and need fewer keys.
@@ -120,7 +120,7 @@ def calibrate(
         raise ValueError(f"error is {error}; allowed: a finite number above 0")
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; allowed: {', '.join(map(repr, METRICS))}")
-    base = (settings or Settings()).replace(**changes)
+    base = as_settings(settings).replace(**changes)
     tried = list(dict.fromkeys(base.replace(**{**x, "tau": 0.0}) for x in variants))
     if not tried:
         raise ValueError("variants is empty; allowed: one dict of settings or more, ({},) for tau alone")

@@ -141,7 +141,8 @@ def _picture(path, q, k, v, settings, title) -> None:
     positions = settings.replace(query_order="position")
     plan = s2o.plan(q, k, positions)
     stats = s2o.attend(q, k, v, plan, full_output=True).stats
-    mass = tile_mass(q[0], k[0], settings.block_q, causal=settings.causal, scale=settings.scale)
+    shape = {"causal": settings.causal, "scale": settings.scale, "segment": settings.segment}
+    mass = tile_mass(q[0], k[0], settings.block_q, **shape)
     plots.save_before_after(path, mass, plan, stats, title)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from s2o_cupy.arrays import namespace, natives, on_host
 from s2o_cupy.files import load_arrays, save_arrays
 from s2o_cupy.problem import Problem, Slab, make_problem
-from s2o_cupy.settings import ATTEND_SETTINGS, Settings
+from s2o_cupy.settings import ATTEND_SETTINGS, Settings, as_settings
 
 FORMAT = 1
 _SIZES = ("batch", "heads_q", "heads_kv", "n_q", "n_k", "dim_qk")
@@ -73,7 +73,7 @@ class Plan:
         ValueError, TypeError
             Naming the array, the place and the value that is wrong.
         """
-        problem = make_problem(*natives(q=q, k=k).values(), None, settings or Settings())
+        problem = make_problem(*natives(q=q, k=k).values(), None, as_settings(settings))
         made = cls(problem, kv_order, kv_offsets, query_order)
         return made.validate() if validate else made
 

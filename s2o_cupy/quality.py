@@ -13,7 +13,7 @@ from s2o_cupy.arrays import as_four_axes, check_finite, natives, on_host
 from s2o_cupy.exact import RowErrors, compare_rows, exact_rows, positive, sample_rows
 from s2o_cupy.problem import make_problem
 from s2o_cupy.results import AttentionResult
-from s2o_cupy.settings import Settings, real
+from s2o_cupy.settings import Settings, as_settings, real
 
 TAUS = tuple(float(x) for x in np.geomspace(0.3, 1e-4, 12).round(6))
 
@@ -182,7 +182,7 @@ def sweep(
     >>> bool(curve.density[1, 0, 0] > curve.density[0, 0, 0] and curve.error[1, 0, 0] < curve.error[0, 0, 0])
     True
     """
-    settings = (settings or Settings()).replace(**changes)
+    settings = as_settings(settings).replace(**changes)
     taus = _taus(tau)
     problem, arrays = checked(q, k, v, settings)
     ranking = plan(q, k, settings, backend=backend)

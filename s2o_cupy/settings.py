@@ -145,6 +145,15 @@ class Settings:
         return cls().replace(**fields)
 
 
+def as_settings(settings) -> Settings:
+    """`settings`, the defaults where it is None; anything else is refused."""
+    if settings is None:
+        return Settings()
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings is a {type(settings).__name__}; allowed: Settings, or its fields as keywords")
+    return settings
+
+
 def integer(name: str, value, low: int, high: int, also: str = "") -> int:
     allowed = f"an integer from {low} to {high}{also}"
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):

@@ -92,7 +92,7 @@ def test_check_finite_names_the_place(call, name, bad):
         CALLS[call],
         arrays,
         ValueError,
-        rf"{name} has {bad} at \[0, 0, 41, 3\]; check_finite allows none",
+        rf"{name} has {bad} at \[0, 0, 41, 3\]; allowed: finite numbers",
         check_finite=True,
     )
 
