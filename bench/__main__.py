@@ -22,11 +22,13 @@ def main() -> None:
     sub = benches.add_parser("quality", parents=[common], help="density against error beside other methods")
     sub.add_argument("files", nargs="*", metavar="FILE.npz", help="more heads: an npz with q, k, v")
     sub.add_argument("--settings", metavar="FILE", help="settings to measure (JSON)")
+    sub.add_argument("--precise", action="store_true", help="measure Settings.precise()")
     sub.add_argument("--plots", metavar="DIR", help="write one PNG a file there")
     sub.set_defaults(run=quality.main)
     options = parser.parse_args()
     if options.bench == "quality":
-        options.settings = s2o.Settings.load(options.settings) if options.settings else s2o.Settings()
+        base = s2o.Settings.precise() if options.precise else s2o.Settings()
+        options.settings = s2o.Settings.load(options.settings) if options.settings else base
     report = options.run(options)
     if options.json:
         with replacing(options.json) as file:

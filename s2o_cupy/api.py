@@ -86,7 +86,7 @@ def attention(
     problem, engine = call.problem, call.engine
     if call.empty:
         return call.answer(full_output, "ranked", settings)
-    if not problem.ranking_pays:
+    if problem.longest < engine.RANKING_PAYS_FROM:
         engine.dense(problem, *call.arrays, call.result)
         return call.answer(full_output, "dense", settings)
     xp = namespace(call.arrays[0])
@@ -98,6 +98,7 @@ def attention(
         kv_order, kv_offsets = xp.empty(int(offsets[-1, -1]), np.int32), xp.asarray(offsets)
         planning.rank(problem, *call.arrays[:2], slab, kv_offsets, kv_order, engine)
         engine.attend(problem, *call.arrays, slab, kv_order, kv_offsets, query_order, pooled, call.result)
+        del kv_order, kv_offsets  # before the next slab takes its own
         done += (slab.kv_stop - slab.kv_start) * slab.segments
         if progress is not None:
             progress(done, problem.batch * problem.heads_kv * problem.segments)

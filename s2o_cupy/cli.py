@@ -74,8 +74,8 @@ def main(argv: list[str] | None = None) -> int:
 def _settings(options: argparse.Namespace) -> Settings:
     """The settings that a command line asks for: a file's, or the defaults, then each flag given."""
     base = Settings.load(options.settings) if options.settings else Settings()
-    if options.paper:
-        base = Settings.paper()
+    if options.paper or options.precise:
+        base = Settings.paper() if options.paper else Settings.precise()
     names = (f.name for f in dataclasses.fields(Settings))
     return base.replace(**{n: getattr(options, n) for n in names if hasattr(options, n)})
 
@@ -171,8 +171,10 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--backend", choices=commands.BACKENDS, help="default: the CPU")
     group = parser.add_argument_group("settings (docs/design.md section 2)")
-    group.add_argument("--settings", metavar="FILE.json", help="settings written by Settings.save; flags override them")
-    group.add_argument("--paper", action="store_true", help="start from S2O as published")
+    presets = group.add_mutually_exclusive_group()
+    presets.add_argument("--settings", metavar="FILE.json", help="start from settings that Settings.save wrote")
+    presets.add_argument("--paper", action="store_true", help="start from S2O as published")
+    presets.add_argument("--precise", action="store_true", help="start from the best order known, at more ranking work")
     for field in dataclasses.fields(Settings):
         flag, text = "--" + field.name.replace("_", "-"), _SETTINGS_HELP[field.name]
         if isinstance(field.default, bool):

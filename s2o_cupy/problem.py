@@ -109,9 +109,9 @@ class Problem:
         return most if s.rank_terms is None else min(s.rank_terms, most)
 
     @property
-    def ranking_pays(self) -> bool:
-        """Whether a walk can beat dense attention, by shape alone: some list must hold a few key tiles."""
-        return bool(self.segments) and int(self.history[-1]) >= 1024
+    def longest(self) -> int:
+        """Keys of the longest history."""
+        return int(self.history[-1]) if self.segments else 0
 
     # --- segments ----------------------------------------------------------------------------
     @property
@@ -139,8 +139,7 @@ class Problem:
     @property
     def pool_blocks(self) -> int:
         """Pool blocks of a K/V head that any history holds."""
-        longest = int(self.history[-1]) if self.segments else 0
-        return -(-longest // self.settings.pool)
+        return -(-self.longest // self.settings.pool)
 
     # --- row tiles ---------------------------------------------------------------------------
     @property

@@ -19,8 +19,8 @@ def s2o_command(*arguments, **kwargs):
 def heads(tmp_path_factory):
     """A file of small heads, and its arrays."""
     path = tmp_path_factory.mktemp("heads") / "heads.npz"
-    q = np.random.default_rng(0).standard_normal((2, 1500, 16), np.float32)
-    k, v = np.random.default_rng(1).standard_normal((2, 1, 1500, 16), np.float32)
+    q = np.random.default_rng(0).standard_normal((2, 2500, 16), np.float32)
+    k, v = np.random.default_rng(1).standard_normal((2, 1, 2500, 16), np.float32)
     np.savez(path, q=q, k=k, v=v)
     return path, q, k, v
 

@@ -22,8 +22,8 @@ def heads(tmp_path_factory):
     """A file of two small heads with a common K/V head, and its arrays."""
     path = tmp_path_factory.mktemp("heads") / "heads.npz"
     rng = np.random.default_rng(0)
-    q = 2 * rng.standard_normal((2, 1500, 16), np.float32)
-    k, v = rng.standard_normal((2, 1, 1500, 16), np.float32)
+    q = 2 * rng.standard_normal((2, 2500, 16), np.float32)
+    k, v = rng.standard_normal((2, 1, 2500, 16), np.float32)
     np.savez(path, q=q, k=k, v=v)
     return path, q, k, v
 
@@ -84,13 +84,13 @@ def test_calibrate_writes_settings_that_run_takes(heads, tmp_path):
     lines = table.splitlines()
     assert lines[1].startswith("chosen:")
     assert f"{settings.segment:7d}" in lines[1]
-    assert "judged on 1500 query rows" in table
+    assert "judged on 2500 query rows" in table
     assert str(out) in lines[-1]
     report = json.loads(good(s2o_command("run", path, "--settings", out, "--dense", "--json")))
     assert report["settings"] == json.loads(json.dumps(settings.as_dict()))
     errors = [row["error"] for row in report["heads"]]
     assert 0.05 <= max(errors) <= 0.12
-    audit = json.loads(good(s2o_command("audit", path, "--settings", out, "--rows", 1500, "--json")))
+    audit = json.loads(good(s2o_command("audit", path, "--settings", out, "--rows", 2500, "--json")))
     np.testing.assert_allclose([h["error"] for h in audit["heads"]], errors, rtol=1e-3)
 
 

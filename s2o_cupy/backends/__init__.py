@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 
 import numpy as np
@@ -35,6 +36,7 @@ def status() -> dict[str, tuple[bool, str]]:
     return {"cpu": (True, "Numba, NumPy arrays"), "cuda": _cuda_status()}
 
 
+@cache
 def _cuda_status() -> tuple[bool, str]:
     try:
         import cupy

@@ -16,6 +16,8 @@ from s2o_cupy.backends._storage import pack_step
 from s2o_cupy.backends._tiles import absorb_step
 from s2o_cupy.problem import Problem, Slab
 
+# Keys of the longest history from which ranking pays: at N=2048 the shipped heads take as long as dense.
+RANKING_PAYS_FROM = 1792
 # Scores that stage 1 leaves for stage 2 at a time.
 SCORE_BYTES = 2**24
 _LOG2E = float(np.log2(np.e))

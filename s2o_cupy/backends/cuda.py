@@ -12,6 +12,8 @@ from s2o_cupy import compile as kernels
 from s2o_cupy.compile import DTYPE_MACROS, device_target, get_kernel, shared_limit
 from s2o_cupy.problem import Problem, Slab
 
+# Keys of the longest history from which ranking pays (docs/kernels.md: between N=4096 and 8192 on an H100).
+RANKING_PAYS_FROM = 4096
 SCORE_BYTES = 2**28  # a slab's scores, counted at 4 bytes each; 16-bit inputs keep 2
 _LOG2_E = 1.4426950408889634
 _HALVES = ("float16", "bfloat16")
@@ -158,7 +160,11 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     halves = p.dtype in _HALVES
     if block_q > 128:
         raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
-    if halves:
+    aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
+    if aligned & 7 == 7 and kernels.sm90_serves(p.dtype, p.dim_qk, p.dim_v, block_q, device_target()):
+        kernel, _ = _kernel("attend_sm90", p.dtype)
+        shared, threads = kernels.sm90_shared_bytes(blocks), 384
+    elif halves:
         kernel, macros = _kernel("attend", p.dtype, p.dim_qk, None, p.dim_v, block_q)
         shared, threads = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros)
     else:
@@ -166,7 +172,6 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
         shared, threads = kernels.simt_shared_bytes(macros, blocks), 256
     if shared > shared_limit(device_target()) - 1024:
         raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
-    aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
     arguments = []
     for x in (q, k, v, out):
         arguments += [x, *_strides(x)]
