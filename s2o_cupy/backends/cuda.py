@@ -161,10 +161,7 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     if block_q > 128:
         raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
     aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
-    if aligned & 7 == 7 and kernels.sm90_serves(p.dtype, p.dim_qk, p.dim_v, block_q, device_target()):
-        kernel, _ = _kernel("attend_sm90", p.dtype)
-        shared, threads = kernels.sm90_shared_bytes(blocks), 384
-    elif halves:
+    if halves:
         kernel, macros = _kernel("attend", p.dtype, p.dim_qk, None, p.dim_v, block_q)
         shared, threads = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros)
     else:
