@@ -100,17 +100,30 @@ def check_finite(named: dict) -> None:
 def check_out(out, shape: tuple[int, ...], inputs: dict) -> None:
     """Refuse an `out` of another shape, dtype or device, read-only, or overlapping an input."""
     like = inputs["q"]
-    if type(out) is not namespace(like).ndarray:
+    if type(out) not in (namespace(like).ndarray, np.memmap) or namespace(out) is not namespace(like):
         raise TypeError(f"out is a {type(out).__name__}; allowed: a {namespace(like).__name__} array as the inputs are")
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape}; allowed: {shape}")
     if out.dtype != like.dtype:
-        raise TypeError(f"out has dtype {out.dtype.name}; allowed: {like.dtype.name}, that of q")
+        swapped = "" if out.dtype.isnative else f" of byte order {out.dtype.byteorder!r}"
+        raise TypeError(f"out has dtype {out.dtype.name}{swapped}; allowed: {like.dtype.name}, that of q")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only; allowed: a writable array")
+    if _overlaps_itself(out):
+        raise ValueError(f"out has strides {out.strides}, so elements share memory; allowed: memory for each element")
     for name, x in inputs.items():
         if namespace(like).may_share_memory(out, x):
             raise ValueError(f"out shares memory with {name}; allowed: memory of its own")
+
+
+def _overlaps_itself(x) -> bool:
+    """Whether two elements may share memory; false for every view that slicing and transposing can make."""
+    reach = x.itemsize
+    for step, n in sorted((abs(step), n) for step, n in zip(x.strides, x.shape) if n > 1):
+        if step < reach:
+            return x.size > 0
+        reach += step * (n - 1)
+    return False
 
 
 def in_kind(native_array, original):

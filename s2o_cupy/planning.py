@@ -192,7 +192,10 @@ def _check_array(name: str, x, xp, dtype, shape) -> None:
             f"{name} is {type(x).__name__} of {getattr(x, 'dtype', '?')}; allowed: {xp.__name__} {np.dtype(dtype)}"
         )
     if x.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, x.shape, strict=True)):
-        raise ValueError(f"{name} has shape {x.shape}; allowed: {shape}")
+        allowed = str(shape).replace("None", "any length")
+        raise ValueError(f"{name} has shape {x.shape}; allowed: {allowed}")
+    if not x.flags.c_contiguous:
+        raise ValueError(f"{name} has strides {x.strides}; allowed: a C-contiguous array")
 
 
 def _check_list(keys: np.ndarray, history: int, h: int, s: int) -> None:

@@ -48,7 +48,7 @@ class Problem:
 
     def __post_init__(self):
         s = self.settings
-        for name in ("batch", "n_q", "n_k"):
+        for name in ("batch", "heads_q", "heads_kv", "n_q", "n_k", "dim_qk"):
             integer(name, getattr(self, name), 0, 2**31 - 1)
         if self.heads_kv < 1 or self.heads_q < 1 or self.heads_q % self.heads_kv:
             raise ValueError(

@@ -91,6 +91,14 @@ def test_load_refuses_unknown_settings(tmp_path):
         Plan.load(path)
 
 
+@pytest.mark.parametrize("name", ["batch", "heads_q", "heads_kv", "n_q", "n_k", "dim_qk"])
+@pytest.mark.parametrize("value", ["2", 2.0, None])
+def test_load_refuses_sizes_that_are_no_integers(tmp_path, name, value):
+    path = rewritten(tmp_path / "plan.npz", lambda arrays, meta: meta.update({name: value}))
+    with pytest.raises(TypeError, match=f"{name} is {value!r}; allowed: an integer"):
+        Plan.load(path)
+
+
 @pytest.mark.parametrize("meta", ["not json", "[1, 2]", "{}", '{"format": 1}'])
 def test_load_refuses_a_file_that_is_no_plan(tmp_path, meta):
     plan, path = made(), tmp_path / "plan.npz"
@@ -146,6 +154,10 @@ def put(place, value):
         ({"query_order": lambda x: x[:, :1]}, ValueError, r"query_order has shape \(1, 1, 80\)"),
         ({"query_order": lambda x: x.astype(np.int64)}, TypeError, "query_order is ndarray of int64"),
         ({"query_order": lambda x: x[..., ::-1].copy()}, ValueError, "query_order of head 0 does not permute"),
+        ({"kv_order": lambda x: x[None]}, ValueError, r"kv_order has shape \(1, \d+\); allowed: \(any length,\)"),
+        ({"kv_order": lambda x: np.repeat(x, 2)[::2]}, ValueError, r"kv_order has strides \(8,\); allowed: a C-contig"),
+        ({"kv_offsets": lambda x: np.repeat(x, 2, -1)[..., ::2]}, ValueError, "kv_offsets has strides"),
+        ({"query_order": lambda x: np.repeat(x, 2, -1)[..., ::2]}, ValueError, "query_order has strides"),
     ],
 )
 def test_validate_finds(changes, error, message):
