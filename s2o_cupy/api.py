@@ -44,7 +44,7 @@ def attention(
         Values. D and Dv lie between 1 and 256.
     settings : Settings, optional
         Every choice of the method; default ``Settings()``.
-    backend : {"cpu", "cuda", "numba"}, optional
+    backend : {"cpu", "cuda"}, optional
         Default: where the arrays are.
     out : array, optional
         Written in place and returned: q's shape with Dv for D, q's dtype.
@@ -82,6 +82,8 @@ def attention(
     """
     settings = as_settings(settings).replace(**changes)
     workspace = integer("workspace", workspace, 1, 2**62)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress is {progress!r}; allowed: a callable, or None")
     call = Call.take(q, k, v, settings, backend, out, check_finite)
     problem, engine = call.problem, call.engine
     if call.empty:

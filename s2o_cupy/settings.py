@@ -141,13 +141,17 @@ class Settings:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Settings:
         """Read settings written by `save`; a missing field takes its default, an unknown one is refused."""
+        where = f"settings file {os.fspath(path)!r}"
         try:
             fields = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"settings file {os.fspath(path)!r} is not JSON: {error}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
         if not isinstance(fields, dict):
-            raise ValueError(f"settings file {os.fspath(path)!r} holds a {type(fields).__name__}; allowed: an object")
-        return cls().replace(**fields)
+            raise ValueError(f"{where} holds a {type(fields).__name__}; allowed: an object")
+        try:
+            return cls().replace(**fields)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: {error}") from None
 
 
 def as_settings(settings) -> Settings:
@@ -178,6 +182,8 @@ def real(name: str, value, allowed: str) -> float:
 
 def _tau(value) -> float | tuple[float, ...]:
     allowed = "a finite number, 0 or above, or one for each q head"
+    if isinstance(value, np.ndarray) and value.ndim > 1:
+        raise TypeError(f"tau is an array of shape {value.shape}; allowed: {allowed}")
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) == 1 and len(value):
         numbers = tuple(real("tau", t, allowed) for t in value)
     else:

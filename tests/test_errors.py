@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
 import s2o_cupy as s2o
 
@@ -116,6 +117,10 @@ def test_check_finite_passes_good_arrays():
         (lambda out: out.astype(np.float64), TypeError, "out has dtype float64; allowed: float32, that of q"),
         (lambda out: np.broadcast_to(out, out.shape), ValueError, "out is read-only; allowed: a writable array"),
         (lambda out: out.tolist(), TypeError, "out is a list; allowed: a numpy array as the inputs are"),
+        (np.ma.masked_array, TypeError, "out is a MaskedArray; allowed: a numpy array as the inputs are"),
+        (lambda out: out.astype(">f4"), TypeError, "out has dtype float32 of byte order '>'; allowed: float32, that"),
+        (lambda out: as_strided(out, out.shape, (0, 4, 4, 4)), ValueError, r"out has strides \(0, 4, 4, 4\), so element"),
+        (lambda out: as_strided(out, out.shape, (0, 256, 0, 4)), ValueError, r"out has strides \(0, 256, 0, 4\), so"),
     ],
 )
 @pytest.mark.parametrize("call", CALLS)
@@ -145,6 +150,13 @@ def test_out_is_written_through_any_strides():
         np.testing.assert_array_equal(out, call(**arrays))
 
 
+def test_out_may_be_mapped_to_a_file(tmp_path):
+    arrays = good()
+    out = np.memmap(tmp_path / "out", np.float32, "w+", shape=(1, 2, 64, 8))
+    assert s2o.attention(**arrays, out=out) is out
+    np.testing.assert_array_equal(out, s2o.attention(**arrays))
+
+
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
@@ -156,6 +168,8 @@ def test_out_is_written_through_any_strides():
         ({"tau": -0.1}, ValueError, "tau is -0.1; allowed: a finite number, 0 or above"),
         ({"tau": np.nan}, ValueError, "tau is nan; allowed"),
         ({"tau": [0.1, 0.2, 0.3]}, ValueError, "tau has 3 numbers; allowed: one, or one for each of 2 q heads"),
+        ({"tau": np.ones((2, 2))}, TypeError, r"tau is an array of shape \(2, 2\); allowed: a finite number"),
+        ({"progress": 3}, TypeError, "progress is 3; allowed: a callable, or None"),
         ({"scale": 0}, ValueError, "scale is 0.0; allowed: a finite number above 0, or None"),
         ({"pool": 24}, ValueError, "pool is 24; allowed: a power of two"),
     ],

@@ -180,6 +180,8 @@ def test_settings_save_and_load(tmp_path_factory, settings):
     [
         ("{", ValueError, r"settings file '.*s\.json' is not JSON"),
         ("[]", ValueError, r"settings file '.*s\.json' holds a list; allowed: an object"),
+        ("[" * 100_000, ValueError, r"settings file '.*s\.json' is not JSON"),
+        ('{"tau": -1}', ValueError, r"settings file '.*s\.json': tau is -1\.0; allowed"),
         ('{"tua": 0.1}', TypeError, "unknown setting 'tua'"),
         ('{"tau": NaN}', ValueError, "tau is nan"),
         ('{"pool": 3}', ValueError, "pool is 3"),
