@@ -6,7 +6,7 @@ import argparse
 import json
 
 import s2o_cupy as s2o
-from bench import cpu, quality
+from bench import cpu, knobs, quality
 from s2o_cupy.files import replacing
 
 
@@ -19,14 +19,17 @@ def main() -> None:
     sub = benches.add_parser("cpu", parents=[common], help="speed and memory of the CPU backend")
     sub.add_argument("--threads", type=int, metavar="N", help="threads for ours and for torch (default: Numba's)")
     sub.set_defaults(run=cpu.main)
-    sub = benches.add_parser("quality", parents=[common], help="density against error beside other methods")
-    sub.add_argument("files", nargs="*", metavar="FILE.npz", help="more heads: an npz with q, k, v")
-    sub.add_argument("--settings", metavar="FILE", help="settings to measure (JSON)")
-    sub.add_argument("--precise", action="store_true", help="measure Settings.precise()")
+    heads = argparse.ArgumentParser(add_help=False)
+    heads.add_argument("files", nargs="*", metavar="FILE.npz", help="more heads: an npz with q, k, v")
+    heads.add_argument("--settings", metavar="FILE", help="settings to measure (JSON)")
+    heads.add_argument("--precise", action="store_true", help="measure Settings.precise()")
+    sub = benches.add_parser("quality", parents=[common, heads], help="density against error beside other methods")
     sub.add_argument("--plots", metavar="DIR", help="write one PNG a file there")
     sub.set_defaults(run=quality.main)
+    sub = benches.add_parser("knobs", parents=[common, heads], help="what one change of each setting does to the error")
+    sub.set_defaults(run=knobs.main)
     options = parser.parse_args()
-    if options.bench == "quality":
+    if "precise" in options:
         base = s2o.Settings.precise() if options.precise else s2o.Settings()
         options.settings = s2o.Settings.load(options.settings) if options.settings else base
     report = options.run(options)

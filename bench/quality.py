@@ -23,11 +23,7 @@ METHODS = ("ours", "no tail", "paper", "PBS-Attn", "block top-CDF", "oracle")
 
 def main(options) -> dict:
     """Measure every file, print the table, and return what JSON holds."""
-    files = [(name, *s2o.load_sample(name)[:3]) for name in NAMES]
-    for file in options.files:  # a capture may bear the name of a sample
-        stem, taken = Path(file).stem, [name for name, *_ in files]
-        name = next(name for name in (stem, *(f"{stem}_{i}" for i in range(2, 9999))) if name not in taken)
-        files.append((name, *load_arrays(file, ("q", "k", "v")).values()))
+    files = read_files(options.files)
     if not options.settings.causal:
         raise ValueError("causal is False; allowed: True, for the baselines are causal")
     report = {"settings": options.settings.as_dict(), "files": {}}
@@ -39,6 +35,16 @@ def main(options) -> dict:
     if options.plots:
         _plots(report, Path(options.plots))
     return report
+
+
+def read_files(paths: list[str]) -> list[tuple]:
+    """(name, q, k, v) of the shipped samples and of each npz; a file that bears a sample's name is numbered."""
+    files = [(name, *s2o.load_sample(name)[:3]) for name in NAMES]
+    for path in paths:
+        stem, taken = Path(path).stem, [name for name, *_ in files]
+        name = next(name for name in (stem, *(f"{stem}_{i}" for i in range(2, 9999))) if name not in taken)
+        files.append((name, *load_arrays(path, ("q", "k", "v")).values()))
+    return files
 
 
 def ours(q, k, v, settings, exact: ExactRows, taus=TAUS) -> list[Points]:

@@ -47,7 +47,7 @@ class Calibrated(Settings):
     Attributes
     ----------
     evidence : tuple of Trial
-        What was tried, the chosen one first.
+        What met the error, the chosen one first; a variant is left as soon as it must cost more than another.
     rows : int
         Query rows that were compared.
     """
@@ -129,8 +129,15 @@ def calibrate(
             raise ValueError("variants change causal or scale, and so what is exact; allowed: every other setting")
     problem, arrays = checked(q, k, v, base.replace(tau=0.0))
     exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed))
-    trials, least = [], np.inf
+    trials, least, start = [], np.inf, np.full(problem.heads_q, min(error, _LOOSEST))
     for variant in tried:
+        shape = problem.replace(**dataclasses.asdict(variant))
+
+        def costs_more(density, shape=shape):
+            return any(_work(shape, density) >= trial.work for trial in trials)
+
+        if costs_more(np.zeros(1)):
+            continue
         ranking = plan(q, k, variant, backend=backend)
 
         def measure(tau, ranking=ranking):
@@ -139,11 +146,11 @@ def calibrate(
             worst = found.relative if metric == "relative" else 1 - found.captured.mean(axis=-1)
             return worst.max(axis=0), result.stats.head_density.mean(axis=0)
 
-        found = _search(measure, error, problem.heads_q, per_head)
+        found = _search(measure, error, start, per_head, costs_more)
         if found.meets:
             chosen = tuple(found.tau.tolist()) if per_head else float(found.tau[0])
-            work = _work(problem.replace(**dataclasses.asdict(variant)), found.density)
-            trials.append(Trial(variant.replace(tau=chosen), found.error, found.density, work))
+            trials.append(Trial(variant.replace(tau=chosen), found.error, found.density, _work(shape, found.density)))
+            start = np.maximum(found.tau, 1e-6)
         else:
             least = min(least, float(found.error.max()))
     if not trials:
@@ -163,9 +170,12 @@ class _Found:
     meets: bool
 
 
-def _search(measure, target: float, heads: int, per_head: bool) -> _Found:
-    """The loosest tau found that meets the target: a bracketed search along log tau, for all heads in step."""
-    tau = np.full(heads, min(target, _LOOSEST))
+def _search(measure, target: float, start: np.ndarray, per_head: bool, costs_more) -> _Found:
+    """The loosest tau found that meets the target: a bracketed search along log tau, for all heads in step.
+
+    It is given up where a tau that is still too loose costs more than what was found before.
+    """
+    tau, heads = start, len(start)
     low, high = np.full(heads, -np.inf), np.full(heads, np.inf)
     best = _Found(np.zeros(heads), np.full(heads, np.inf), np.ones(heads), False)
     before = None
@@ -173,6 +183,8 @@ def _search(measure, target: float, heads: int, per_head: bool) -> _Found:
         error, density = measure(tuple(tau) if per_head else float(tau[0]))
         judged = error if per_head else np.full(heads, error.max())
         meets = judged <= target
+        if not meets.any() and costs_more(density):
+            return best
         looser = meets & (tau > best.tau)
         for name, value in (("tau", tau), ("error", error), ("density", density)):
             setattr(best, name, np.where(looser, value, getattr(best, name)))

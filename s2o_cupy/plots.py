@@ -70,18 +70,23 @@ def save_sweep(path: str | os.PathLike, curves: dict, title: str) -> None:
     path : path
         Where the PNG goes.
     curves : dict of name to (density, error)
-        Arrays (points, heads); one line style a name, one marker a head. A point without error is left out.
+        Arrays (points, heads); one line style and marker a line. A point without error is left out.
     """
     figure, axes = _figure(1, 1, (7, 5))
-    styles = ("-", "--", "-.", ":")
-    for i, (name, (density, error)) in enumerate(curves.items()):
-        for head in range(density.shape[1]):
-            shade, marker = str(0.7 * head / max(density.shape[1], 2)), "osv^D*"[head % 6]
-            label = f"{name}, head {head}" if density.shape[1] < 9 else None
-            some = error[:, head] > 0
-            axes.plot(
-                density[some, head], error[some, head], styles[i % 4], marker=marker, ms=4, color=shade, label=label
-            )
+    lines = [
+        (name if density.shape[1] == 1 else f"{name}, head {head}", density[:, head], error[:, head])
+        for name, (density, error) in curves.items()
+        for head in range(density.shape[1])
+    ]
+    for i, (label, density, error) in enumerate(lines):
+        some = error > 0
+        look = {
+            "marker": "osv^D*"[i % 6],
+            "ms": 4,
+            "color": str(0.6 * (i % 3) / 2),
+            "ls": ("-", "--", "-.", ":")[i % 4],
+        }
+        axes.plot(density[some], error[some], **look, label=label if len(lines) < 9 else None)
     axes.set(xlabel="density (computed / allowed pairs)", ylabel="relative L2 error", yscale="log")
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)

@@ -86,7 +86,7 @@ def test_the_least_work_is_chosen_and_the_evidence_sorted(sample):
     assert all((t.error <= 0.1).all() for t in settings.evidence)
     tried = {s2o.Settings(tau=0.0, **x) for x in VARIANTS}
     assert {t.settings.replace(tau=0.0) for t in settings.evidence} <= tried
-    assert 2 <= len(settings.evidence) <= len(tried)
+    assert 1 <= len(settings.evidence) <= len(tried)
 
 
 def test_the_result_is_settings_to_use_save_and_load(tmp_path):
@@ -193,7 +193,7 @@ def test_the_search_lands_near_on_power_laws(power, target, per_head):
         calls.append(tau)
         return factor * np.broadcast_to(tau, 3) ** power, 1 - np.broadcast_to(tau, 3) / 2
 
-    found = _search(measure, target, 3, per_head)
+    found = _search(measure, target, np.full(3, target), per_head, lambda density: False)
     assert found.meets
     assert len(calls) <= 9
     assert (found.error <= target).all()
@@ -204,11 +204,35 @@ def test_the_search_lands_near_on_power_laws(power, target, per_head):
     np.testing.assert_allclose(found.density, 1 - found.tau / 2)
 
 
+def test_a_search_that_must_cost_more_is_given_up():
+    calls = []
+
+    def measure(tau):
+        calls.append(tau)
+        return np.array([tau]), np.array([0.5])
+
+    found = _search(measure, 0.01, np.full(1, 0.1), False, lambda density: bool(density[0] >= 0.5))
+    assert not found.meets
+    assert calls == [0.1]
+
+
 def test_the_search_survives_a_cliff():
     """An error that jumps between tau=0.9 and 1, and one that is zero below a tau."""
-    found = _search(lambda tau: (np.array([0.02 if tau < 0.9 else 3.0]), np.ones(1)), 0.05, 1, False)
+    found = _search(
+        lambda tau: (np.array([0.02 if tau < 0.9 else 3.0]), np.ones(1)),
+        0.05,
+        np.full(1, 0.05),
+        False,
+        lambda density: False,
+    )
     assert found.meets
     assert 0.2 < found.tau[0] < 0.9
-    found = _search(lambda tau: (np.array([0.0 if tau < 1e-3 else 1.0]), np.ones(1)), 0.05, 1, False)
+    found = _search(
+        lambda tau: (np.array([0.0 if tau < 1e-3 else 1.0]), np.ones(1)),
+        0.05,
+        np.full(1, 0.05),
+        False,
+        lambda density: False,
+    )
     assert found.meets
     assert 1e-5 < found.tau[0] < 1e-3
