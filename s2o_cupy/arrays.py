@@ -110,7 +110,7 @@ def check_out(out, shape: tuple[int, ...], inputs: dict) -> None:
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only; allowed: a writable array")
     if _overlaps_itself(out):
-        raise ValueError(f"out has strides {out.strides}, so elements share memory; allowed: memory for each element")
+        raise ValueError(f"out has strides {out.strides}, so elements overlap; allowed: memory for each")
     for name, x in inputs.items():
         if namespace(like).may_share_memory(out, x):
             raise ValueError(f"out shares memory with {name}; allowed: memory of its own")

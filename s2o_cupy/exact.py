@@ -48,7 +48,7 @@ def relative_error(out, exact):
 
 def sample_rows(n_q: int, rows: int, seed: int) -> np.ndarray:
     """Sorted row indices, one drawn from each of `rows` equal runs; all rows where there are no more."""
-    rows = integer("rows", rows, 1, 2**31)
+    rows, seed = integer("rows", rows, 1, 2**31), integer("seed", seed, 0, 2**63)
     if rows >= n_q:
         return np.arange(n_q)
     edges = np.linspace(0, n_q, rows + 1).astype(np.int64)

@@ -33,6 +33,8 @@ def load_arrays(path: str | os.PathLike, names, optional=()) -> dict[str, np.nda
         raise IsADirectoryError(f"{str(path)!r} is a directory; allowed: an npz file")
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is no regular file; allowed: an npz file")
     try:
         with zipfile.ZipFile(path) as archive:
             present = {n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")}
@@ -62,14 +64,23 @@ def save_arrays(path: str | os.PathLike, **arrays) -> None:
         np.savez(file, **arrays)
 
 
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A binary file to write, moved to `path` when all went well: no half-written file is ever left."""
+def writable(path: str | os.PathLike) -> Path:
+    """The file that `path` names, links followed; refused where none can be written: ask before work is done for it."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{str(path)!r} is a directory; allowed: a file to write")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is no regular file; allowed: a file to write")
+    path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(f"folder {str(path.parent)!r} does not exist")
+    return path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write, moved to `path` when all went well: no half-written file is ever left."""
+    path = writable(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -86,7 +97,10 @@ def _member(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     try:
         info = archive.getinfo(name)
         with archive.open(name) as file:
-            shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(file)](file)
+            version = np.lib.format.read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"npy format {version}; supported: {', '.join(map(str, _HEADERS))}")
+            shape, fortran, dtype = _HEADERS[version](file)
             header = file.tell()
         if dtype.hasobject:
             array = None

@@ -131,6 +131,7 @@ class Sweep:
 
     def error_at(self, density: float) -> np.ndarray:
         """(B, Hq) relative error at a density, interpolated in its logarithm; NaN outside of what was swept."""
+        density = real("density", density, "a finite number")
         return self._interpolated(self.density, np.log(positive(self.error)), density, np.exp)
 
     def density_at(self, error: float) -> np.ndarray:
@@ -200,7 +201,9 @@ def sweep(
 
 def _taus(tau) -> np.ndarray:
     allowed = "a sequence of finite numbers, 0 or above"
-    if not isinstance(tau, (list, tuple, np.ndarray)) or (isinstance(tau, np.ndarray) and tau.ndim != 1):
+    if isinstance(tau, np.ndarray) and tau.ndim > 1:
+        raise TypeError(f"tau is an array of shape {tau.shape}; allowed: {allowed}")
+    if not isinstance(tau, (list, tuple, np.ndarray)) or (isinstance(tau, np.ndarray) and tau.ndim == 0):
         raise TypeError(f"tau is {tau!r}; allowed: {allowed}")
     taus = np.array([real("tau", t, allowed) for t in tau])
     if not len(taus):

@@ -1,5 +1,6 @@
 """Files of arrays: what is read, mapped, refused, and that no half-written file is ever left."""
 
+import os
 import pickle
 import resource
 import zipfile
@@ -167,6 +168,34 @@ def test_places_that_cannot_be_written(tmp_path):
         save_arrays(tmp_path, x=X)
     with pytest.raises(FileNotFoundError, match=r"folder '.*nowhere' does not exist"):
         save_arrays(tmp_path / "nowhere" / "x.npz", x=X)
+
+
+def test_a_device_or_a_pipe_is_neither_replaced_nor_read(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="pipe' is no regular file; allowed: a file to write"):
+        save_arrays(pipe, x=X)
+    with pytest.raises(ValueError, match="pipe' is no regular file; allowed: an npz file"):
+        load_arrays(pipe, ("x",))
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "folder" / "x.npz")
+    for _ in range(2):
+        save_arrays(tmp_path / "link.npz", x=X)
+        assert (tmp_path / "link.npz").is_symlink()
+        np.testing.assert_array_equal(load_arrays(tmp_path / "folder" / "x.npz", ("x",))["x"], X)
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["x.npz"]
+
+
+def test_an_npy_version_that_is_not_read(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive, archive.open("x.npy", "w") as file:
+        np.lib.format.write_array(file, X, version=(3, 0))
+    with pytest.raises(ValueError, match=r"x\.npy is not an array: npy format \(3, 0\); supported: \(1, 0\), \(2, 0\)"):
+        load_arrays(tmp_path / "x.npz", ("x",))
 
 
 def test_written_files_have_ordinary_permissions(tmp_path):

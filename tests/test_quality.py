@@ -91,6 +91,16 @@ def test_a_wrong_number_of_rows_is_refused(rows, error):
         s2o.audit(q, k, v, result, rows=rows)
 
 
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (1.5, TypeError), ("x", TypeError), (None, TypeError)])
+def test_a_wrong_seed_is_refused(seed, error):
+    """Where every row is compared, too, and nothing is drawn."""
+    for call in (s2o.sweep, s2o.calibrate):
+        with pytest.raises(error, match=f"seed is {seed!r}; allowed: an integer from 0"):
+            call(*heads(n_q=20), seed=seed)
+    with pytest.raises(error, match=f"seed is {seed!r}; allowed: an integer from 0"):
+        s2o.audit(*heads(n_q=20), ranked(*heads(n_q=20)), seed=seed)
+
+
 # --- audit -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("causal", [True, False])
@@ -308,6 +318,8 @@ def test_interpolation_by_hand():
     for wrong in (0, -1.0, np.nan):
         with pytest.raises(ValueError, match=r"error is .*; allowed: a finite number above 0"):
             sweep.density_at(wrong)
+    with pytest.raises(TypeError, match="density is 'x'; allowed: a finite number"):
+        sweep.error_at("x")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +329,7 @@ def test_interpolation_by_hand():
         (0.1, TypeError, "tau is 0.1; allowed: a sequence"),
         ("0.1", TypeError, "tau is '0.1'; allowed: a sequence"),
         (np.array(0.1), TypeError, "allowed: a sequence"),
+        (np.ones((2, 2)), TypeError, r"tau is an array of shape \(2, 2\); allowed: a sequence"),
         (((0.1, 0.2),), TypeError, r"tau is \(0.1, 0.2\); allowed"),
         ((0.1, -1), ValueError, "tau is -1.0; allowed"),
         ((0.1, np.nan), ValueError, "tau is nan; allowed"),
