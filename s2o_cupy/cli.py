@@ -39,11 +39,18 @@ _SETTINGS_HELP = {
     "rank_terms": "rank of the covariance factor, or centres of the mixture; none: all",
     "rank_levels": "steps that scores are quantised to before ordering, or none",
     "tail": "pooled, or none (the paper's)",
-    "tau": "stop after a key tile that adds less than this share to every row; 0 never stops",
+    "tau": "stop after a key tile that adds less than this share to every row; 0 never stops; T,T,...: one a head",
     "query_order": "position, or guide (the paper's)",
     "share_order": "one ranking for all the query heads of a K/V head",
     "cap": "share of a history, in (0, 1], that can be walked",
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors in one line, as all others are."""
+
+    def error(self, message: str):
+        self.exit(2, f"s2o: error: {message} ({self.prog} --help shows what is)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _settings(options: argparse.Namespace) -> Settings:
     """The settings that a command line asks for: a file's, or the defaults, then each flag given."""
-    base = Settings.load(options.settings) if options.settings else Settings()
+    base = Settings() if options.settings is None else Settings.load(options.settings)
     if options.paper or options.precise:
         base = Settings.paper() if options.paper else Settings.precise()
     names = (f.name for f in dataclasses.fields(Settings))
@@ -90,7 +97,7 @@ def _refuse(error: Exception, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("s2o", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=raw)
+    parser = _Parser("s2o", description=DESCRIPTION, epilog=EXIT_CODES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"s2o_cupy {__version__}")
     commands_ = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -164,7 +171,10 @@ def _quality(commands_) -> None:
 
 
 def _taus(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: numbers with commas between them") from None
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
@@ -187,7 +197,9 @@ def _common(parser: argparse.ArgumentParser) -> None:
 
 
 def _value(text: str):
-    """A flag's value: none, a whole number, a number, or a word; `Settings` judges it."""
+    """A flag's value: none, a whole number, a number, a word, or some with commas between; `Settings` judges it."""
+    if "," in text:
+        return tuple(_value(part) for part in text.split(","))
     if text.lower() == "none":
         return None
     for kind in (int, float):

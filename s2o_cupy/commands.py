@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import platform
 import statistics
 import sys
@@ -11,12 +11,11 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 import numba
-import numpy as np
 
 import s2o_cupy as s2o
 from s2o_cupy import backends, plots
 from s2o_cupy.exact import relative_error, tile_mass
-from s2o_cupy.files import load_array, load_arrays, save_arrays
+from s2o_cupy.files import load_array, load_arrays, save_arrays, writable
 from s2o_cupy.progress import Bar
 from s2o_cupy.samples import NAMES, load_sample
 
@@ -28,6 +27,7 @@ def demo(options) -> None:
     """Run the sample heads dense and sparse; print the table and draw the picture."""
     settings = options.settings
     plots.require()
+    writable(options.png)
     names = options.sample or list(NAMES)
     samples = {name: load_sample(name) for name in names}
     rows = []
@@ -48,8 +48,8 @@ def run(options) -> None:
     """Attention over the user's files, with or without exact attention beside it."""
     settings = options.settings
     q, k, v = load_qkv(options.files)
-    if options.out and (folder := os.path.dirname(options.out)) and not os.path.isdir(folder):
-        raise FileNotFoundError(f"folder {folder!r} does not exist")
+    if options.out is not None:
+        writable(options.out)
     with Bar("attention", 1) as bar:
         start = time.perf_counter()
         result = s2o.attention(
@@ -70,10 +70,10 @@ def run(options) -> None:
         exact = s2o.dense_attention(q, k, v, causal=settings.causal, scale=settings.scale, backend=options.backend)
         exact_seconds = time.perf_counter() - start
         error = relative_error(result.out, exact).reshape(-1)
-    if options.out:
+    if options.out is not None:
         save_arrays(options.out, out=result.out, lse=result.lse)
     density = result.stats.head_density.reshape(-1)
-    tail = np.asarray(result.stats.tail_mass).reshape(len(density), -1).mean(axis=1)
+    tail = result.stats.tail_mass.reshape(len(density), q.shape[-2]).sum(axis=1) / max(q.shape[-2], 1)
     rows = [
         {
             "head": str(head),
@@ -159,6 +159,7 @@ def _report(options, rows: list[dict], **more) -> None:
     """The table on standard output, or with --json everything as JSON."""
     more = {key: value for key, value in more.items() if value is not None}
     if options.json:
+        rows = [{key: None if _undefined(value) else value for key, value in row.items()} for row in rows]
         print(json.dumps({"settings": options.settings.as_dict(), "heads": rows, **more}, indent=2))
         return
     print(
@@ -174,6 +175,11 @@ def _report(options, rows: list[dict], **more) -> None:
     for key, value in more.items():
         print(f"{key}: {value}")
     sys.stdout.flush()
+
+
+def _undefined(value) -> bool:
+    """A number that JSON cannot hold: heads with NaN have an error of NaN."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _number(value, form: str) -> str:

@@ -9,14 +9,16 @@ import numpy as np
 import s2o_cupy as s2o
 from s2o_cupy import plots
 from s2o_cupy.commands import load_qkv
+from s2o_cupy.files import writable
 from s2o_cupy.progress import Bar
 
 
 def sweep(options) -> None:
     """Density against error for each head of a file, as a table and a picture."""
     q, k, v = load_qkv(options.files)
-    if options.png:
+    if options.png is not None:
         plots.require()
+        writable(options.png)
     with Bar("sweep", 1) as bar:
         curve = s2o.sweep(
             q,
@@ -32,7 +34,7 @@ def sweep(options) -> None:
     density, error, captured, tail = (
         x.reshape(len(curve.tau), -1) for x in (curve.density, curve.error, curve.captured_mass, curve.tail_mass)
     )
-    if options.png:
+    if options.png is not None:
         plots.save_sweep(options.png, {"sparse": (density, error)}, f"{options.files[0]}: density against error")
     rows = [
         {
@@ -62,6 +64,8 @@ def sweep(options) -> None:
 def calibrate(options) -> None:
     """The settings that meet an error at the least work, and what was tried."""
     q, k, v = load_qkv(options.files)
+    if options.out is not None:
+        writable(options.out)
     chosen = s2o.calibrate(
         q,
         k,
@@ -74,7 +78,7 @@ def calibrate(options) -> None:
         rows=options.rows,
         seed=options.seed,
     )
-    if options.out:
+    if options.out is not None:
         chosen.save(options.out)
     trials = [
         {

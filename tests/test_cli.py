@@ -106,11 +106,36 @@ def test_help_teaches_and_no_command_is_a_usage_error():
         (("--scale", "0"), ("scale", "0", "above 0")),
         (("--rank", "oracle"), ("rank", "oracle", "gaussian")),
         (("--settings", "missing.json"), ("missing.json",)),
+        (("--tau", "0.1,0.2,0.3"), ("tau has 3 numbers", "each of 2 q heads")),
+        (("--tau", "0.1,x"), ("tau is 'x'",)),
+        (("--settings", "missing.json", "--paper"), ("--paper", "not allowed with", "--settings")),
+        (("--backend", "tpu"), ("--backend", "tpu", "cpu")),
+        (("--colour", "1"), ("--colour",)),
     ],
 )
 def test_a_wrong_setting_is_one_line(heads, arguments, texts):
-    code = 1 if "missing.json" in arguments else 2
+    code = 1 if arguments == ("--settings", "missing.json") else 2
     refused(s2o_command("run", heads[0], *arguments), code, *texts)
+
+
+@pytest.mark.parametrize("sizes", [{"q": (2, 0, 16)}, {"q": (0, 2, 5, 16), "k": (0, 1, 5, 16), "v": (0, 1, 5, 16)}])
+def test_a_file_without_queries_or_batch(tmp_path, sizes):
+    shapes = {"k": (1, 5, 16), "v": (1, 5, 16)} | sizes
+    np.savez(tmp_path / "none.npz", **{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+    done = s2o_command("run", tmp_path / "none.npz", "--dense", "--out", tmp_path / "out.npz", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(row["tail_mass"] == 0 for row in json.loads(done.stdout)["heads"])
+    with np.load(tmp_path / "out.npz") as answer:
+        assert answer["out"].shape == shapes["q"]
+
+
+def test_json_holds_no_nan(heads, tmp_path):
+    _, q, k, v = heads
+    np.savez(tmp_path / "nan.npz", q=np.where(np.arange(16) == 3, np.nan, q), k=k, v=v)
+    done = s2o_command("run", tmp_path / "nan.npz", "--dense", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout, parse_constant=pytest.fail)
+    assert [row["error"] for row in report["heads"]] == [None, None]
 
 
 def test_wrong_files_are_one_line(heads, tmp_path):
@@ -131,6 +156,8 @@ def test_wrong_files_are_one_line(heads, tmp_path):
 
 def test_a_refused_output_leaves_nothing(heads, tmp_path):
     refused(s2o_command("run", heads[0], "--out", tmp_path), 1, "directory")
+    refused(s2o_command("run", heads[0], "--out", ""), 1, "directory")
+    refused(s2o_command("demo", "--png", tmp_path), 1, "directory")
     refused(s2o_command("run", heads[0], "--out", tmp_path / "nowhere" / "out.npz"), 1, "nowhere", "does not exist")
     assert not list(tmp_path.iterdir())
 
