@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from s2o_cupy import compile as kernels
+from s2o_cupy import specialisations
 
 needs_compiler = pytest.mark.skipif(
     not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.core"),
@@ -25,10 +26,10 @@ def test_at_most_forty_specialisations(arch):
 
 
 def test_target_refuses_old_devices():
-    assert kernels.target(90) == "sm_90a"
-    assert kernels.target(86) == "sm_86"
+    assert specialisations.target(90) == "sm_90a"
+    assert specialisations.target(86) == "sm_86"
     with pytest.raises(RuntimeError, match=r"compute capability 7\.5; the CUDA backend supports 8\.0"):
-        kernels.target(75)
+        specialisations.target(75)
 
 
 def test_sources_are_hashed_with_their_headers():
@@ -37,9 +38,9 @@ def test_sources_are_hashed_with_their_headers():
 
 
 def test_row_tiles_that_do_not_fit_are_refused():
-    assert kernels.attend_macros("float16", 256, 256, 64, "sm_86")["BLOCK_M"] == 64
+    assert specialisations.attend_macros("float16", 256, 256, 64, "sm_86")["BLOCK_M"] == 64
     with pytest.raises(ValueError, match="bytes of shared memory; sm_86 allows"):
-        kernels.attend_macros("float16", 256, 256, 128, "sm_86")
+        specialisations.attend_macros("float16", 256, 256, 128, "sm_86")
 
 
 @needs_compiler

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import cupy as cp
 import numpy as np
 
-from s2o_cupy import compile as kernels
-from s2o_cupy.compile import DTYPE_MACROS, device_target, get_kernel, shared_limit
+from s2o_cupy import specialisations as kernels
+from s2o_cupy.compile import device_target, get_kernel
 from s2o_cupy.problem import Problem, Slab
+from s2o_cupy.specialisations import DTYPE_MACROS, shared_limit
 
 # Keys of the longest history from which ranking pays (docs/kernels.md: between N=4096 and 8192 on an H100).
 RANKING_PAYS_FROM = 4096

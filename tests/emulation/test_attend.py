@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from s2o_cupy import reference
-from s2o_cupy.compile import simt_macros, simt_shared_bytes
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
+from s2o_cupy.specialisations import simt_macros, simt_shared_bytes
 
 from . import run
 

@@ -1,0 +1,146 @@
+"""What the kernels are compiled as: architectures, the macro set that serves a shape, and every set that is shipped."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+MIN_CAPABILITY = 80
+DTYPE_MACROS = {
+    "float16": {"IS_BF16": 0},
+    "bfloat16": {"IS_BF16": 1},
+    "float32": {"REAL": "float"},
+    "float64": {"REAL": "double"},
+}
+HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
+
+
+def target(capability: int) -> str:
+    """The architecture a device of compute capability ``capability`` (90 for 9.0) compiles for."""
+    if capability < MIN_CAPABILITY:
+        raise RuntimeError(
+            f"the GPU has compute capability {capability / 10:.1f}; the CUDA backend supports 8.0 and above "
+            '(backend="numba" serves older GPUs)'
+        )
+    return "sm_90a" if capability == 90 else f"sm_{capability}"
+
+
+def shared_limit(arch: str) -> int:
+    """Bytes of shared memory that one block may use on ``arch``."""
+    return SHARED_LIMIT.get(int(re.sub(r"\D", "", arch)), 99) * 1024
+
+
+def attend_macros(dtype: str, dim_qk: int, dim_v: int, block_q: int, arch: str) -> dict:
+    """Macros of the `mma.sync` attend kernel that serves these head dims and a row tile of ``block_q``."""
+    head_dim, head_dim_v = next(p for p in HEAD_DIMS if dim_qk <= p[0] and dim_v <= p[1])
+    block_m = 64 if block_q <= 64 else 128
+    for block_n in (64, 32):
+        macros = DTYPE_MACROS[dtype] | {
+            "HEAD_DIM": head_dim,
+            "HEAD_DIM_V": head_dim_v,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        }
+        if attend_shared_bytes(macros) <= shared_limit(arch):
+            return macros
+    raise ValueError(
+        f"head dims ({dim_qk}, {dim_v}) with block_q {block_q} need {attend_shared_bytes(macros)} bytes of shared "
+        f"memory; {arch} allows {shared_limit(arch)}: use block_q=64 or less"
+    )
+
+
+def attend_threads(macros: dict) -> int:
+    """Threads of a block of the attend kernel: warps of 32 rows while the accumulators fit, else of 16."""
+    rows = 32 if macros["BLOCK_M"] == 128 and macros["HEAD_DIM_V"] <= 128 else 16
+    return macros["BLOCK_M"] // rows * 32
+
+
+def attend_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
+    """Dynamic shared memory of the attend kernel, with counters for ``pool_blocks``; attend.cu's own layout."""
+    m, n = macros["BLOCK_M"], macros["BLOCK_N"]
+    tiles = 2 * (m * macros["HEAD_DIM"] + 2 * n * (macros["HEAD_DIM"] + macros["HEAD_DIM_V"]))
+    rows = m * (4 + 4 + 4 + 8) + n * 4 * (4 + 1)
+    return tiles + rows + 4 * pool_blocks + 64
+
+
+def simt_macros(dtype: str, dim_v: int) -> dict:
+    """Macros of the plain multiply-add attend kernel, for float32 and float64."""
+    return DTYPE_MACROS[dtype] | {"HEAD_DIM_V": 128 if dim_v <= 128 else 256}
+
+
+def simt_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
+    """Dynamic shared memory of attend_simt.cu: a block of 128 rows by 32 keys."""
+    size = 4 if macros["REAL"] == "float" else 8
+    staged = max((128 + 32) * 33, 32 * macros["HEAD_DIM_V"])
+    return size * (staged + 128 * 33 + 32) + 4 * (128 + 128 + 32) + 4 * pool_blocks
+
+
+def rank_width(dim: int) -> int:
+    """Columns that stage 1's tensor-core kernels pad a head dim to."""
+    return next(width for width in (64, 128, 256) if dim <= width)
+
+
+def moments_macros(dtype: str, dim: int) -> dict:
+    """Macros of moments.cu."""
+    return DTYPE_MACROS[dtype] | {"WIDTH": rank_width(dim)}
+
+
+def score_macros(dtype: str, dim: int, arch: str) -> dict:
+    """Macros of score.cu: as many warps as its shared memory allows."""
+    width = rank_width(dim)
+    warps = 8 if width <= 128 else 4 if shared_limit(arch) > 140_000 else 2
+    return DTYPE_MACROS[dtype] | {"WIDTH": width, "WARPS": warps}
+
+
+def score_shared_bytes(macros: dict) -> int:
+    """Dynamic shared memory of score.cu: its keys, and two chunks of 64 rows."""
+    return (macros["WARPS"] * 32 + 128) * macros["WIDTH"] * 2
+
+
+def remap_macros(dtype: str) -> dict:
+    """Macros of remap.cu: scores of 16-bit inputs are kept in half precision."""
+    return {"SCORE_HALF": int(dtype in ("float16", "bfloat16"))}
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One kernel file under one macro set, as shipped."""
+
+    name: str
+    macros: tuple[tuple[str, object], ...]
+    no_spills: bool = True
+
+
+def shipped(arch: str) -> list[Specialisation]:
+    """Every specialisation that the defaults of the CUDA backend launch on ``arch``, at most 40."""
+    found: dict[Specialisation, None] = {}
+
+    def add(name, macros, no_spills=True):
+        found[Specialisation(name, tuple(sorted(macros.items())), no_spills)] = None
+
+    for dtype in ("float16", "bfloat16"):
+        for dim, dim_v in HEAD_DIMS:
+            rows = largest_block_q(dtype, dim, dim_v, arch)
+            full = rows == 128 and 96 <= dim_v <= 128  # 32 rows a warp: registers are full, a few values spill
+            add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
+            add("moments", moments_macros(dtype, dim))
+            add("score", score_macros(dtype, dim, arch))
+    for dtype in ("float32", "float64"):
+        add("score_simt", DTYPE_MACROS[dtype])
+        for dim_v in (128, 256):
+            add("attend_simt", simt_macros(dtype, dim_v), no_spills=False)
+    for dtype in DTYPE_MACROS:
+        add("pool", DTYPE_MACROS[dtype])
+        add("factor", DTYPE_MACROS[dtype])
+        add("remap", remap_macros(dtype))
+    return list(found)
+
+
+def largest_block_q(dtype: str, dim: int, dim_v: int, arch: str) -> int:
+    """The largest row tile that the attend kernel of these head dims can hold on ``arch``."""
+    try:
+        attend_macros(dtype, dim, dim_v, 128, arch)
+        return 128
+    except ValueError:
+        return 64
