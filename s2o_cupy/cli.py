@@ -179,7 +179,7 @@ def _taus(text: str) -> tuple[float, ...]:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--backend", choices=commands.BACKENDS, help="default: the CPU")
+    parser.add_argument("--backend", choices=commands.BACKENDS, help="where to compute (default: the CPU; demo: a GPU where there is one)")
     group = parser.add_argument_group("settings (docs/design.md section 2)")
     presets = group.add_mutually_exclusive_group()
     presets.add_argument("--settings", metavar="FILE.json", help="start from settings that Settings.save wrote")

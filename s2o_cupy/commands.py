@@ -11,9 +11,11 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 
 import numba
+import numpy as np
 
 import s2o_cupy as s2o
 from s2o_cupy import backends, plots
+from s2o_cupy.arrays import namespace, on_host
 from s2o_cupy.exact import relative_error, tile_mass
 from s2o_cupy.files import load_array, load_arrays, save_arrays, writable
 from s2o_cupy.progress import Bar
@@ -24,30 +26,31 @@ _STEP = 2**26  # bytes of ranking between two moves of a progress bar
 
 
 def demo(options) -> None:
-    """Run the sample heads dense and sparse; print the table and draw the picture."""
-    settings = options.settings
+    """Run the sample heads dense and sparse, on the GPU where there is one; print the table and draw the picture."""
+    settings, backend = options.settings, options.backend or ("cuda" if backends.status()["cuda"][0] else "cpu")
     plots.require()
     writable(options.png)
     names = options.sample or list(NAMES)
-    samples = {name: load_sample(name) for name in names}
+    samples = {name: placed(backend, *load_sample(name)[:3]) for name in names}
     rows = []
-    with Bar("demo", 1 + sum(len(x.q) for x in samples.values()) + 1) as bar:
-        warm_up(settings, options.backend)
+    with Bar("demo", 1 + sum(len(q) for q, _, _ in samples.values()) + 1) as bar:
+        q, k, v = samples[names[0]]
+        compare(q[:1], k, v, settings, backend, repeats=1)  # compiles what the timed calls need
         bar.step()
-        for name, (q, k, v, _) in samples.items():
+        for name, (q, k, v) in samples.items():
             for head in range(len(q)):
-                rows.append({"head": f"{name}:{head}", **compare(q[head : head + 1], k, v, settings, options.backend)})
+                rows.append({"head": f"{name}:{head}", **compare(q[head : head + 1], k, v, settings, backend)})
                 bar.step()
-        q, k, v, _ = samples[names[0]]
+        q, k, v = samples[names[0]]
         _picture(options.png, q[:1], k, v, settings, f"{names[0]} head 0, N={q.shape[1]}")
         bar.step()
-    _report(options, rows, picture=options.png)
+    _report(options, rows, backend=backend, picture=options.png)
 
 
 def run(options) -> None:
     """Attention over the user's files, with or without exact attention beside it."""
     settings = options.settings
-    q, k, v = load_qkv(options.files)
+    q, k, v = placed(options.backend, *load_qkv(options.files))
     if options.out is not None:
         writable(options.out)
     with Bar("attention", 1) as bar:
@@ -63,15 +66,17 @@ def run(options) -> None:
             check_finite=options.check_finite,
             progress=bar.show,
         )
+        _wait(result.out)
         seconds = time.perf_counter() - start
     exact = exact_seconds = error = None
     if options.dense:
         start = time.perf_counter()
         exact = s2o.dense_attention(q, k, v, causal=settings.causal, scale=settings.scale, backend=options.backend)
+        _wait(exact)
         exact_seconds = time.perf_counter() - start
         error = relative_error(result.out, exact).reshape(-1)
     if options.out is not None:
-        save_arrays(options.out, out=result.out, lse=result.lse)
+        save_arrays(options.out, out=on_host(result.out), lse=on_host(result.lse))
     density = result.stats.head_density.reshape(-1)
     tail = result.stats.tail_mass.reshape(len(density), q.shape[-2]).sum(axis=1) / max(q.shape[-2], 1)
     rows = [
@@ -118,9 +123,11 @@ def compare(q, k, v, settings, backend, repeats: int = 3) -> dict:
     for _ in range(repeats):
         start = time.perf_counter()
         exact = s2o.dense_attention(q, k, v, causal=settings.causal, scale=settings.scale, backend=backend)
+        _wait(exact)
         dense.append(time.perf_counter() - start)
         start = time.perf_counter()
         result = s2o.attention(q, k, v, settings, backend=backend, full_output=True)
+        _wait(result.out)
         sparse.append(time.perf_counter() - start)
     return {
         "density": result.stats.density,
@@ -131,10 +138,20 @@ def compare(q, k, v, settings, backend, repeats: int = 3) -> dict:
     }
 
 
-def warm_up(settings, backend) -> None:
-    """Compile what the timed calls will need."""
-    q, k, v, _ = load_sample(NAMES[1])
-    compare(q[:1, :2048], k[:, :2048], v[:, :2048], settings, backend, repeats=1)
+def placed(backend: str | None, *arrays) -> list:
+    """NumPy arrays where a backend reads them: on the GPU for "cuda"."""
+    if backend != "cuda":
+        return list(arrays)
+    backends.require_cuda()
+    import cupy
+
+    return [cupy.asarray(x) for x in arrays]
+
+
+def _wait(x) -> None:
+    """Until the device has computed `x`."""
+    if not isinstance(x, np.ndarray):
+        namespace(x).cuda.get_current_stream().synchronize()
 
 
 def _picture(path, q, k, v, settings, title) -> None:
@@ -142,7 +159,7 @@ def _picture(path, q, k, v, settings, title) -> None:
     plan = s2o.plan(q, k, positions)
     stats = s2o.attend(q, k, v, plan, full_output=True).stats
     shape = {"causal": settings.causal, "scale": settings.scale, "segment": settings.segment}
-    mass = tile_mass(q[0], k[0], settings.block_q, **shape)
+    mass = tile_mass(on_host(q[0]), on_host(k[0]), settings.block_q, **shape)
     plots.save_before_after(path, mass, plan, stats, title)
 
 

@@ -8,14 +8,14 @@ import numpy as np
 
 import s2o_cupy as s2o
 from s2o_cupy import plots
-from s2o_cupy.commands import load_qkv
+from s2o_cupy.commands import load_qkv, placed
 from s2o_cupy.files import writable
 from s2o_cupy.progress import Bar
 
 
 def sweep(options) -> None:
     """Density against error for each head of a file, as a table and a picture."""
-    q, k, v = load_qkv(options.files)
+    q, k, v = placed(options.backend, *load_qkv(options.files))
     if options.png is not None:
         plots.require()
         writable(options.png)
@@ -63,7 +63,7 @@ def sweep(options) -> None:
 
 def calibrate(options) -> None:
     """The settings that meet an error at the least work, and what was tried."""
-    q, k, v = load_qkv(options.files)
+    q, k, v = placed(options.backend, *load_qkv(options.files))
     if options.out is not None:
         writable(options.out)
     chosen = s2o.calibrate(
@@ -109,7 +109,7 @@ def calibrate(options) -> None:
 
 def audit(options) -> None:
     """Sparse attention over a file, checked on sampled query rows."""
-    q, k, v = load_qkv(options.files)
+    q, k, v = placed(options.backend, *load_qkv(options.files))
     with Bar("attention", 1) as bar:
         result = s2o.attention(
             q, k, v, options.settings, backend=options.backend, full_output=True, check_finite=True, progress=bar.show

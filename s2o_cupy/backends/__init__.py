@@ -23,12 +23,17 @@ def get(name: str | None, arrays: dict) -> ModuleType:
     if name == "cpu" and not on_cpu:
         raise TypeError(f"{where} is on a GPU; backend 'cpu' takes NumPy arrays ({where}.get())")
     if name == "cuda":
-        works, why = _cuda_status()
-        if not works:
-            raise RuntimeError(f"backend 'cuda' cannot run: {why}")
+        require_cuda()
         if on_cpu:
             raise TypeError(f"{where} is a NumPy array; backend 'cuda' takes CuPy arrays: cupy.asarray({where})")
     return importlib.import_module(NAMES[name])
+
+
+def require_cuda() -> None:
+    """Refuse where the CUDA backend cannot run, saying why."""
+    works, why = _cuda_status()
+    if not works:
+        raise RuntimeError(f"backend 'cuda' cannot run: {why}")
 
 
 def status() -> dict[str, tuple[bool, str]]:
