@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,7 @@ def calibrate(
     seed: int = 0,
     variants=VARIANTS,
     backend: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
     **changes,
 ) -> Calibrated:
     """Settings that meet an error at the least work, judged on sampled query rows.
@@ -96,6 +98,8 @@ def calibrate(
         Changes of settings to try; ``({},)`` searches `tau` alone. None may change `causal` or `scale`.
     backend : str, optional
         As in `attention`.
+    progress : callable, optional
+        Called with the number of variants done and of all variants.
 
     Returns
     -------
@@ -121,6 +125,8 @@ def calibrate(
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}; allowed: {', '.join(map(repr, METRICS))}")
     base = as_settings(settings).replace(**changes)
+    if not isinstance(variants, (list, tuple)) or not all(isinstance(x, dict) for x in variants):
+        raise TypeError(f"variants is {variants!r}; allowed: a sequence of dicts of settings, ({{}},) for tau alone")
     tried = list(dict.fromkeys(base.replace(**{**x, "tau": 0.0}) for x in variants))
     if not tried:
         raise ValueError("variants is empty; allowed: one dict of settings or more, ({},) for tau alone")
@@ -130,7 +136,9 @@ def calibrate(
     problem, arrays = checked(q, k, v, base.replace(tau=0.0))
     exact = exact_rows(problem, *arrays, sample_rows(problem.n_q, rows, seed))
     trials, least, start = [], np.inf, np.full(problem.heads_q, min(error, _LOOSEST))
-    for variant in tried:
+    for done, variant in enumerate(tried):
+        if progress is not None:
+            progress(done, len(tried))
         shape = problem.replace(**dataclasses.asdict(variant))
 
         def costs_more(density, shape=shape):
@@ -153,6 +161,8 @@ def calibrate(
             start = np.maximum(found.tau, 1e-6)
         else:
             least = min(least, float(found.error.max()))
+    if progress is not None:
+        progress(len(tried), len(tried))
     if not trials:
         raise ValueError(f"error is {error}; the least that these settings reach is {least:.3g}, at tau=0")
     trials.sort(key=lambda trial: trial.work)

@@ -159,6 +159,12 @@ def test_one_token(dtype):
     assert settings.evidence[0].error.max() < 1e-3
 
 
+def test_progress_counts_the_variants():
+    seen = []
+    s2o.calibrate(*small(n=20), variants=({}, {"segment": 128}), progress=lambda *x: seen.append(x))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
@@ -169,6 +175,8 @@ def test_one_token(dtype):
         ({"error": True}, TypeError, "error is True; allowed"),
         ({"metric": "cosine"}, ValueError, "metric is 'cosine'; allowed: 'relative', 'captured_mass'"),
         ({"variants": ()}, ValueError, "variants is empty; allowed"),
+        ({"variants": None}, TypeError, "variants is None; allowed: a sequence of dicts"),
+        ({"variants": {"segment": 128}}, TypeError, "variants is {'segment': 128}; allowed: a sequence of dicts"),
         ({"variants": ({"scale": 1.0},)}, ValueError, "variants change causal or scale"),
         ({"variants": ({}, {"causal": False})}, ValueError, "variants change causal or scale"),
         ({"variants": ({"segments": 3},)}, TypeError, "unknown setting 'segments'"),
