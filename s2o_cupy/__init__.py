@@ -1,4 +1,4 @@
-"""Exact-error sparse attention over NumPy and CuPy arrays: S2O with early stopping, a better ranking and a tail."""
+"""Sparse attention with a known error over NumPy and CuPy arrays: S2O with early stopping, better rankings, a tail."""
 
 from pathlib import Path
 
