@@ -17,6 +17,7 @@
 // macros IS_BF16, HEAD_DIM, HEAD_DIM_V (multiples of 32), BLOCK_M (64, 128), BLOCK_N (32, 64)
 #include "gather.cuh"
 #include "online_softmax.cuh"
+#include "products.cuh"
 #include "walk.cuh"
 
 constexpr int WARP_ROWS = BLOCK_M == 128 && HEAD_DIM_V <= 128 ? 32 : 16;
@@ -70,57 +71,6 @@ __device__ __forceinline__ Shared shared_layout(char* base) {
     s.bias = (float*)(s.index + 4 * BLOCK_N);
     s.walked = (int*)(s.bias + BLOCK_N);
     return s;
-}
-
-// Both products read their matrices AHEAD steps before they multiply with them: shared memory answers late.
-constexpr int AHEAD = 1;
-
-// s (raw dot products) = q k^T of one key tile, for the warp's rows.
-__device__ __forceinline__ void multiply_qk(float (&s)[M_TILES][N_TILES][4], unsigned int q, unsigned int k, int warp_row) {
-    const int lane = threadIdx.x & 31;
-    constexpr int PAIRS = N_TILES / 2, STEPS = HEAD_DIM / 16 * PAIRS;
-    q = KeyTile::address(q, warp_row + (lane & 15), lane >> 4);
-    k = KeyTile::address(k, (lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
-    unsigned int a[2][M_TILES][4], b[AHEAD + 1][4];
-#pragma unroll
-    for (int step = 0; step < STEPS + AHEAD; ++step) {
-        if (step < STEPS) {
-            const int d = step / PAIRS, n = step % PAIRS;
-            if (n == 0)
-#pragma unroll
-                for (int m = 0; m < M_TILES; ++m) load_matrices(a[d % 2][m], KeyTile::from(q, 16 * m, 2 * d));
-            load_matrices(b[step % (AHEAD + 1)], KeyTile::from(k, 16 * n, 2 * d));
-        }
-        if (step < AHEAD) continue;
-        const int now = step - AHEAD, d = now / PAIRS, n = now % PAIRS * 2;
-        const unsigned int(&x)[4] = b[now % (AHEAD + 1)];
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m) {
-            if (d == 0) mma_from_zero(s[m][n], a[0][m], x[0], x[1]), mma_from_zero(s[m][n + 1], a[0][m], x[2], x[3]);
-            else mma(s[m][n], a[d % 2][m], x[0], x[1]), mma(s[m][n + 1], a[d % 2][m], x[2], x[3]);
-        }
-    }
-}
-
-// o += p v, p in the layout of the products' accumulators.
-__device__ __forceinline__ void multiply_pv(float (&o)[M_TILES][V_TILES][4], const unsigned int (&p)[M_TILES][N_TILES][2], unsigned int v) {
-    const int lane = threadIdx.x & 31;
-    constexpr int PAIRS = V_TILES / 2, STEPS = N_TILES / 2 * PAIRS;
-    v = ValueTile::address(v, lane & 15, lane >> 4);
-    unsigned int b[AHEAD + 1][4];
-#pragma unroll
-    for (int step = 0; step < STEPS + AHEAD; ++step) {
-        if (step < STEPS) load_matrices_transposed(b[step % (AHEAD + 1)], ValueTile::from(v, step / PAIRS * 16, step % PAIRS * 2));
-        if (step < AHEAD) continue;
-        const int now = step - AHEAD, n = now / PAIRS * 2, d = now % PAIRS * 2;
-        const unsigned int(&x)[4] = b[now % (AHEAD + 1)];
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m) {
-            const unsigned int a[4] = {p[m][n][0], p[m][n][1], p[m][n + 1][0], p[m][n + 1][1]};
-            mma(o[m][d], a, x[0], x[1]);
-            mma(o[m][d + 1], a, x[2], x[3]);
-        }
-    }
 }
 
 // A value row that is not finite must reach only the rows that see it: it is zeroed here and marked, and the
@@ -345,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         }
 
         float p[M_TILES][N_TILES][4];
-        multiply_qk(p, sm.q, sm.k + stage * K_BYTES, warp_row);
+        multiply_qk<HEAD_DIM>(p, sm.q, sm.k + stage * K_BYTES, warp_row);
 
         if (step.count < BLOCK_N || step.phase >= TAIL) {
             __syncwarp();
