@@ -125,6 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--check-finite", action="store_true", help="refuse NaN and infinity, naming the place")
     _common(run)
 
+    compiling = commands_.add_parser(
+        "compile",
+        help="compile the CUDA kernels without a GPU",
+        description="Compiles every shipped kernel with NVRTC (pip install 's2o-cupy[compile]'), without a GPU or a "
+        "driver, and prints registers, spills and shared memory. Unchanged ones come from a cache ($S2O_CACHE_DIR).",
+        epilog="example: s2o compile --arch sm_90a --check",
+    )
+    compiling.add_argument("--arch", default="sm_80,sm_90a,sm_100", metavar="A,A", help="default %(default)s")
+    compiling.add_argument("--check", action="store_true", help="fail on spills in a kernel that promises none")
+    compiling.add_argument("--json", action="store_true", help="print JSON in place of the table")
     _quality(commands_)
     info = commands_.add_parser("info", help="versions, devices, backends", description=commands.info.__doc__)
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -179,7 +189,11 @@ def _taus(text: str) -> tuple[float, ...]:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
-    parser.add_argument("--backend", choices=commands.BACKENDS, help="where to compute (default: the CPU; demo: a GPU where there is one)")
+    parser.add_argument(
+        "--backend",
+        choices=commands.BACKENDS,
+        help="default: cpu; for demo, cuda where it works",
+    )
     group = parser.add_argument_group("settings (docs/design.md section 2)")
     presets = group.add_mutually_exclusive_group()
     presets.add_argument("--settings", metavar="FILE.json", help="start from settings that Settings.save wrote")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import platform
@@ -15,6 +16,7 @@ import numpy as np
 
 import s2o_cupy as s2o
 from s2o_cupy import backends, plots
+from s2o_cupy import compile as compiling
 from s2o_cupy.arrays import namespace, on_host
 from s2o_cupy.exact import relative_error, tile_mass
 from s2o_cupy.files import load_array, load_arrays, save_arrays, writable
@@ -138,6 +140,29 @@ def compare(q, k, v, settings, backend, repeats: int = 3) -> dict:
     }
 
 
+def compile_kernels(options) -> None:
+    """Compile every shipped kernel for some architectures, without a GPU; print what each one takes."""
+    rows, failures = compiling.compile_report(options.arch.split(","), options.check, _note)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    else:
+        print(f"{'arch':8} {'kernel':24} {'registers':>9} {'spilled':>8} {'shared':>8} {'cached':>6}  macros")
+        for row in rows:
+            print(
+                f"{row.arch:8} {row.kernel:24} {row.registers:9d} {row.spill_bytes:8d} {row.shared_bytes:8d} "
+                f"{'yes' if row.cached else 'no':>6}  {row.macros}"
+            )
+    if failures:
+        for failure in failures:
+            print(f"{failure.arch} {failure.kernel} {failure.macros}: {failure.message}", file=sys.stderr)
+        raise RuntimeError(f"{len(failures)} of {len(rows)} kernels failed")
+
+
+def _note(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{text[:100]:<100}", end="", file=sys.stderr, flush=True)
+
+
 def placed(backend: str | None, *arrays) -> list:
     """NumPy arrays where a backend reads them: on the GPU for "cuda"."""
     if backend != "cuda":
@@ -207,4 +232,4 @@ def _milliseconds(seconds) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.1f} ms"
 
 
-COMMANDS = {"demo": demo, "run": run, "info": info}
+COMMANDS = {"demo": demo, "run": run, "info": info, "compile": compile_kernels}
