@@ -66,18 +66,20 @@ def calibrate(options) -> None:
     q, k, v = placed(options.backend, *load_qkv(options.files))
     if options.out is not None:
         writable(options.out)
-    chosen = s2o.calibrate(
-        q,
-        k,
-        v,
-        options.error,
-        options.metric,
-        options.per_head,
-        options.settings,
-        backend=options.backend,
-        rows=options.rows,
-        seed=options.seed,
-    )
+    with Bar("calibrate", 1) as bar:
+        chosen = s2o.calibrate(
+            q,
+            k,
+            v,
+            options.error,
+            options.metric,
+            options.per_head,
+            options.settings,
+            backend=options.backend,
+            rows=options.rows,
+            seed=options.seed,
+            progress=bar.show,
+        )
     if options.out is not None:
         chosen.save(options.out)
     trials = [

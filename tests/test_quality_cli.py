@@ -94,6 +94,12 @@ def test_calibrate_writes_settings_that_run_takes(heads, tmp_path):
     np.testing.assert_allclose([h["error"] for h in audit["heads"]], errors, rtol=1e-3)
 
 
+def test_calibrate_shows_how_far_it_is(heads, capsys, monkeypatch):
+    monkeypatch.setattr("s2o_cupy.progress.DELAY", 0)
+    assert main(["calibrate", str(heads[0]), "--error", "0.3", *map(str, SIZES)]) == 0
+    assert "calibrate [" in capsys.readouterr().err
+
+
 def test_calibrate_json_holds_the_evidence(heads):
     path, *_ = heads
     report = json.loads(good(s2o_command("calibrate", path, "--error", 0.1, "--rows", 700, "--json", *SIZES)))
