@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import cupy as cp
@@ -92,7 +93,7 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
         return
     levels, segments, heads = problem.settings.rank_levels or 0, slab.segments, kv_offsets.shape[0]
     room = shared_limit(device_target()) - 2048
-    longest = int(problem.listed[slab.segment_start : slab.segment_stop].max())
+    longest = math.ceil(problem.settings.cap * scores.longest)
     bins, passes, warps = levels + 2, 1, 8 if longest <= 2**15 else 16
     if not levels or 4 * warps * bins > room - 8192:
         bins, passes = 256, -(-(levels + 1).bit_length() // 8) if levels else 4
@@ -142,7 +143,9 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
         row_tiles = tiles_per_segment
         tile_start, tile_stop = 0, row_tiles
     else:
-        segment, block_q, tiles_per_segment, row_tiles = s.segment, s.block_q, p.tiles_per_segment, len(p.tile_start)
+        segment, block_q, tiles_per_segment = s.segment, s.block_q, p.tiles_per_segment
+        whole = p.segments - 1
+        row_tiles = whole * tiles_per_segment + -(-(p.n_q - whole * segment) // block_q)
         tile_start = slab.segment_start * tiles_per_segment
         tile_stop = min(slab.segment_stop * tiles_per_segment, row_tiles)
     grid = ((tile_stop - tile_start) * p.group, slab.kv_stop - slab.kv_start)
