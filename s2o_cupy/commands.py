@@ -17,7 +17,7 @@ import numpy as np
 import s2o_cupy as s2o
 from s2o_cupy import backends, plots
 from s2o_cupy import compile as compiling
-from s2o_cupy.arrays import namespace, on_host
+from s2o_cupy.arrays import as_four_axes, namespace, on_host
 from s2o_cupy.exact import relative_error, tile_mass
 from s2o_cupy.files import load_array, load_arrays, save_arrays, writable
 from s2o_cupy.progress import Bar
@@ -44,9 +44,10 @@ def demo(options) -> None:
                 rows.append({"head": f"{name}:{head}", **compare(q[head : head + 1], k, v, settings, backend)})
                 bar.step()
         q, k, v = samples[names[0]]
-        _picture(options.png, q[:1], k, v, settings, f"{names[0]} head 0, N={q.shape[1]}")
+        drawn = _picture(options.png, q[:1], k, v, settings, f"{names[0]} head 0, N={q.shape[1]}")
         bar.step()
-    _report(options, rows, backend=backend, picture=options.png)
+    picture = options.png if drawn else "none: at these settings nothing is ranked"
+    _report(options, rows, backend=backend, picture=picture)
 
 
 def run(options) -> None:
@@ -70,11 +71,10 @@ def run(options) -> None:
         )
         _wait(result.out)
         seconds = time.perf_counter() - start
-    exact = exact_seconds = error = None
+    exact_seconds = error = None
     if options.dense:
         start = time.perf_counter()
-        exact = s2o.dense_attention(q, k, v, causal=settings.causal, scale=settings.scale, backend=options.backend)
-        _wait(exact)
+        exact = _dense(q, k, v, settings, options.backend)
         exact_seconds = time.perf_counter() - start
         error = relative_error(result.out, exact).reshape(-1)
     if options.out is not None:
@@ -163,6 +163,21 @@ def _note(text: str) -> None:
         print(f"\r{text[:100]:<100}", end="", file=sys.stderr, flush=True)
 
 
+def _dense(q, k, v, settings, backend):
+    """Exact attention, a K/V head at a time for the progress bar's sake."""
+    four = [as_four_axes(name, x) for name, x in (("q", q), ("k", k), ("v", v))]
+    (batch, heads_q), heads_kv = four[0].shape[:2], four[1].shape[1]
+    out = namespace(q).empty((*four[0].shape[:-1], v.shape[-1]), q.dtype)
+    with Bar("dense attention", batch * heads_kv) as bar:
+        for b, kv in np.ndindex(batch, heads_kv):
+            heads = slice(kv * (heads_q // heads_kv), (kv + 1) * (heads_q // heads_kv))
+            one = four[0][b, heads], *(x[b, kv : kv + 1] for x in four[1:])
+            out[b, heads] = s2o.dense_attention(*one, causal=settings.causal, scale=settings.scale, backend=backend)
+            bar.step()
+    _wait(out)
+    return out.reshape(*q.shape[:-1], v.shape[-1])
+
+
 def placed(backend: str | None, *arrays) -> list:
     """NumPy arrays where a backend reads them: on the GPU for "cuda"."""
     if backend != "cuda":
@@ -179,13 +194,17 @@ def _wait(x) -> None:
         namespace(x).cuda.get_current_stream().synchronize()
 
 
-def _picture(path, q, k, v, settings, title) -> None:
+def _picture(path, q, k, v, settings, title) -> bool:
+    """Draw one head before and after ranking, where something is ranked; whether it was drawn."""
     positions = settings.replace(query_order="position")
     plan = s2o.plan(q, k, positions)
+    if not len(plan.kv_order):
+        return False
     stats = s2o.attend(q, k, v, plan, full_output=True).stats
     shape = {"causal": settings.causal, "scale": settings.scale, "segment": settings.segment}
     mass = tile_mass(on_host(q[0]), on_host(k[0]), settings.block_q, **shape)
     plots.save_before_after(path, mass, plan, stats, title)
+    return True
 
 
 def load_qkv(paths: list[str]):

@@ -18,7 +18,7 @@ def get(name: str | None, arrays: dict) -> ModuleType:
     on_cpu = isinstance(x, np.ndarray)
     if name is None:
         name = "cpu" if on_cpu else "cuda"
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"backend is {name!r}; allowed: {', '.join(map(repr, NAMES))}, or None")
     if name == "cpu" and not on_cpu:
         raise TypeError(f"{where} is on a GPU; backend 'cpu' takes NumPy arrays ({where}.get())")
