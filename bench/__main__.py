@@ -6,7 +6,8 @@ import argparse
 import json
 
 import s2o_cupy as s2o
-from bench import cpu, knobs, quality
+from bench import cpu, gpu, knobs, quality
+from s2o_cupy import backends
 from s2o_cupy.files import replacing
 
 
@@ -19,6 +20,9 @@ def main() -> None:
     sub = benches.add_parser("cpu", parents=[common], help="speed and memory of the CPU backend")
     sub.add_argument("--threads", type=int, metavar="N", help="threads for ours and for torch (default: Numba's)")
     sub.set_defaults(run=cpu.main)
+    sub = benches.add_parser("gpu", parents=[common], help="speed of the CUDA backend, beside PyTorch's kernels")
+    gpu.arguments(sub)
+    sub.set_defaults(run=gpu.main)
     heads = argparse.ArgumentParser(add_help=False)
     heads.add_argument("files", nargs="*", metavar="FILE.npz", help="more heads: an npz with q, k, v")
     heads.add_argument("--settings", metavar="FILE", help="settings to measure (JSON)")
@@ -32,7 +36,12 @@ def main() -> None:
     if "precise" in options:
         base = s2o.Settings.precise() if options.precise else s2o.Settings()
         options.settings = s2o.Settings.load(options.settings) if options.settings else base
-    report = options.run(options)
+    try:
+        if options.bench == "gpu":
+            backends.require_cuda()
+        report = options.run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise SystemExit(f"bench: error: {error}") from None
     if options.json:
         with replacing(options.json) as file:
             file.write((json.dumps(report, indent=1) + "\n").encode())

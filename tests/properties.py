@@ -335,7 +335,8 @@ def score_error(backend, case) -> float:
     """Bound on the rounding of a score: its mean term, and its quadratic term when there is one."""
     q, k = wide(*case.arrays[:2])
     longest = np.sqrt((q**2).sum(-1).max() * (k**2).sum(-1).max()) * case.problem.scale
-    return 8 * backend.unit["float32"] * (1 + longest + (longest**2 if case.problem.terms else 0))
+    unit = max(backend.unit["float32"], backend.unit[case.q.dtype.name])
+    return 8 * unit * (1 + longest + (longest**2 if case.problem.terms else 0))
 
 
 def guide_orders_as_the_reference(backend, case):
