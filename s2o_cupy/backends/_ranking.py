@@ -203,7 +203,7 @@ def _root(a, scale):
 
 
 @kernel
-def score_keys(pack, k, rep, history, scores, b, h, list_first, orders, segments, key, n):
+def score_keys(pack, k, rep, history, scores, b, h, list_first, lists, segments, key, n):
     """Scores of keys key .. key + n in every list of one K/V head.
 
     k [B, Hkv, Nk, D] storage type; rep [lists, rows, D] compute type; history [segments] int64;
@@ -217,17 +217,15 @@ def score_keys(pack, k, rep, history, scores, b, h, list_first, orders, segments
         for d in range(dim):
             panels[(i // width * dim + d) * width + i % width] = rows_packed[i * dim + d]
     part = np.zeros(rows * width, rep.dtype)
-    for o in range(orders):
-        for s in range(segments):
-            index = list_first + o * segments + s
-            seen = min(n, history[s] - key)
-            for at in range(0, seen, width):
-                for r in range(0, rows, ROWS):
-                    product_4(flat, (index * rows + r) * dim, dim, 1, dim, panels, at * dim, part, r * width, part, 0)
-                total = load(part, 0)
-                for r in range(1, rows):
-                    x = load(part, r * width)
-                    total = muladd(x, x, total)
-                store(part, 0, total)
-                for i in range(min(width, seen - at)):
-                    scores[index, key + at + i] = part[i]
+    for index in range(list_first, list_first + lists):
+        seen = min(n, history[(index - list_first) % segments] - key)
+        for at in range(0, seen, width):
+            for r in range(0, rows, ROWS):
+                product_4(flat, (index * rows + r) * dim, dim, 1, dim, panels, at * dim, part, r * width, part, 0)
+            total = load(part, 0)
+            for r in range(1, rows):
+                x = load(part, r * width)
+                total = muladd(x, x, total)
+            store(part, 0, total)
+            for i in range(min(width, seen - at)):
+                scores[index, key + at + i] = part[i]

@@ -48,17 +48,7 @@ def score(problem: Problem, q: np.ndarray, k: np.ndarray, slab: Slab) -> np.ndar
             items.append((rows, (_pack(q), q, rep[index], *place, problem.terms, problem.scale)))
     signature = (_INT, _type(q), _type(rep[0], "C"), *(_INT,) * 6, types.float64)
     _run(_entry(_ranking.represent, *signature), items)
-    items = []
-    for at, kv in enumerate(range(slab.kv_start, slab.kv_stop)):
-        b, h = divmod(kv, problem.heads_kv)
-        for key in range(0, width, _ranking.CHUNK):
-            n = min(_ranking.CHUNK, width - key)
-            cost = int((history > key).sum())
-            first = at * problem.orders * slab.segments
-            place = (b, h, first, problem.orders, slab.segments, key, n)
-            items.append((cost, (_pack(k), k, rep, history, scores, *place)))
-    signature = (_INT, _type(k), _type(rep, "C"), _type(history), _type(scores)) + (_INT,) * 7
-    _run(_entry(_ranking.score_keys, *signature), items)
+    _run_chunks(problem, slab, _ranking.score_keys, (k, rep, history, scores))
     return scores
 
 
@@ -82,25 +72,24 @@ def _score_mixture(problem: Problem, q, k, slab: Slab) -> np.ndarray:
     parts = [_type(x, "C") for x in items[0][1][2:5]]
     _run(_entry(_mixture.centre_queries, _INT, _type(q), *parts, *(_INT,) * 6, types.float64), items)
     sums = np.empty((-(-width // _ranking.CHUNK), lists, rows), dtype)
-    common = (_pack(k), k, rep, variance, history)
-    _run_chunks(problem, slab, width, _mixture.sum_keys, common, (sums,), numbered=True)
+    _run_chunks(problem, slab, _mixture.sum_keys, (k, rep, variance, history, sums), numbered=True)
     with np.errstate(invalid="ignore"):
         offset = (share - 2 * np.logaddexp2.reduce(sums, axis=0, initial=-np.inf)).astype(dtype)
-    _run_chunks(problem, slab, width, _mixture.score_keys, common, (offset, scores), numbered=False)
+    _run_chunks(problem, slab, _mixture.score_keys, (k, rep, variance, history, offset, scores))
     return scores
 
 
-def _run_chunks(problem: Problem, slab: Slab, width: int, kernel, common, arrays, numbered: bool) -> None:
-    """Run a kernel of _mixture.py on every chunk of keys of the slab's K/V heads; `numbered` passes the chunk."""
-    _, k, rep, variance, history = common
-    lists, items = problem.orders * slab.segments, []
+def _run_chunks(problem: Problem, slab: Slab, kernel, arrays, numbered: bool = False) -> None:
+    """Run a kernel of stage 1 on every chunk of keys of the slab's K/V heads; `numbered` passes the chunk's number."""
+    k, history = arrays[0], problem.history[slab.segment_start : slab.segment_stop]
+    width, lists, items = int(history.max(initial=0)), problem.orders * slab.segments, []
     for at, kv in enumerate(range(slab.kv_start, slab.kv_stop)):
         for chunk, key in enumerate(range(0, width, _ranking.CHUNK)):
             n = min(_ranking.CHUNK, width - key)
             place = (*divmod(kv, problem.heads_kv), at * lists, lists, slab.segments, key, n)
             cost = int((history > key).sum())
-            items.append((cost, (*common, *arrays, *((chunk,) if numbered else ()), *place)))
-    signature = [_INT, _type(k), *(_type(x, "C") for x in (rep, variance, history, *arrays))]
+            items.append((cost, (_pack(k), *arrays, *((chunk,) if numbered else ()), *place)))
+    signature = [_INT, _type(k), *(_type(x, "C") for x in arrays[1:])]
     _run(_entry(kernel, *signature, *(_INT,) * (8 if numbered else 7)), items)
 
 
