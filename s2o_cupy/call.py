@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from s2o_cupy import backends
-from s2o_cupy.arrays import as_four_axes, check_finite, check_out, in_kind, namespace, natives
+from s2o_cupy.arrays import as_four_axes, check_finite, check_out, in_kind, namespace, native, natives
 from s2o_cupy.planning import Plan
 from s2o_cupy.problem import Problem, make_problem
 from s2o_cupy.results import AttentionResult, Stats
@@ -28,10 +28,11 @@ class Arrays:
 
 @dataclass
 class Call:
-    """One call: the user's q, native 4-D arrays, the problem, the backend and what it fills."""
+    """One call: the user's q and out, out as it is written, native 4-D arrays, the problem, the backend, the answer."""
 
     original: Any
     given_out: Any
+    written: Any
     shape: tuple[int, ...]
     arrays: list
     problem: Problem
@@ -43,17 +44,18 @@ class Call:
         named = natives(q=q, k=k, v=v)
         problem = make_problem(*named.values(), settings)
         shape = (*named["q"].shape[:-1], problem.dim_v)
-        if out is not None:
-            check_out(out, shape, named)
+        written = native("out", out) if hasattr(out, "__dlpack__") and not isinstance(out, np.ndarray) else out
+        if written is not None:
+            check_out(written, shape, named)
         engine = backends.get(backend, named)
         if finite:
             check_finite(named)
         arrays = [as_four_axes(name, x) for name, x in named.items()]
-        return cls(q, out, shape, arrays, problem, engine, _empty(problem, arrays[0], out))
+        return cls(q, out, written, shape, arrays, problem, engine, _empty(problem, arrays[0], written))
 
     def under(self, problem: Problem) -> Call:
         """The same call under a problem with other row tiles."""
-        self.problem, self.result = problem, _empty(problem, self.arrays[0], self.given_out)
+        self.problem, self.result = problem, _empty(problem, self.arrays[0], self.written)
         return self
 
     @property
