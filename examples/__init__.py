@@ -1,0 +1,1 @@
+"""Programs that use s2o_cupy, run from a checkout; they are not installed with it."""

@@ -1,0 +1,132 @@
+"""prefill(): one pass of a decoder over a text, its attention given by the caller; arrays of the kind that ids is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+import s2o_cupy as s2o
+from examples.lm.weights import Model
+from s2o_cupy.arrays import namespace
+
+_ROWS = 1024  # rows of a block of the feed-forward and of window layers: bounds memory
+
+
+def dense(layer: int, q, k, v):
+    """Exact causal attention: the `attend` that `prefill` uses by default."""
+    return s2o.dense_attention(q, k, v)
+
+
+def prefill(
+    model: Model,
+    ids,
+    attend: Callable = dense,
+    *,
+    watch: Callable | None = None,
+    stop: int | None = None,
+    step: Callable[[], None] | None = None,
+):
+    """The last hidden states of a text, normalised: `logits` turns rows of them into logits.
+
+    Parameters
+    ----------
+    model : Model
+    ids : int array (N,)
+        Tokens; the array module of the whole pass is theirs.
+    attend : callable
+        ``attend(layer, q, k, v)`` answers attention of a global layer: q (Hq, N, D), k and v (Hkv, N, D) float32,
+        after rotary embedding; scale 1/sqrt(D), causal. Window layers are computed here, exactly.
+    watch : callable, optional
+        ``watch(layer, q, k, v)`` sees the same arrays in every layer.
+    stop : int, optional
+        Leave after the attention's inputs of this layer were seen, and answer None.
+    step : callable, optional
+        Called after each layer.
+
+    Returns
+    -------
+    float32 array (N, hidden), or None
+    """
+    if len(ids) > model.context:
+        raise ValueError(f"the text has {len(ids)} tokens; allowed: {model.context}, the context of {model.name}")
+    xp, m = namespace(ids), model
+    x = m.embed[ids]
+    if m.gemma:
+        x = x * np.float32(np.sqrt(m.hidden))
+    for layer, w in enumerate(m.blocks):
+        h = rms(x, w["attn_norm"], m.eps)
+        q, k, v = (_heads(h @ w[f"attn_{name}"].T, m.dim) for name in "qkv")
+        if m.gemma:
+            q, k = rms(q, w["attn_q_norm"], m.eps), rms(k, w["attn_k_norm"], m.eps)
+        q, k, v = rotate(q, m.rope_base(layer)), rotate(k, m.rope_base(layer)), xp.ascontiguousarray(v)
+        if watch is not None:
+            watch(layer, q, k, v)
+        if layer == stop:
+            return None
+        o = attend(layer, q, k, v) if m.is_global(layer) else window_attention(q, k, v, m.window)
+        o = xp.swapaxes(o, 0, 1).reshape(len(ids), -1) @ w["attn_output"].T
+        x = x + (rms(o, w["post_attention_norm"], m.eps) if m.gemma else o)
+        for i in range(0, len(ids), _ROWS):
+            x[i : i + _ROWS] += _feed_forward(m, w, x[i : i + _ROWS])
+        if step is not None:
+            step()
+    return rms(x, m.norm, m.eps)
+
+
+def logits(model: Model, hidden):
+    """Logits of rows of what `prefill` answers."""
+    return hidden @ model.head.T
+
+
+def rms(x, weight, eps: float):
+    """x over its root mean square along the last axis, times `weight` (Gemma's files hold 1 + its weight)."""
+    xp = namespace(x)
+    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
+
+
+def rotate(x, base: float):
+    """Half-split (NeoX) rotary embedding of x (heads, N, D), positions from 0."""
+    xp, half = namespace(x), x.shape[-1] // 2
+    angle = np.arange(x.shape[-2])[:, None] * base ** (-np.arange(half) / half)  # float64: exact at any position
+    cos, sin = xp.asarray(np.cos(angle), np.float32), xp.asarray(np.sin(angle), np.float32)
+    a, b = x[..., :half], x[..., half:]
+    return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def window_attention(q, k, v, window: int):
+    """Exact causal attention to the last `window` keys, in row blocks.
+
+    It stands in for ``s2o.attention(window=)``, which the package does not have yet (issue 5).
+    """
+    xp = namespace(q)
+    (heads, rows, dim), kv_heads = q.shape, k.shape[0]
+    q = q.reshape(kv_heads, heads // kv_heads, rows, dim)
+    out = xp.empty_like(q)
+    step = min(_ROWS, max(window, 64))
+    for i in range(0, rows, step):
+        e, low = min(i + step, rows), max(0, i - window + 1)
+        row, col = xp.arange(i, e)[:, None], xp.arange(low, e)
+        s = q[:, :, i:e] @ k[:, None, low:e].swapaxes(2, 3) * np.float32(dim**-0.5)
+        s[..., (col > row) | (col <= row - window)] = -np.inf
+        p = xp.exp(s - s.max(axis=-1, keepdims=True))
+        out[:, :, i:e] = p @ v[:, None, low:e] / p.sum(axis=-1, keepdims=True)
+    return out.reshape(heads, rows, dim)
+
+
+def _heads(x, dim: int):
+    """(N, heads * dim) as (heads, N, dim)."""
+    return x.reshape(len(x), -1, dim).swapaxes(0, 1)
+
+
+def _feed_forward(m: Model, w: dict, x):
+    h = rms(x, w["ffn_norm"], m.eps)
+    o = (_activation(h @ w["ffn_gate"].T, m.gemma) * (h @ w["ffn_up"].T)) @ w["ffn_down"].T
+    return rms(o, w["post_ffw_norm"], m.eps) if m.gemma else o
+
+
+def _activation(x, gelu: bool):
+    """Gemma's GELU (its tanh form), else SiLU, written with tanh so that nothing overflows."""
+    xp, half = namespace(x), np.float32(0.5)
+    inner = np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x * x * x) if gelu else half * x
+    return half * x * (1 + xp.tanh(inner))
