@@ -1,0 +1,147 @@
+"""The command `python -m examples.lm`: arguments in, a report or one clear line for every error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+
+from examples.lm.capture import capture
+from examples.lm.evaluate import TAU_ALONE, calibrate_layers, evaluate
+from examples.lm.text import encode
+from examples.lm.weights import Model, locate
+from s2o_cupy.calibration import VARIANTS
+
+PROG = "python -m examples.lm"
+DESCRIPTION = """\
+A language model in NumPy whose attention is s2o_cupy (llama and gemma3 GGUF files; pip install 's2o-cupy[lm]').
+
+  python -m examples.lm capture smollm2 --text FILE --length 4096 --layers 8,14 --out heads
+  python -m examples.lm eval smollm2 --text FILE --length 4096 --error 0.02 --calibrate-text OTHER
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors in one line, as all others are."""
+
+    def error(self, message: str):
+        self.exit(2, f"lm: error: {message} ({self.prog} --help shows what is)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 (it could not be done), 2 (wrong input) or 130 (interrupted)."""
+    options = _parser().parse_args(argv)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print("lm: interrupted", file=sys.stderr)
+        return 130
+    except (TypeError, ValueError) as error:
+        return _refuse(error, 2)
+    except (OSError, ImportError, MemoryError, RuntimeError) as error:
+        return _refuse(error, 1)
+    return 0
+
+
+def run_capture(options) -> None:
+    """Queries, keys and values of chosen layers to PREFIX_lNN.npz."""
+    model = Model(locate(options.model))
+    ids = encode(model, options.text, options.length)
+    paths = capture(model, ids, options.layers, options.out, os.path.basename(options.text))
+    if options.json:
+        print(json.dumps({"model": model.name, "tokens": len(ids), "files": [str(path) for path in paths]}))
+        return
+    for path in paths:
+        print(path)
+
+
+def run_eval(options) -> None:
+    """Losses, densities and times, dense and sparse."""
+    model = Model(locate(options.model))
+    ids = encode(model, options.text, options.length)
+    seen = ids if options.calibrate_text is None else encode(model, options.calibrate_text, options.length)
+    start = time.perf_counter()
+    settings = calibrate_layers(model, seen, options.error, VARIANTS if options.all_variants else TAU_ALONE)
+    seconds = time.perf_counter() - start
+    report = {
+        "model": model.name,
+        "text": os.path.basename(options.text),
+        "calibrated_on": os.path.basename(options.calibrate_text or options.text),
+        "error": options.error,
+        "calibration_s": seconds,
+        **evaluate(model, ids, settings),
+    }
+    print(json.dumps(report, indent=1) if options.json else _table(report))
+
+
+def _table(r: dict) -> str:
+    """The report for people."""
+    same = "" if r["calibrated_on"] != r["text"] else " (the text itself: no held-out result)"
+    lines = [
+        f"{r['model']}, {r['text']}, {r['tokens']} tokens",
+        f"error {r['error']:g} calibrated on {r['calibrated_on']}{same}",
+        f"{'':24} {'dense':>9} {'sparse':>9}",
+        f"{'nats a token':24} {r['dense_nats']:9.4f} {r['sparse_nats']:9.4f}   {r['rise_nats']:+.4f}",
+    ]
+    for i, pair in enumerate(zip(*r["nats_by_position"].values())):
+        label = f"  quarter {i + 1} of the text"
+        lines.append(f"{label:24} {pair[0]:9.4f} {pair[1]:9.4f}   {pair[1] - pair[0]:+.4f}")
+    for label, key in (("prefill, s", "prefill_s"), ("global attention, s", "global_attention_s")):
+        a, b = r[key]["dense"], r[key]["sparse"]
+        lines.append(f"{label:24} {a:9.2f} {b:9.2f}   {a / b:.2f} times as fast")
+    lines += [
+        f"greatest logit change    {r['greatest_logit_change']:.4g}",
+        f"top-1 agreement          {r['top1_agreement']:.4f}",
+        f"mean density             {r['mean_density']:.4f} (global layers)" if r["density"] else "no global layer",
+        f"calibration              {r['calibration_s']:.0f} s",
+    ]
+    if r["path"] == "dense":
+        lines.append("attention was dense by itself: the text is too short for ranking to pay")
+    if r["density"]:
+        lines.append(f"{'layer':>5} {'tau':>9} {'density':>8}  least to greatest of its heads")
+    for layer, heads in r["density"].items():
+        mean = sum(heads) / len(heads)
+        lines.append(f"{layer:>5} {r['tau'][layer]:9.2g} {mean:8.3f}  {min(heads):.3f} to {max(heads):.3f}")
+    return "\n".join(lines)
+
+
+def _refuse(error: Exception, code: int) -> int:
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    print(f"lm: error: {' '.join(text.split())}", file=sys.stderr)
+    return code
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of layers, as in 8,14") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(PROG, description=DESCRIPTION, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("model", metavar="MODEL", help="a GGUF file, or smollm2 or gemma3 for the installed package")
+    common.add_argument("--text", required=True, metavar="FILE", help="text to read, UTF-8")
+    common.add_argument("--length", type=int, metavar="N", help="its first N tokens (default: all)")
+    common.add_argument("--json", action="store_true", help="print JSON in place of the table")
+    sub = commands.add_parser("capture", parents=[common], help="q, k, v of chosen layers, for s2o run")
+    sub.add_argument("--layers", type=_layers, required=True, metavar="L,L", help="layers, from 0")
+    sub.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX_lNN.npz for each layer")
+    sub.set_defaults(run=run_capture)
+    sub = commands.add_parser("eval", parents=[common], help="next-token loss, dense and sparse")
+    sub.add_argument("--error", type=float, required=True, metavar="E", help="relative error of a head accepted")
+    sub.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
+    sub.add_argument("--all-variants", action="store_true", help="calibrate tries other rankings too, not tau alone")
+    sub.set_defaults(run=run_eval)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

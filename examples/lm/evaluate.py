@@ -1,0 +1,130 @@
+"""evaluate(): what calibrated sparse attention does to a model's predictions, beside dense attention."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import s2o_cupy as s2o
+from examples.lm.model import dense, logits, prefill
+from examples.lm.weights import Model
+from s2o_cupy.arrays import namespace, on_host
+from s2o_cupy.progress import Bar
+
+_ROWS = 512  # rows whose logits are held at a time
+PARTS = 4  # of the text, that the loss is also given for
+TAU_ALONE = ({},)
+
+
+@dataclass
+class Calibration:
+    """An `attend` for `prefill` that answers densely and keeps, for every layer, settings that meet an error."""
+
+    error: float
+    variants: tuple = TAU_ALONE
+    settings: dict[int, s2o.Settings] = field(default_factory=dict)
+
+    def __call__(self, layer: int, q, k, v):
+        try:
+            self.settings[layer] = s2o.calibrate(q, k, v, self.error, variants=self.variants)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: {error}") from None
+        return dense(layer, q, k, v)
+
+
+@dataclass
+class Attention:
+    """An `attend` for `prefill` that counts its own seconds; sparse where it has settings."""
+
+    settings: dict[int, s2o.Settings] | None = None
+    seconds: float = 0.0
+    density: dict[int, list[float]] = field(default_factory=dict)
+    paths: set[str] = field(default_factory=set)
+
+    def __call__(self, layer: int, q, k, v):
+        start = time.perf_counter()
+        if self.settings is None:
+            out = dense(layer, q, k, v)
+        else:
+            result = s2o.attention(q, k, v, self.settings[layer], full_output=True)
+            out = result.out
+        _wait(out)
+        self.seconds += time.perf_counter() - start
+        if self.settings is not None:
+            self.density[layer] = result.stats.head_density.reshape(-1).tolist()
+            self.paths.add(result.stats.path)
+        return out
+
+
+def calibrate_layers(model: Model, ids, error: float, variants=TAU_ALONE) -> dict[int, s2o.Settings]:
+    """Settings of each global layer whose relative error on this text is at most `error` in every head."""
+    calibration = Calibration(error, tuple(variants))
+    with Bar("calibrate", model.layers) as bar:
+        prefill(model, ids, calibration, step=bar.step)
+    return calibration.settings
+
+
+def evaluate(model: Model, ids, settings: dict[int, s2o.Settings]) -> dict:
+    """Prefill a text densely and sparsely, and compare every prediction.
+
+    Parameters
+    ----------
+    model : Model
+    ids : int array (N,)
+    settings : dict
+        Settings of every global layer.
+
+    Returns
+    -------
+    dict
+        Of plain numbers: losses in nats a token, whole and by position; the greatest change of a logit; the share of
+        positions whose likeliest token is the same; the density of each global layer's heads; seconds.
+    """
+    hidden, seconds, attends = {}, {}, {"dense": Attention(), "sparse": Attention(settings)}
+    with Bar("dense and sparse", 2 * model.layers) as bar:
+        for name, attend in attends.items():
+            start = time.perf_counter()
+            hidden[name] = prefill(model, ids, attend, step=bar.step)
+            _wait(hidden[name])
+            seconds[name] = time.perf_counter() - start
+    losses, change, agree = compare(model, ids, hidden["dense"], hidden["sparse"])
+    report = {"tokens": len(ids), "predictions": len(ids) - 1}
+    for name, loss in losses.items():
+        report[f"{name}_nats"] = float(loss.mean())
+    report["rise_nats"] = report["sparse_nats"] - report["dense_nats"]
+    parts = {name: [float(p.mean()) for p in np.array_split(loss, PARTS) if len(p)] for name, loss in losses.items()}
+    density = attends["sparse"].density
+    return report | {
+        "nats_by_position": parts,
+        "greatest_logit_change": change,
+        "top1_agreement": agree,
+        "mean_density": float(np.mean(list(density.values()))) if density else None,
+        "density": {str(layer): heads for layer, heads in density.items()},
+        "tau": {str(layer): settings[layer].tau for layer in density},
+        "path": "ranked" if "ranked" in attends["sparse"].paths else "dense",
+        "prefill_s": seconds,
+        "global_attention_s": {name: attend.seconds for name, attend in attends.items()},
+    }
+
+
+def compare(model: Model, ids, dense_hidden, sparse_hidden) -> tuple[dict[str, np.ndarray], float, float]:
+    """Losses of both passes at each position (float64), the greatest logit change, and the top-1 agreement."""
+    xp, last = namespace(ids), len(ids) - 1
+    losses, change, same = {"dense": [], "sparse": []}, 0.0, 0
+    for i in range(0, last, _ROWS):
+        rows, target = slice(i, min(i + _ROWS, last)), ids[i + 1 : min(i + _ROWS, last) + 1]
+        both = {"dense": logits(model, dense_hidden[rows]), "sparse": logits(model, sparse_hidden[rows])}
+        for name, y in both.items():
+            top = y.max(axis=1)
+            total = xp.exp(y - top[:, None]).sum(axis=1, dtype=np.float64)
+            losses[name].append(on_host(xp.log(total) + top - y[xp.arange(len(target)), target]))
+        change = max(change, float(xp.abs(both["sparse"] - both["dense"]).max()))
+        same += int((both["sparse"].argmax(axis=1) == both["dense"].argmax(axis=1)).sum())
+    return {name: np.concatenate(parts) for name, parts in losses.items()}, change, same / last
+
+
+def _wait(x) -> None:
+    """Until the device is done with x: its first number is read."""
+    on_host(x.reshape(-1)[:1])
