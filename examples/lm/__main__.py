@@ -71,7 +71,7 @@ def run_eval(options) -> None:
         "calibrated_on": os.path.basename(options.calibrate_text or options.text),
         "error": options.error,
         "calibration_s": seconds,
-        **evaluate(model, ids, settings),
+        **evaluate(model, ids, settings, options.repeats),
     }
     print(json.dumps(report, indent=1) if options.json else _table(report))
 
@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--error", type=float, required=True, metavar="E", help="relative error of a head accepted")
     sub.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
     sub.add_argument("--all-variants", action="store_true", help="calibrate tries other rankings too, not tau alone")
+    sub.add_argument("--repeats", type=int, default=1, metavar="R", help="passes of each kind, in turn; the least time")
     sub.set_defaults(run=run_eval)
     return parser
 

