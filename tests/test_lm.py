@@ -340,6 +340,12 @@ def test_layers_that_are_not_there(llama, story, tmp_path, capsys):
     assert "'a' is no list of layers, as in 8,14" in capsys.readouterr().err
 
 
+def test_repeats_are_refused_before_any_work(llama, story, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["eval", str(llama), "--text", str(story), "--error", "0.1", "--repeats", "0"])
+    assert "'0' is no number from 1 on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_a_package_that_is_missing(monkeypatch, story, capsys, name):
     def absent(package):

@@ -122,6 +122,12 @@ def _layers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layers, as in 8,14") from None
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = _Parser(PROG, description=DESCRIPTION, formatter_class=raw)
@@ -139,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--error", type=float, required=True, metavar="E", help="relative error of a head accepted")
     sub.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
     sub.add_argument("--all-variants", action="store_true", help="calibrate tries other rankings too, not tau alone")
-    sub.add_argument("--repeats", type=int, default=1, metavar="R", help="passes of each kind, in turn; the least time")
+    sub.add_argument("--repeats", type=_count, default=1, metavar="R", help="passes of each kind, in turn; least time")
     sub.set_defaults(run=run_eval)
     return parser
 
