@@ -130,7 +130,8 @@ def in_kind(native_array, original):
     """`native_array` as the kind of array that `original` is, over the same memory, where its library can."""
     if isinstance(original, np.ndarray) or _is_cupy(original):
         return native_array
-    library = sys.modules.get(type(original).__module__.partition(".")[0])
+    root = type(original).__module__.partition(".")[0]
+    library = sys.modules.get({"jaxlib": "jax"}.get(root, root))  # JAX's arrays are of jaxlib, its functions of jax
     from_dlpack = getattr(library, "from_dlpack", None) or getattr(
         getattr(library, "dlpack", None), "from_dlpack", None
     )

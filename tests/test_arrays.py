@@ -1,5 +1,8 @@
 """Arrays of other libraries: viewed through DLPack without a copy, answered in kind."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -54,6 +57,12 @@ def test_a_foreign_out_is_written_in_place_and_returned(arrays):
 def test_an_answer_of_unknown_kind_is_numpy(arrays, monkeypatch):
     monkeypatch.delitem(globals(), "from_dlpack")
     assert type(s2o.attention(*map(Foreign, arrays))) is np.ndarray
+
+
+def test_arrays_of_jaxlib_are_answered_by_jax(arrays, monkeypatch):
+    monkeypatch.setattr(Foreign, "__module__", "jaxlib._jax")
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace(dlpack=SimpleNamespace(from_dlpack=Foreign)))
+    assert type(s2o.attention(*map(Foreign, arrays))) is Foreign
 
 
 def test_what_dlpack_cannot_share_is_refused_by_name(arrays):
