@@ -1,0 +1,149 @@
+"""attend_numba.py: stage 3, the twin of attend_simt.cu in Numba CUDA. One block walks one row tile of one query head,
+a thread a row: seen window, ranked history until a key tile adds too little, pooled tail, masked window. Dense
+attention is the same walk with no history and no tail.
+
+q, k, v        [batch, heads, rows, dim]               any float   any strides
+k_pool, v_pool [batch, heads_kv, blocks, dim]          REAL        block means; `blocks` 0: no tail
+kv_order       [keys]                                  int32       ranked lists end to end
+kv_offsets     [order heads of the slab, segments + 1] int64
+query_order    [batch, heads_q, n_q]                   int32       rows in walking order; heads_q 0: position order
+taus           [heads_q]                               REAL        a gain under it stops
+out            [batch, heads_q, n_q, dim_v]            q's type    answer
+lse            [batch, heads_q, n_q]                   REAL        answer, natural log
+tiles, tail_blocks [batch, heads_q, row tiles]         int32       answer
+tail_mass      [batch, heads_q, n_q]                   float32     answer, share of the softmax sum
+`slab` is (first K/V head, first row tile, first segment); `sizes` (causal, dense, segment, block_q, tiles of a segment,
+block_k, pool, shift). Logits are natural: scale * q . k.
+grid (row tiles of the slab, K/V heads of the slab * group)   block block_q at least, MAX_ROWS at most
+shared memory 2 * STEP * 256 REAL, MAX_ROWS + MAX_BLOCKS int32   REAL: float32 or float64
+"""
+
+from functools import cache
+from math import inf, isfinite
+
+from numba import cuda, int32
+from s2o_cupy.kernels.softmax_numba import CLOSED, OPEN, TAIL, softmax_functions
+
+MAX_DIM, MAX_ROWS, MAX_BLOCKS = 256, 256, 2048
+STEP = 8  # keys staged at a time
+
+
+@cache
+def attend_kernel(real):
+    """The kernel that computes in `real` (numba.float32 or numba.float64)."""
+    start_row, logit_of, pooled_logit, add_key, mean_logit, close_tile, finish_row = softmax_functions(real)
+
+    @cuda.jit(device=True)
+    def stage(keys, values, order, first, count, tiles, pool):
+        """Copy `count` keys and values, at order[first:] or without an order from `first` on, for the whole block."""
+        k_tile, v_tile, walked = tiles
+        cuda.syncthreads()
+        for i in range(count):
+            key = order[first + i] if len(order) else first + i
+            for d in range(cuda.threadIdx.x, keys.shape[1], cuda.blockDim.x):
+                k_tile[i, d] = real(keys[key, d])
+            for d in range(cuda.threadIdx.x, values.shape[1], cuda.blockDim.x):
+                v_tile[i, d] = real(values[key, d])
+            if cuda.threadIdx.x == 0 and pool:
+                walked[key // pool] += 1
+        cuda.syncthreads()
+
+    @cuda.jit(device=True)
+    def add_keys(keys, values, order, first, stop, my_stop, kind, mine, tiles, pool, scale):
+        """Stage keys [first, stop) of the order; add those before `my_stop` to this thread's row."""
+        (query, state, acc), dim, dim_v = mine, keys.shape[1], values.shape[1]
+        for start in range(first, stop, STEP):
+            count = min(STEP, stop - start)
+            stage(keys, values, order, start, count, tiles, pool)
+            for i in range(min(count, my_stop - start)):
+                add_key(logit_of(query, tiles[0], i, dim, scale), kind, tiles[1], i, state, acc, dim_v)
+
+    @cuda.jit
+    def attend(
+        q, k, v, k_pool, v_pool, kv_order, kv_offsets, query_order, taus, out, lse, tiles, tail_blocks, tail_mass,
+        slab, sizes, scale,
+    ):  # fmt: skip
+        k_tile = cuda.shared.array((STEP, MAX_DIM), real)
+        v_tile = cuda.shared.array((STEP, MAX_DIM), real)
+        row_of = cuda.shared.array(MAX_ROWS, int32)
+        walked = cuda.shared.array(MAX_BLOCKS, int32)
+        query, acc = cuda.local.array(MAX_DIM, real), cuda.local.array(MAX_DIM, real)
+        state = cuda.local.array(4, real)
+        causal, dense, segment, block_q, tiles_per_segment, block_k, pool, shift = sizes
+        heads_q, n_q, dim = q.shape[1:]
+        heads_kv, n_k, dim_v = v.shape[1:]
+        group = heads_q // heads_kv
+        kv, member = slab[0] + cuda.blockIdx.y // group, cuda.blockIdx.y % group
+        batch, head_kv, me = kv // heads_kv, kv % heads_kv, cuda.threadIdx.x
+        head, tile = head_kv * group + member, slab[1] + cuda.blockIdx.x
+        s = tile // tiles_per_segment
+        first_row = s * segment + tile % tiles_per_segment * block_q
+        rows = min(block_q, (s + 1) * segment - first_row, n_q - first_row)
+        keys, values, tau = k[batch, head_kv], v[batch, head_kv], taus[head]
+        history = 0 if dense else (s * segment + shift) // pool * pool if causal else n_k
+        blocks = (history + pool - 1) // pool if k_pool.shape[2] else 0
+
+        # This thread's row and its query, and the rows of the whole tile.
+        active, row, sound = me < rows, first_row + me, True
+        if active and query_order.shape[1]:
+            row = query_order[batch, head, row]
+        if active:
+            row_of[me] = row
+        for b in range(me, blocks, cuda.blockDim.x):
+            walked[b] = 0
+        for d in range(dim):
+            query[d] = real(q[batch, head, row, d]) if active else real(0)
+            sound = sound and isfinite(query[d])
+        start_row(state, acc, dim_v)
+        cuda.syncthreads()
+        lowest, highest = row_of[0], row_of[0]
+        for r in range(rows):
+            lowest, highest = min(lowest, row_of[r]), max(highest, row_of[r])
+        unordered, mine, staged = kv_order[:0], (query, state, acc), (k_tile, v_tile, walked)
+        # 1. Window keys that every row sees.
+        seen = lowest + shift if causal else n_k if dense else history
+        add_keys(keys, values, unordered, history, seen, seen if active else 0, CLOSED, mine, staged, 0, scale)
+
+        # 2. Ranked history, until a key tile adds too little to every row.
+        listed, order, tiles_walked, ceiling = 0, unordered, 0, real(inf)
+        if not dense:
+            orders = kv_offsets.shape[0] // (cuda.gridDim.y // group)
+            lists = kv_offsets[(kv - slab[0]) * orders + (member if orders > 1 else 0)]
+            order = kv_order[lists[s - slab[2]] : lists[s - slab[2] + 1]]
+            listed = len(order)
+        for tile_start in range(0, listed, block_k):
+            tile_stop = min(tile_start + block_k, listed)
+            my_stop, counted = tile_stop if active else 0, pool if blocks else 0  # by pool block, for the tail
+            add_keys(keys, values, order, tile_start, tile_stop, my_stop, OPEN, mine, staged, counted, scale)
+            ceiling = mean_logit(state, tile_stop - tile_start)
+            tiles_walked += 1
+            wanted = close_tile(state, tau) and active and sound
+            if not cuda.syncthreads_or(int32(1 if wanted else 0)) and tau > 0:
+                break
+
+        # 3. Tail: a block that has a quarter of its keys left enters as one, no heavier than the last tile's mean key.
+        found = 0
+        for start in range(0, blocks, STEP):
+            count = min(STEP, blocks - start)
+            stage(k_pool[batch, head_kv], v_pool[batch, head_kv], unordered, start, count, staged, 0)
+            for i in range(count):
+                size = min(pool, history - (start + i) * pool)
+                left = size - walked[start + i]
+                if 4 * left >= size:
+                    found += 1
+                    logit = pooled_logit(logit_of(query, k_tile, i, dim, scale), ceiling, left)
+                    add_key(logit, TAIL, v_tile, i, state, acc, dim_v)
+
+        # 4. Window keys that some row does not see.
+        last = highest + shift + 1 if causal else seen
+        my_stop = row + shift + 1 if active else 0
+        add_keys(keys, values, unordered, seen, last, my_stop, CLOSED, mine, staged, 0, scale)
+
+        if active:
+            inverse, lse[batch, head, row], tail_mass[batch, head, row] = finish_row(state, sound)
+            for d in range(dim_v):
+                out[batch, head, row, d] = acc[d] * inverse
+        if me == 0 and not dense:
+            tiles[batch, head, tile], tail_blocks[batch, head, tile] = tiles_walked, found
+
+    return attend
