@@ -17,6 +17,7 @@ A new backend is one `Backend`: how arrays reach it, and its unit of rounding by
 
 from dataclasses import dataclass, replace
 
+import numba
 import numpy as np
 from hypothesis import assume
 
@@ -45,9 +46,14 @@ class Backend:
         works, why = backends.status().get(self.name, (False, f"s2o_cupy has no backend {self.name!r} yet"))
         return "" if works else why
 
+    @property
+    def on_host(self) -> bool:
+        """Whether it takes NumPy arrays: the Numba CUDA kernels do so in Numba's simulator."""
+        return self.name == "cpu" or (self.name == "numba" and bool(numba.config.ENABLE_CUDASIM))
+
     def to_device(self, x):
         """A NumPy array's values where the backend wants them, strides kept."""
-        if self.name == "cpu" or x is None:
+        if self.on_host or x is None:
             return x
         import cupy
 
@@ -89,6 +95,7 @@ class Backend:
 
 CPU = Backend("cpu", CPU_UNIT)
 CUDA = Backend("cuda", CUDA_UNIT)
+NUMBA = Backend("numba", CPU_UNIT)
 
 
 # --- tolerances ------------------------------------------------------------------------------

@@ -51,13 +51,13 @@ class Case:
 
 
 @st.composite
-def cases(draw, dtypes=tuple(DTYPES), contents=CONTENTS, dims=DIMS, min_keys=1, **fixed):
+def cases(draw, dtypes=tuple(DTYPES), contents=CONTENTS, dims=DIMS, min_keys=1, max_keys=150, max_batch=2, **fixed):
     """A `Case`; keywords fix settings, or what is drawn."""
     group, heads_kv = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     settings = draw(all_settings(group * heads_kv, **fixed))
-    n_k = draw(st.integers(min_keys, 150))
-    n_q = draw(st.one_of(st.just(n_k), st.integers(1, n_k if settings.causal else 150), st.just(1)))
-    batch, dim_qk, dim_v = draw(st.integers(1, 2)), draw(dims), draw(dims)
+    n_k = draw(st.integers(min_keys, max_keys))
+    n_q = draw(st.one_of(st.just(n_k), st.integers(1, n_k if settings.causal else max_keys), st.just(1)))
+    batch, dim_qk, dim_v = draw(st.integers(1, max_batch)), draw(dims), draw(dims)
     kind, dtype = draw(st.sampled_from(contents)), DTYPES[draw(st.sampled_from(dtypes))]
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shapes = (batch, group * heads_kv, n_q, dim_qk), (batch, heads_kv, n_k, dim_qk), (batch, heads_kv, n_k, dim_v)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from functools import cache
 from types import ModuleType
 
 import numpy as np
 
-NAMES = {"cpu": "s2o_cupy.backends.cpu", "cuda": "s2o_cupy.backends.cuda"}
+NAMES = {
+    "cpu": "s2o_cupy.backends.cpu",
+    "cuda": "s2o_cupy.backends.cuda",
+    "numba": "s2o_cupy.backends.numba_cuda",
+}
 _INSTALL = "pip install 's2o-cupy[cu13]' (or cu12, after the driver's CUDA version)"
 
 
@@ -26,6 +31,8 @@ def get(name: str | None, arrays: dict) -> ModuleType:
         require_cuda()
         if on_cpu:
             raise TypeError(f"{where} is a NumPy array; backend 'cuda' takes CuPy arrays: cupy.asarray({where})")
+    if name == "numba":
+        _require_numba(where, on_cpu)
     return importlib.import_module(NAMES[name])
 
 
@@ -36,9 +43,33 @@ def require_cuda() -> None:
         raise RuntimeError(f"backend 'cuda' cannot run: {why}")
 
 
+def _require_numba(where: str, on_cpu: bool) -> None:
+    """Refuse where the Numba CUDA backend cannot run, or does not run on the kind of array given."""
+    if _simulator_on():
+        if not on_cpu:
+            raise TypeError(
+                f"{where} is a CuPy array and Numba's simulator is on; unset NUMBA_ENABLE_CUDASIM, or give NumPy arrays"
+            )
+        return
+    if on_cpu:
+        raise TypeError(
+            f"{where} is a NumPy array; backend 'numba' takes CuPy arrays, "
+            "and NumPy arrays in Numba's simulator: set NUMBA_ENABLE_CUDASIM=1 before Python starts"
+        )
+    works, why = _numba_status()
+    if not works:
+        raise RuntimeError(f"backend 'numba' cannot run: {why}")
+
+
+def _simulator_on() -> bool:
+    import numba
+
+    return bool(numba.config.ENABLE_CUDASIM)
+
+
 def status() -> dict[str, tuple[bool, str]]:
     """For each backend, whether it works on this machine and a line that says why or what to install."""
-    return {"cpu": (True, "Numba, NumPy arrays"), "cuda": _cuda_status()}
+    return {"cpu": (True, "Numba, NumPy arrays"), "cuda": _cuda_status(), "numba": _numba_status()}
 
 
 @cache
@@ -59,3 +90,17 @@ def _cuda_status() -> tuple[bool, str]:
     if capability < 80:
         return False, f"{name} has compute capability {capability / 10}; the kernels need 8.0"
     return True, f"raw CUDA kernels, CuPy arrays, on {name} ({count} device{'s' * (count > 1)})"
+
+
+@cache
+def _numba_status() -> tuple[bool, str]:
+    if _simulator_on():
+        return True, "Numba CUDA kernels, NumPy arrays, in Numba's simulator (NUMBA_ENABLE_CUDASIM)"
+    try:
+        import cupy  # noqa: F401
+    except ImportError:
+        return False, f"CuPy is missing: {_INSTALL}; or set NUMBA_ENABLE_CUDASIM=1 for the simulator"
+    if not importlib.util.find_spec("numba_cuda"):
+        return False, f"numba-cuda is missing: {_INSTALL}"
+    works, why = _cuda_status()
+    return works, why.replace("raw CUDA kernels", "Numba CUDA kernels")

@@ -1,0 +1,162 @@
+"""The Numba CUDA backend: what each stage launches, over CuPy arrays, or NumPy arrays in Numba's simulator.
+
+The kernels are the readable twins of the raw ones (``kernels/*_numba.py``). Means and covariance factors of the
+queries are linear algebra of the arrays' own module, in float64.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numba
+import numpy as np
+from numba import cuda
+
+from s2o_cupy.arrays import namespace
+from s2o_cupy.kernels.attend_numba import MAX_BLOCKS, MAX_ROWS, attend_kernel
+from s2o_cupy.kernels.pool_numba import pool_kernel
+from s2o_cupy.kernels.remap_numba import remap as remap_kernel
+from s2o_cupy.kernels.score_numba import score_kernel
+from s2o_cupy.problem import Problem, Slab
+
+# Keys of the longest history from which `attention` ranks: the raw kernels' number, not measured for these.
+RANKING_PAYS_FROM = 4096
+SCORE_BYTES = 2**27
+SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+_WARP = 1 if SIMULATED else 32
+_THREADS = 4 if SIMULATED else 128  # a simulated thread is a Python thread
+_DENSE_ROWS = 4 if SIMULATED else 64
+
+
+def score(problem: Problem, q, k, slab: Slab):
+    """Stage 1: (lists of the slab, longest history) float32 scores; beyond a list's history undefined."""
+    p, xp = problem, namespace(q)
+    if p.settings.rank == "mixture":
+        raise ValueError("rank is 'mixture'; the Numba CUDA backend supports 'mean' and 'gaussian'")
+    history = p.history[slab.segment_start : slab.segment_stop].astype(np.int32)
+    rows = xp.stack(
+        [_list_rows(p, xp, q, kv, s) for kv in range(slab.kv_start, slab.kv_stop) for s in _segments(slab)]
+    )  # (kv * segments, orders, 1 + terms, D): the kernel's lists have the orders outside the segments
+    rows = rows.reshape(-1, slab.segments, p.orders, *rows.shape[2:]).swapaxes(1, 2).reshape(-1, *rows.shape[2:])
+    rows = xp.ascontiguousarray(rows.astype(p.compute_dtype))
+    width = int(history.max(initial=0))
+    scores = xp.empty((len(rows), width), np.float32)
+    grid = (-(-width // _THREADS), len(rows))
+    scale = p.compute_dtype.type(p.scale)
+    _launch(
+        score_kernel(_real(p)), grid, _THREADS, k, rows, xp.asarray(history), scores, slab.kv_start, p.orders, scale
+    )
+    return scores
+
+
+def _segments(slab: Slab) -> range:
+    return range(slab.segment_start, slab.segment_stop)
+
+
+def _list_rows(p: Problem, xp, q, kv: int, s: int):
+    """(orders, 1 + terms, D) float64: the mean query of each list of a K/V head and segment, then its factors.
+
+    A query that is not finite is left out; a covariance that is not finite counts as none.
+    """
+    b, h = divmod(kv, p.heads_kv)
+    rows = slice(s * p.settings.segment, (s + 1) * p.settings.segment)
+    x = xp.ascontiguousarray(q[b, h * p.group : (h + 1) * p.group, rows]).astype(np.float64)
+    x = x.reshape(p.orders, -1, p.dim_qk)
+    keep = xp.isfinite(x).all(axis=-1, keepdims=True)
+    count = xp.maximum(keep.sum(axis=1, keepdims=True), 1)
+    mean = xp.where(keep, x, 0).sum(axis=1, keepdims=True) / count
+    if not p.terms:
+        return mean
+    with np.errstate(all="ignore"):
+        centred = xp.where(keep, x - mean, 0)
+        covariance = centred.swapaxes(1, 2) @ centred / count
+    covariance = xp.where(xp.isfinite(covariance).all(axis=(1, 2), keepdims=True), covariance, 0)
+    axes = xp.argsort(-xp.diagonal(covariance, axis1=1, axis2=2), axis=-1, kind="stable")[:, : p.terms]
+    basis, _ = xp.linalg.qr(xp.take_along_axis(covariance, axes[:, None], axis=2))
+    values, vectors = xp.linalg.eigh(basis.swapaxes(1, 2) @ covariance @ basis)
+    factors = basis @ vectors * xp.sqrt(xp.maximum(values, 0))[:, None]
+    return xp.concatenate([mean, factors.swapaxes(1, 2)], axis=1)
+
+
+def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
+    """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
+    xp, levels = namespace(scores), problem.settings.rank_levels or 0
+    history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
+    scratch, codes = xp.empty((2, *scores.shape), np.int32), xp.empty(scores.shape, np.uint32)
+    passes = -(-(levels + 1).bit_length() // 4) if levels else 8
+    grid = (slab.segments, kv_offsets.shape[0])
+    arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch, codes)
+    _launch(remap_kernel, grid, _THREADS, *arrays, levels, passes)
+
+
+def pool(problem: Problem, k, v):
+    """Means of K and V over pool blocks, (B, Hkv, blocks, D) and (..., Dv), compute type; None without a tail."""
+    p, means = problem, []
+    if p.settings.tail is None or not p.pool_blocks:
+        return None
+    for x in (k, v):
+        mean = namespace(x).empty((p.batch, p.heads_kv, p.pool_blocks, x.shape[3]), p.compute_dtype)
+        grid = (p.pool_blocks, p.batch * p.heads_kv)
+        _launch(pool_kernel(_real(p)), grid, _THREADS, x, mean, p.settings.pool)
+        means.append(mean)
+    return tuple(means)
+
+
+def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, answer) -> None:
+    """Stage 3 for the slab's heads and segments: fills out, lse, tiles, tail_blocks and tail_mass."""
+    p, s, xp = problem, problem.settings, namespace(q)
+    if s.block_q > MAX_ROWS:
+        raise ValueError(f"block_q is {s.block_q}; the Numba CUDA backend supports 1 to {MAX_ROWS}")
+    if pooled is not None and p.pool_blocks > MAX_BLOCKS:
+        raise ValueError(
+            f"pool is {s.pool}, which cuts {p.longest} keys into {p.pool_blocks} blocks; "
+            f"the Numba CUDA backend supports {MAX_BLOCKS}: choose a greater pool"
+        )
+    tile_start = slab.segment_start * p.tiles_per_segment
+    tile_stop = min(slab.segment_stop * p.tiles_per_segment, len(p.tile_start))
+    grid = (tile_stop - tile_start, (slab.kv_stop - slab.kv_start) * p.group)
+    sizes = (int(s.causal), 0, s.segment, s.block_q, p.tiles_per_segment, s.block_k, s.pool, p.shift)
+    order = query_order if query_order is not None else xp.empty((1, 0, 0), np.int32)
+    place = (slab.kv_start, tile_start, slab.segment_start)
+    _walk(p, xp, (q, k, v), pooled, (kv_order, kv_offsets, order), answer, place, sizes, grid)
+
+
+def dense(problem: Problem, q, k, v, answer) -> None:
+    """Exact attention, the same walk with no history: fills out and lse."""
+    p, xp = problem, namespace(q)
+    tiles = -(-p.n_q // _DENSE_ROWS)
+    sizes = (int(p.settings.causal), 1, p.n_q, _DENSE_ROWS, tiles, 1, 1, p.shift)
+    order = (xp.empty(0, np.int32), xp.empty((0, 1), np.int64), xp.empty((1, 0, 0), np.int32))
+    _walk(p, xp, (q, k, v), None, order, answer, (0, 0, 0), sizes, (tiles, p.batch * p.heads_q))
+
+
+def _walk(p, xp, arrays, pooled, order, answer, place, sizes, grid) -> None:
+    if pooled is None:
+        pooled = (xp.empty((1, 1, 0, 1), p.compute_dtype),) * 2
+    taus = xp.asarray(p.tau.astype(p.compute_dtype))
+    answers = (answer.out, answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass)
+    threads = -(-min(sizes[3], p.n_q) // _WARP) * _WARP
+    scale = p.compute_dtype.type(p.scale)
+    _launch(attend_kernel(_real(p)), grid, threads, *arrays, *pooled, *order, taus, *answers, place, sizes, scale)
+
+
+def _real(p: Problem):
+    return numba.float64 if p.dtype == "float64" else numba.float32
+
+
+def _launch(kernel, grid, threads: int, *arguments) -> None:
+    """Launch on CuPy's current stream, or run in the simulator; an empty grid is no launch."""
+    if not all(grid):
+        return
+    if not SIMULATED:
+        import cupy
+
+        stream = cuda.external_stream(cupy.cuda.get_current_stream().ptr)
+        kernel[grid, threads, stream](*arguments)
+        return
+    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+
+    wrapped = [FakeCUDAArray(x) if isinstance(x, np.ndarray) else x for x in arguments]
+    with warnings.catch_warnings():  # NaN and overflow are answers here, as on a device
+        warnings.simplefilter("ignore", RuntimeWarning)
+        kernel[grid, threads](*wrapped)

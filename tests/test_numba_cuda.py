@@ -1,0 +1,297 @@
+"""The Numba CUDA twins: every fact of docs/design.md section 2 in Numba's simulator, and PTX without a GPU.
+
+The simulator is chosen when Numba is imported, so its tests need a run of their own::
+
+    NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/test_numba_cuda.py
+"""
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+import properties
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from properties import NUMBA
+from strategies import Case, cases
+
+import s2o_cupy as s2o
+from s2o_cupy import Settings, backends, reference
+from s2o_cupy.problem import Problem
+
+SIMULATED = bool(numba.config.ENABLE_CUDASIM)
+simulator = pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1, in a run of this file alone")
+device = pytest.mark.skipif(SIMULATED, reason="needs Numba without its simulator")
+few = settings(max_examples=5)
+seeds = st.integers(0, 2**32 - 1)
+bad_numbers = st.sampled_from([np.nan, np.inf, -np.inf])
+
+
+@pytest.fixture(autouse=SIMULATED, scope="module")
+def _quick_threads():
+    """The simulator polls its threads: let them take over often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(before)
+
+
+def small(rank=None, **fixed):
+    """Cases of few keys and small tiles: a simulated thread is a Python thread."""
+    sizes = {"dims": st.integers(1, 5), "max_keys": 18, "max_batch": 1, **fixed}
+    ranks = st.sampled_from(["mean", "gaussian"]) if rank is None else st.just(rank)
+    return st.tuples(cases(**sizes), ranks).map(lambda drawn: shrunk(*drawn))
+
+
+def shrunk(case: Case, rank: str) -> Case:
+    s = case.settings
+    tiles = {"segment": 4 + s.segment % 7, "block_q": 1 + s.block_q % 4, "block_k": 1 + s.block_k % 6}
+    case.settings = s.replace(**tiles, pool=min(s.pool, 4), rank=rank)
+    return case
+
+
+@simulator
+@few
+@given(small())
+def test_tau_zero_is_dense(case):
+    properties.tau_zero_is_dense(NUMBA, case)
+
+
+@simulator
+@few
+@given(small())
+def test_work_falls_with_tau(case):
+    properties.work_falls_with_tau(NUMBA, case)
+
+
+@simulator
+@few
+@given(small(causal=True), seeds)
+def test_later_keys_do_not_matter(case, seed):
+    properties.later_keys_do_not_matter(NUMBA, case, seed)
+
+
+@simulator
+@few
+@given(small())
+def test_out_lies_within_the_values(case):
+    properties.out_lies_within_the_values(NUMBA, case)
+
+
+@simulator
+@few
+@given(small(max_batch=2), seeds)
+def test_heads_and_batches_are_independent(case, seed):
+    properties.heads_and_batches_are_independent(NUMBA, case, seed)
+
+
+@simulator
+@few
+@given(small(share_order=False), seeds)
+def test_query_heads_are_independent(case, seed):
+    properties.query_heads_are_independent(NUMBA, case, seed)
+
+
+@simulator
+@few
+@given(small())
+def test_runs_agree_bitwise(case):
+    properties.runs_agree_bitwise(NUMBA, case)
+
+
+@simulator
+@few
+@given(small())
+def test_strides_do_not_matter(case):
+    properties.strides_do_not_matter(NUMBA, case)
+
+
+@simulator
+@settings(max_examples=15)
+@given(small())
+def test_reaches_the_reference(case):
+    properties.reaches_the_reference(NUMBA, case)
+
+
+@simulator
+@settings(max_examples=10)
+@given(small(dtypes=("float64",), tail="pooled", min_keys=12, max_keys=24))
+def test_reaches_the_reference_in_float64(case):
+    properties.reaches_the_reference(NUMBA, case)
+
+
+@simulator
+@few
+@given(small(), seeds, bad_numbers)
+def test_a_bad_query_stays_in_its_row(case, seed, bad):
+    properties.a_bad_query_stays_in_its_row(NUMBA, case, seed, bad)
+
+
+@simulator
+@few
+@given(small(causal=True, min_keys=8), seeds, bad_numbers, st.sampled_from("kv"))
+def test_a_bad_key_or_value_stays_with_rows_that_see_it(case, seed, bad, which):
+    properties.a_bad_key_or_value_stays_with_rows_that_see_it(NUMBA, case, seed, bad, which)
+
+
+@simulator
+@few
+@given(small(contents=("randn",), dtypes=("float32",), tail=None), seeds, st.sampled_from([np.inf, -np.inf]))
+def test_rows_that_an_infinite_key_spoils_do_not_vote(case, seed, bad):
+    properties.rows_that_an_infinite_key_spoils_do_not_vote(NUMBA, case, seed, bad)
+
+
+@simulator
+@settings(max_examples=15)
+@given(small())
+def test_ranks_as_the_reference(case):
+    properties.ranks_as_the_reference(NUMBA, case)
+
+
+@simulator
+@few
+@given(small(query_order="guide"))
+def test_guide_orders_as_the_reference(case):
+    properties.guide_orders_as_the_reference(NUMBA, case)
+
+
+values = st.floats(width=16, allow_nan=False, allow_infinity=False) | st.integers(-3, 3)
+
+
+@simulator
+@settings(max_examples=15)
+@given(
+    st.lists(values, min_size=1, max_size=60),
+    st.sampled_from([None, 2, 3, 16, 1024, 65536]),
+    st.sampled_from([1.0, 0.3]),
+)
+def test_exact_scores_order_bitwise(scores, levels, cap):
+    properties.exact_scores_order_bitwise(NUMBA, scores, rank_levels=levels, cap=cap)
+
+
+def wide_case(dim, dtype="float32", rows=12, **changes):
+    rng = np.random.default_rng(5)
+    q, k, v = (rng.standard_normal((1, h, rows, dim)).astype(dtype) for h in (2, 1, 1))
+    chosen = Settings(segment=6, block_q=4, block_k=3, pool=2, tau=0.1, rank_terms=3).replace(**changes)
+    return Case(q, k, v, chosen, "randn", ("plain",) * 3)
+
+
+@simulator
+@pytest.mark.parametrize("levels", [None, 3, 1024])
+def test_remap_of_zeros_of_both_signs_infinities_and_nan(levels):
+    scores = np.array([[-0.0, 0.0, np.nan, 1, np.inf, -0.0, -1, -np.inf, np.nan, 1, -np.inf, np.inf]], np.float32)
+    problem = Problem(1, 1, 1, 4, 12, 2, 2, "float32", Settings(causal=False, segment=4, rank_levels=levels))
+    order = np.full(12, -1, np.int32)
+    engine = backends.get("numba", {"q": scores})
+    engine.remap(problem, scores, problem.whole, problem.offsets(problem.whole), order)
+    np.testing.assert_array_equal(order, reference.remap(scores[0], 12, levels))
+
+
+@simulator
+def test_a_block_with_less_than_a_quarter_left_stays_out():
+    # Row tiles that see window keys stop after one tile of 7: of history 8 one key is left, less than 8 / 4.
+    changes = {"segment": 8, "block_q": 4, "block_k": 7, "pool": 8, "tau": 100.0}
+    properties.reaches_the_reference(NUMBA, wide_case(4, "float64", rows=24, **changes))
+
+
+@simulator
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_greatest_head_dim(dtype):
+    properties.reaches_the_reference(NUMBA, wide_case(256, dtype))
+
+
+@simulator
+def test_workspace_does_not_matter(monkeypatch):
+    monkeypatch.setattr(backends.get("numba", {"q": np.ones(1)}), "RANKING_PAYS_FROM", 1)
+    case = wide_case(4, share_order=True, query_order="guide", cap=0.7)
+    whole = NUMBA.attention(case)
+    assert whole.stats.path == "ranked"
+    properties.assert_same(NUMBA.ranked(case), whole)
+    properties.assert_same(NUMBA.attention(case, workspace=1), whole)
+
+
+@simulator
+def test_what_it_does_not_support_is_refused_by_name():
+    case = wide_case(4)
+    q, k, v = case.arrays
+    with pytest.raises(ValueError, match="rank is 'mixture'; the Numba CUDA backend supports 'mean' and 'gaussian'"):
+        s2o.plan(q, k, case.settings, rank="mixture", backend="numba")
+    plan = s2o.plan(q, k, case.settings, backend="numba")
+    with pytest.raises(ValueError, match="block_q is 257; the Numba CUDA backend supports 1 to 256"):
+        s2o.attend(q, k, v, plan, block_q=257, backend="numba")
+
+
+@simulator
+def test_the_simulator_is_named_and_never_the_default():
+    works, why = backends.status()["numba"]
+    assert works
+    assert "simulator" in why
+    assert backends.get(None, {"q": np.ones(1)}).__name__ == "s2o_cupy.backends.cpu"
+    with pytest.raises(TypeError, match="q is a CuPy array and Numba's simulator is on; unset NUMBA_ENABLE_CUDASIM"):
+        backends.get("numba", {"q": SimpleNamespace()})
+
+
+@device
+def test_numpy_arrays_without_the_simulator_are_refused():
+    q = np.ones((4, 2), np.float32)
+    with pytest.raises(TypeError, match=r"q is a NumPy array; backend 'numba' takes CuPy.*NUMBA_ENABLE_CUDASIM=1"):
+        s2o.attention(q, q, q, backend="numba")
+
+
+@device
+@pytest.mark.parametrize("missing", ["cupy", "numba_cuda"])
+def test_what_is_missing_is_named(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, "cupy", None if missing == "cupy" else SimpleNamespace())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    name = {"cupy": "CuPy", "numba_cuda": "numba-cuda"}[missing]
+    works, why = backends._numba_status.__wrapped__()
+    assert not works
+    assert why.startswith(f"{name} is missing: pip install")
+
+
+# --- PTX without a GPU -----------------------------------------------------------------------
+needs_numba_cuda = pytest.mark.skipif(
+    SIMULATED or not importlib.util.find_spec("numba_cuda"), reason="needs the package numba-cuda, and no simulator"
+)
+
+
+def array(dtype, axes):
+    return numba.types.Array(dtype, axes, "A")
+
+
+def signature(kernel: str, x, real):
+    """The types that numba_cuda.py launches a kernel with, for inputs of type x."""
+    i32, i64, f32, u32 = numba.int32, numba.int64, numba.float32, numba.uint32
+    tuples = [numba.types.UniTuple(i64, n) for n in (3, 8)]
+    plan = [array(i32, 1), array(i64, 2), array(i32, 3)]
+    answers = [array(t, n) for t, n in ((x, 4), (real, 3), (i32, 3), (i32, 3), (f32, 3))]
+    order = [array(t, n) for t, n in ((f32, 2), (u32, 2), (i32, 1), (i64, 2), (i32, 1), (i32, 3), (u32, 2))]
+    return {
+        "pool": (array(x, 4), array(real, 4), i64),
+        "score": (array(x, 4), array(real, 3), array(i32, 1), array(f32, 2), i64, i64, real),
+        "remap": (*order, i64, i64),
+        "attend": (*[array(x, 4)] * 3, *[array(real, 4)] * 2, *plan, array(real, 1), *answers, *tuples, real),
+    }[kernel]
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize("cc", [(8, 0), (9, 0)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["pool", "score", "remap", "attend"])
+def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
+    from numba import cuda
+    from numba.cuda import types as cuda_types
+
+    # Compiling a device function asks for the current device, which is all that would need a driver.
+    here = SimpleNamespace(compute_capability=cc)
+    monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: here)
+    module = importlib.import_module(f"s2o_cupy.kernels.{kernel}_numba")
+    real = numba.float64 if dtype == "float64" else numba.float32
+    made = module.remap if kernel == "remap" else getattr(module, f"{kernel}_kernel").__wrapped__(real)
+    x = getattr(cuda_types, dtype)
+    ptx, _ = cuda.compile_ptx(made.py_func, signature(kernel, x, real), cc=cc)
+    assert f".target sm_{cc[0]}{cc[1]}" in ptx
+    assert (".f64" in ptx) == (dtype == "float64" and kernel != "remap"), "float32 work must not widen to float64"
