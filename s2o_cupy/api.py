@@ -44,8 +44,8 @@ def attention(
         Values. D and Dv lie between 1 and 256.
     settings : Settings, optional
         Every choice of the method; default ``Settings()``.
-    backend : {"cpu", "cuda"}, optional
-        Default: where the arrays are.
+    backend : {"cpu", "cuda", "numba"}, optional
+        Default: "cpu" for NumPy arrays, "cuda" for CuPy arrays.
     out : array, optional
         Written in place and returned: q's shape with Dv for D, q's dtype.
     workspace : int
