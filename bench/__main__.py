@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 import s2o_cupy as s2o
 from bench import cpu, gpu, knobs, quality
 from s2o_cupy import backends
-from s2o_cupy.files import replacing
+from s2o_cupy.files import save_json
 
 
 def main() -> None:
@@ -43,8 +42,7 @@ def main() -> None:
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"bench: error: {error}") from None
     if options.json:
-        with replacing(options.json) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        save_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import s2o_cupy as s2o
 from bench import baselines
 from bench.baselines import Points
 from s2o_cupy.exact import ExactRows, compare_rows, exact_rows, sample_rows
-from s2o_cupy.files import load_arrays, replacing
+from s2o_cupy.files import load_arrays
 from s2o_cupy.progress import Bar
 from s2o_cupy.quality import checked
 from s2o_cupy.samples import NAMES
@@ -170,9 +169,3 @@ def _plots(report: dict, folder: Path) -> None:
             curve = _pooled(file, method).curve
             curves[method] = (curve.density[:, None], curve.error[:, None])
         plots.save_sweep(folder / f"quality_{name}.png", curves, f"{name}: all heads pooled")
-
-
-def write(report: dict, path) -> None:
-    """The report as JSON, whole or not at all."""
-    with replacing(path) as file:
-        file.write((json.dumps(report) + "\n").encode())

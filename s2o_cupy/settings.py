@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from s2o_cupy.files import replacing
+from s2o_cupy.files import save_json
 
 MAX_HEAD_DIM = 256
 _CHOICES = {
@@ -135,8 +135,7 @@ class Settings:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the settings as JSON, whole or not at all."""
-        with replacing(path) as file:
-            file.write((json.dumps(self.as_dict(), indent=2) + "\n").encode())
+        save_json(path, self.as_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Settings:

@@ -10,6 +10,7 @@ import pytest
 
 import s2o_cupy as s2o
 from s2o_cupy.cli import main
+from s2o_cupy.files import save_json
 
 
 def s2o_command(*arguments):
@@ -219,7 +220,7 @@ def test_bench_quality_measures_every_head_of_every_file(bench_files, capsys, tm
     assert f"{ratios['compared']} of {ratios['points']}" in text
     for name in report["files"]:
         assert (tmp_path / f"quality_{name}.png").read_bytes().startswith(b"\x89PNG")
-    quality.write(report, tmp_path / "report.json")
+    save_json(tmp_path / "report.json", report)
     assert json.loads((tmp_path / "report.json").read_text())["files"].keys() == report["files"].keys()
 
 
