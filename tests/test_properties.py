@@ -1,5 +1,7 @@
 """Every fact of docs/design.md section 2, on random small calls, for every backend."""
 
+import importlib
+
 import numpy as np
 import properties
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import Case, cases
 
-from s2o_cupy import Settings, reference
+from s2o_cupy import Settings, backends, reference
 from s2o_cupy.backends import cpu
 from s2o_cupy.problem import Problem, Slab
 
@@ -124,8 +126,15 @@ def test_long_lists_order_bitwise(backend, levels):
     properties.exact_scores_order_bitwise(backend, scores, rank_levels=levels, cap=0.3)
 
 
+@pytest.fixture
+def ranks(backend, monkeypatch):
+    """The backend, ranking wherever a list is to be ranked: each has a length of its own from which that pays."""
+    monkeypatch.setattr(importlib.import_module(backends.NAMES[backend.name]), "RANKING_PAYS_FROM", 1)
+    return backend
+
+
 def long_case(dtype=np.float32, n_q=2400, n_k=2600, **changes):
-    """A call whose shape `attention` ranks: four query heads on two K/V heads."""
+    """Four query heads on two K/V heads, nine segments or more."""
     rng = np.random.default_rng(5)
     q, k, v = (rng.standard_normal((1, h, n, 16)).astype(dtype) for h, n in ((4, n_q), (2, n_k), (2, n_k)))
     settings = Settings(segment=256, block_q=64, block_k=32, pool=64, tau=0.1, rank_terms=7).replace(**changes)
@@ -141,13 +150,14 @@ def long_case(dtype=np.float32, n_q=2400, n_k=2600, **changes):
         {"rank": "mean", "tail": None, "tau": (0.0, 0.3, 0.02, 1.0), "dtype": np.float64},
     ],
 )
-def test_workspace_does_not_matter(backend, changes):
-    properties.workspace_does_not_matter(backend, long_case(**changes))
+def test_workspace_does_not_matter(ranks, changes):
+    properties.workspace_does_not_matter(ranks, long_case(**changes))
 
 
-def test_long_calls_are_dense_at_tau_zero(backend):
+def test_long_calls_are_dense_at_tau_zero(ranks):
     case = long_case(tau=0.0)
-    exact, result = backend.dense(case), backend.attention(case)
+    exact, result = ranks.dense(case), ranks.attention(case)
+    assert result.stats.path == "ranked"
     properties.assert_near(result.out, exact.out, 1e-5)
     properties.assert_near(result.lse, exact.lse, 1e-5)
     assert result.stats.density == 1
