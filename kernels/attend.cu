@@ -1,6 +1,6 @@
 // attend.cu: stage 3 on the tensor cores (mma.sync). One block walks one row tile of one query head:
 // seen window, ranked history until a key tile adds too little, pooled tail, masked window. Dense attention is
-// the same walk with no history and no tail.
+// the same walk with no history and no tail; a causal row then sees its last `window` keys (n_k: all).
 //   q, k, v       [batch, heads, rows, dim]               T      element strides given, unit column stride
 //   k_pool, v_pool[batch * heads_kv, pool_stride, dim]    T      block means; null without a tail
 //   kv_order      [keys]                                  int32  ranked lists end to end; null: dense
@@ -53,7 +53,7 @@ struct Agreed {
     Step steps[4];  // ring: the current step, and the ones whose rows and indices are in flight
     const int* order;
     long long flat_head, out_at;
-    int history, shift, rows, walked_tiles, blocks_found;
+    int history, shift, window, rows, walked_tiles, blocks_found;
     int last_keys;  // of the last key tile walked
 };
 
@@ -101,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
     const int* __restrict__ query_order, const float* __restrict__ taus, float tau,
     float* __restrict__ lse, int* __restrict__ tiles, int* __restrict__ tail_blocks, float* __restrict__ tail_mass,
     int heads_q, int heads_kv, int orders, int kv_start, int n_q, int n_k, int dim_qk, int dim_v,
-    int causal, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
+    int causal, int window, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
     int block_q, int block_k, int log2_pool, float unit) {
     extern __shared__ __align__(128) char shared_memory[];
     __shared__ Agreed agreed;
@@ -158,21 +158,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         agreed.values = rows_of(v + batch * v_batch + kv % heads_kv * v_head, v_row, dim_v, aligned & 4);
         agreed.pooled_keys = rows_of(k_pool + (long long)kv * pool_stride * k_pool_row, k_pool_row, k_pool_row, true);
         agreed.pooled_values = rows_of(v_pool + (long long)kv * pool_stride * v_pool_row, v_pool_row, v_pool_row, true);
-        agreed.walk.window_first = dense && !causal ? 0 : history;
-        agreed.walk.masked_first = causal ? lowest + shift : dense ? n_k : history;
+        const int first = causal ? max(history, lowest + shift + 1 - window) : history;
+        const bool cut = causal && highest + shift + 1 > window;  // some row does not see key 0: every key is masked
+        agreed.walk.window_first = first;
+        agreed.walk.masked_first = cut ? first : causal ? lowest + shift : dense ? n_k : history;
         agreed.walk.masked_stop = causal ? highest + shift + 1 : agreed.walk.masked_first;
         agreed.walk.block_k = block_k;
         agreed.walk.listed = listed;
         agreed.walk.pool_blocks = pool_blocks;
         agreed.order = order, agreed.flat_head = flat_head, agreed.out_at = batch * out_batch + head * out_head;
-        agreed.shift = shift, agreed.rows = rows, agreed.history = history, agreed.walked_tiles = agreed.blocks_found = 0;
+        agreed.shift = shift, agreed.window = window, agreed.rows = rows, agreed.history = history, agreed.walked_tiles = agreed.blocks_found = 0;
         agreed.steps[0] = first_step(agreed.walk, SEEN_WINDOW, BLOCK_N);
         for (int i = 1; i < 3; ++i) agreed.steps[i] = step_after(agreed.walk, agreed.steps[i - 1], BLOCK_N);
     }
     for (int b = threadIdx.x; b < pool_blocks; b += THREADS) sm.walked[b] = 0;
     __syncthreads();
 
-    // Rows of k and v that a step gathers; past its count the first row, which every query sees.
+    // Rows of k and v that a step gathers; past its count the first row, which every query sees, or which a masked
+    // step hides, its values too.
     auto fetch_index = [&](int place) {
         const Step& step = agreed.steps[place & 3];
         int* to = sm.index + (place & 3) * BLOCK_N + threadIdx.x;
@@ -304,8 +307,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const int r = warp_row + 16 * m + 8 * h + lane / 4;
-                    int limit = step.count;  // columns from here on are hidden
-                    if (step.phase == MASKED_WINDOW) limit = min(limit, sm.row[r] + agreed.shift + 1 - step.start);
+                    int floor = 0, limit = step.count;  // columns before and from there on are hidden
+                    if (step.phase == MASKED_WINDOW) {
+                        const int end = sm.row[r] + agreed.shift + 1 - step.start;
+                        floor = end - agreed.window, limit = min(limit, end);
+                    }
                     const float ceiling = step.phase == TAIL ? sm.ceiling[r] : -NEGATIVE_INFINITY;
 #pragma unroll
                     for (int n = 0; n < N_TILES; ++n)
@@ -314,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                             float& x = p[m][n][2 * h + i];
                             const int column = 8 * n + 2 * (lane % 4) + i;
                             const float bias = step.phase >= TAIL ? *(volatile float*)(sm.bias + column) : 0.f;
-                            x = column < limit ? fminf(x, ceiling) + bias : NEGATIVE_INFINITY;
+                            x = column >= floor && column < limit ? fminf(x, ceiling) + bias : NEGATIVE_INFINITY;
                         }
                 }
         }

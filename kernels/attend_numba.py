@@ -13,7 +13,8 @@ lse            [batch, heads_q, n_q]                   REAL        answer, natur
 tiles, tail_blocks [batch, heads_q, row tiles]         int32       answer
 tail_mass      [batch, heads_q, n_q]                   float32     answer, share of the softmax sum
 `slab` is (first K/V head, first row tile, first segment); `sizes` (causal, dense, segment, block_q, tiles of a segment,
-block_k, pool, shift). Logits are natural: scale * q . k.
+block_k, pool, shift, window); a causal row of dense attention sees its last `window` keys. Logits are natural:
+scale * q . k.
 grid (row tiles of the slab, K/V heads of the slab * group)   block block_q at least, MAX_ROWS at most
 shared memory 2 * STEP * 256 REAL, MAX_ROWS + MAX_BLOCKS int32   REAL: float32 or float64
 """
@@ -49,13 +50,13 @@ def attend_kernel(real):
         cuda.syncthreads()
 
     @cuda.jit(device=True)
-    def add_keys(keys, values, order, first, stop, my_stop, kind, mine, tiles, pool, scale):
-        """Stage keys [first, stop) of the order; add those before `my_stop` to this thread's row."""
+    def add_keys(keys, values, order, first, stop, my_first, my_stop, kind, mine, tiles, pool, scale):
+        """Stage keys [first, stop) of the order; add those in [my_first, my_stop) to this thread's row."""
         (query, state, acc), dim, dim_v = mine, keys.shape[1], values.shape[1]
         for start in range(first, stop, STEP):
             count = min(STEP, stop - start)
             stage(keys, values, order, start, count, tiles, pool)
-            for i in range(min(count, my_stop - start)):
+            for i in range(max(my_first - start, 0), min(count, my_stop - start)):
                 add_key(logit_of(query, tiles[0], i, dim, scale), kind, tiles[1], i, state, acc, dim_v)
 
     @cuda.jit
@@ -69,7 +70,7 @@ def attend_kernel(real):
         walked = cuda.shared.array(MAX_BLOCKS, int32)
         query, acc = cuda.local.array(MAX_DIM, real), cuda.local.array(MAX_DIM, real)
         state = cuda.local.array(4, real)
-        causal, dense, segment, block_q, tiles_per_segment, block_k, pool, shift = sizes
+        causal, dense, segment, block_q, tiles_per_segment, block_k, pool, shift, window = sizes
         heads_q, n_q, dim = q.shape[1:]
         heads_kv, n_k, dim_v = v.shape[1:]
         group = heads_q // heads_kv
@@ -100,9 +101,11 @@ def attend_kernel(real):
         for r in range(rows):
             lowest, highest = min(lowest, row_of[r]), max(highest, row_of[r])
         unordered, mine, staged = kv_order[:0], (query, state, acc), (k_tile, v_tile, walked)
-        # 1. Window keys that every row sees.
-        seen = lowest + shift if causal else n_k if dense else history
-        add_keys(keys, values, unordered, history, seen, seen if active else 0, CLOSED, mine, staged, 0, scale)
+        # 1. Window keys that every row sees; where some row does not see key 0, all are masked.
+        first = max(history, lowest + shift + 1 - window) if causal else history
+        cut = causal and highest + shift + 1 > window
+        seen = first if cut else lowest + shift if causal else n_k if dense else history
+        add_keys(keys, values, unordered, first, seen, first, seen if active else 0, CLOSED, mine, staged, 0, scale)
 
         # 2. Ranked history, until a key tile adds too little to every row.
         listed, order, tiles_walked, ceiling = 0, unordered, 0, real(inf)
@@ -114,7 +117,7 @@ def attend_kernel(real):
         for tile_start in range(0, listed, block_k):
             tile_stop = min(tile_start + block_k, listed)
             my_stop, counted = tile_stop if active else 0, pool if blocks else 0  # by pool block, for the tail
-            add_keys(keys, values, order, tile_start, tile_stop, my_stop, OPEN, mine, staged, counted, scale)
+            add_keys(keys, values, order, tile_start, tile_stop, 0, my_stop, OPEN, mine, staged, counted, scale)
             ceiling = mean_logit(state, tile_stop - tile_start)
             tiles_walked += 1
             wanted = close_tile(state, tau) and active and sound
@@ -137,7 +140,7 @@ def attend_kernel(real):
         # 4. Window keys that some row does not see.
         last = highest + shift + 1 if causal else seen
         my_stop = row + shift + 1 if active else 0
-        add_keys(keys, values, unordered, seen, last, my_stop, CLOSED, mine, staged, 0, scale)
+        add_keys(keys, values, unordered, seen, last, my_stop - window, my_stop, CLOSED, mine, staged, 0, scale)
 
         if active:
             inverse, lse[batch, head, row], tail_mass[batch, head, row] = finish_row(state, sound)

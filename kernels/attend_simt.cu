@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
     const int* __restrict__ query_order, const float* __restrict__ taus, float tau,
     real_t* __restrict__ lse, int* __restrict__ tiles, int* __restrict__ tail_blocks, float* __restrict__ tail_mass,
     int heads_q, int heads_kv, int orders, int kv_start, int n_q, int n_k, int dim_qk, int dim_v,
-    int causal, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
+    int causal, int window, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
     int block_q, int block_k, int log2_pool, real_t unit) {
     extern __shared__ double shared_memory[];
     real_t* const staged = (real_t*)shared_memory;          // q and k chunks, or the values
@@ -83,8 +83,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
     const int history = dense ? 0 : causal ? (s * segment + shift) >> log2_pool << log2_pool : n_k;
     const int* order = nullptr;
     Walk walk;
-    walk.window_first = dense && !causal ? 0 : history;
-    walk.masked_first = causal ? lowest + shift : dense ? n_k : history;
+    walk.window_first = causal ? max(history, lowest + shift + 1 - window) : history;
+    const bool cut = causal && highest + shift + 1 > window;  // some row does not see key 0: every key is masked
+    walk.masked_first = cut ? walk.window_first : causal ? lowest + shift : dense ? n_k : history;
     walk.masked_stop = causal ? highest + shift + 1 : walk.masked_first;
     walk.block_k = block_k, walk.listed = 0, walk.pool_blocks = 0;
     if (!dense) {
@@ -171,14 +172,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             const int row = 4 * ty + r;
-            int limit = step.count;
-            if (step.phase == MASKED_WINDOW) limit = min(limit, row_of[row] + shift + 1 - step.start);
+            int floor = 0, limit = step.count;
+            if (step.phase == MASKED_WINDOW) {
+                const int end = row_of[row] + shift + 1 - step.start;
+                floor = end - window, limit = min(limit, end);
+            }
             real_t greatest = -infinity();
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int column = tx + 8 * j;
                 if (step.phase == TAIL && p[r][j] > ceiling[r]) p[r][j] = ceiling[r];
-                p[r][j] = column < limit ? p[r][j] + bias[column] : -infinity();
+                p[r][j] = column >= floor && column < limit ? p[r][j] + bias[column] : -infinity();
                 greatest = p[r][j] > greatest ? p[r][j] : greatest;
             }
             greatest = row_max(greatest);

@@ -113,15 +113,16 @@ def dense_attention(
     v,
     *,
     causal: bool = True,
+    window: int | None = None,
     scale: float | None = None,
     backend: str | None = None,
     out=None,
     full_output: bool = False,
     check_finite: bool = False,
 ):
-    """Exact attention on the same backend: no ranking, no stop.
+    """Exact attention on the same backend: no ranking, no stop; with a `window` at a cost of N times it.
 
-    Arguments, answer and errors are those of `attention`.
+    Arguments, answer and errors are those of `attention`; causal, window and scale those of `Settings`.
 
     Examples
     --------
@@ -132,7 +133,8 @@ def dense_attention(
     >>> bool(np.allclose(exact, p @ v / p.sum(axis=1, keepdims=True)))
     True
     """
-    call = Call.take(q, k, v, Settings(causal=causal, scale=scale), backend, out, check_finite)
+    settings = Settings(causal=causal, window=window, scale=scale)
+    call = Call.take(q, k, v, settings, backend, out, check_finite)
     if not call.empty:
         call.engine.dense(call.problem, *call.arrays, call.result)
     return call.answer(full_output, "dense", None)
@@ -210,6 +212,10 @@ def attend(
         raise ValueError(
             f"plan is of {namespace(plan.kv_order).__name__} arrays and q of {namespace(call.arrays[0]).__name__}"
         )
+    if problem.settings.window is not None:
+        if not call.empty:
+            call.engine.dense(problem, *call.arrays, call.result)
+        return call.answer(full_output, "dense", problem.settings, plan)
     if not call.empty:
         pooled = call.engine.pool(problem, *call.arrays[1:])
         kv_offsets = plan.kv_offsets.reshape(-1, problem.segments + 1)

@@ -30,6 +30,7 @@ exit codes: 0 done; 1 it could not be done (a file, memory, a missing package); 
 130 interrupted"""
 _SETTINGS_HELP = {
     "causal": "query i sees keys up to i + Nk - Nq (default); --no-causal: every key",
+    "window": "keys, its own the last, that a causal query sees; within a window attention is dense",
     "scale": "factor on q.k, above 0 (default 1/sqrt(D))",
     "segment": "queries that share one ranking of the keys",
     "block_q": "queries of a row tile: what stops together",

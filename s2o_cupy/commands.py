@@ -124,7 +124,7 @@ def compare(q, k, v, settings, backend, repeats: int = 3) -> dict:
     dense, sparse = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        exact = s2o.dense_attention(q, k, v, causal=settings.causal, scale=settings.scale, backend=backend)
+        exact = s2o.dense_attention(q, k, v, **_mask(settings), backend=backend)
         _wait(exact)
         dense.append(time.perf_counter() - start)
         start = time.perf_counter()
@@ -172,10 +172,15 @@ def _dense(q, k, v, settings, backend):
         for b, kv in np.ndindex(batch, heads_kv):
             heads = slice(kv * (heads_q // heads_kv), (kv + 1) * (heads_q // heads_kv))
             one = four[0][b, heads], *(x[b, kv : kv + 1] for x in four[1:])
-            out[b, heads] = s2o.dense_attention(*one, causal=settings.causal, scale=settings.scale, backend=backend)
+            out[b, heads] = s2o.dense_attention(*one, **_mask(settings), backend=backend)
             bar.step()
     _wait(out)
     return out.reshape(*q.shape[:-1], v.shape[-1])
+
+
+def _mask(settings) -> dict:
+    """What `dense_attention` takes of some settings."""
+    return {"causal": settings.causal, "window": settings.window, "scale": settings.scale}
 
 
 def placed(backend: str | None, *arrays) -> list:

@@ -74,27 +74,34 @@ def exact_rows(problem: Problem, q, k, v, rows: np.ndarray) -> ExactRows:
         for start in range(0, len(rows), _ROWS):
             part = slice(start, start + _ROWS)
             queries = q[b, heads][:, xp.asarray(rows[part])].astype(dtype) * dtype.type(problem.scale)
-            position = xp.asarray(rows[part] + problem.shift)[:, None] if problem.settings.causal else None
-            last = int(rows[part][-1]) + problem.shift + 1 if problem.settings.causal else problem.n_k
+            seen, position = slice(None), None
+            if problem.settings.causal:
+                first = max(int(rows[part][0]) + problem.shift + 1 - problem.window, 0)
+                seen = slice(first, int(rows[part][-1]) + problem.shift + 1)
+                position = xp.asarray(rows[part] + problem.shift - first)[:, None]
             out[b, heads, part], lse[b, heads, part] = _online_softmax(
-                queries, k[b, kv, :last], v[b, kv, :last], position
+                queries, k[b, kv, seen], v[b, kv, seen], position, problem.window
             )
     return ExactRows(rows, out, lse)
 
 
-def _online_softmax(queries, k, v, position):
-    """out and lse of scaled queries (G, rows, D) over k and v, a run of keys at a time; `position` masks causally."""
+def _online_softmax(queries, k, v, position, window):
+    """out and lse of scaled queries (G, rows, D) over k and v, a run of keys at a time.
+
+    `position`, where it is not None, hides later keys and those `window` or more before.
+    """
     xp, dtype = namespace(queries), queries.dtype
     high, mass, total = -np.inf, dtype.type(0), dtype.type(0)
     run = max(_LOGITS // (queries.shape[0] * queries.shape[1]), 256)
     for start in range(0, len(k), run):
         logit = queries @ k[start : start + run].astype(dtype).T
         if position is not None:
-            hidden = xp.arange(start, start + logit.shape[-1]) > position
-            xp.copyto(logit, dtype.type(-np.inf), where=hidden)
+            age = position - xp.arange(start, start + logit.shape[-1])
+            xp.copyto(logit, dtype.type(-np.inf), where=(age < 0) | (age >= window))
         frame = xp.maximum(high, logit.max(axis=-1, keepdims=True))
-        shrink = xp.exp(high - frame)
-        logit -= frame
+        finite = xp.where(frame == -np.inf, dtype.type(0), frame)  # a row may see no key of its first runs
+        shrink = xp.exp(high - finite)
+        logit -= finite
         weight = xp.exp(logit, out=logit)
         mass = mass * shrink + weight.sum(axis=-1, keepdims=True)
         total = total * shrink + weight @ v[start : start + run].astype(dtype)

@@ -109,6 +109,11 @@ class Problem:
         return most if s.rank_terms is None else min(s.rank_terms, most)
 
     @property
+    def window(self) -> int:
+        """Keys, its own the last, that a causal query may see: all of them without a window."""
+        return min(self.settings.window or self.n_k, self.n_k)
+
+    @property
     def longest(self) -> int:
         """Keys of the longest history."""
         return int(self.history[-1]) if self.segments else 0
@@ -125,10 +130,12 @@ class Problem:
 
     @cached_property
     def history(self) -> np.ndarray:
-        """(segments,) int64: keys ``[0, w)`` that a segment ranks."""
+        """(segments,) int64: keys ``[0, w)`` that a segment ranks; none with a window."""
         first = np.arange(self.segments, dtype=np.int64) * self.settings.segment + self.shift
         if not self.settings.causal:
             return np.full(self.segments, self.n_k, np.int64)
+        if self.settings.window is not None:
+            return np.zeros(self.segments, np.int64)
         return first // self.settings.pool * self.settings.pool
 
     @cached_property
@@ -171,15 +178,21 @@ class Problem:
         """(row tiles,) int64: unmasked window pairs of each tile, in position order of the queries."""
         if not self.settings.causal:
             return np.zeros(len(self.tile_start), np.int64)
-        first = self.tile_start + self.shift + 1 - self.history[self.tile_segment]
-        return self.tile_rows * first + self.tile_rows * (self.tile_rows - 1) // 2
+        first = self.tile_start + self.shift
+        seen = self._pairs_before(first + self.tile_rows) - self._pairs_before(first)
+        return seen - self.tile_rows * self.history[self.tile_segment]
 
     @property
     def allowed_pairs(self) -> int:
         """(query, key) pairs that a head may see."""
         if not self.settings.causal:
             return self.n_q * self.n_k
-        return self.n_q * (self.shift + 1) + self.n_q * (self.n_q - 1) // 2
+        return int(self._pairs_before(self.n_k) - self._pairs_before(self.shift))
+
+    def _pairs_before(self, position):
+        """Pairs that causal queries at all positions before one would see."""
+        growing = np.minimum(position, self.window)
+        return growing * (growing + 1) // 2 + (position - growing) * self.window
 
     # --- lists and slabs ---------------------------------------------------------------------
     @property

@@ -18,7 +18,8 @@ def dense(problem: Problem, q, k, v):
     for b, h in np.ndindex(problem.batch, problem.heads_q):
         kv = h // problem.group
         for i in range(problem.n_q):
-            seen = keys <= i + problem.shift if problem.settings.causal else keys >= 0
+            age = i + problem.shift - keys
+            seen = (age >= 0) & (age < problem.window) if problem.settings.causal else keys >= 0
             softmax = _Softmax(problem, q[b, h, i : i + 1], v.shape[-1])
             softmax.add(k[b, kv][seen], v[b, kv][seen])
             out[b, h, i], lse[b, h, i] = softmax.out[0], softmax.lse[0]
@@ -172,7 +173,10 @@ def _row_tile(problem, q, head, rows, s, ranked, tau):
 
     # 1. Window keys that every row sees: the mask lets all of them through.
     first = int(position.min()) if settings.causal else history
-    softmax.add(head.k[history:first], head.v[history:first])
+    if settings.window is None:
+        softmax.add(head.k[history:first], head.v[history:first])
+    else:  # none is sought: a window's keys are all masked, in step 4
+        first = max(first + 1 - settings.window, 0)
 
     # 2. Ranked history, key tile by key tile, until one adds too little to every row.
     tiles, ceiling = 0, None
@@ -195,11 +199,12 @@ def _row_tile(problem, q, head, rows, s, ranked, tau):
     with np.errstate(all="ignore"):
         tail = np.where(softmax.mass > 0, softmax.mass - before * np.exp(frame - softmax.safe_max), 0)
 
-    # 4. The remaining window keys, causally masked. Last, so that no vote has seen a hidden key.
+    # 4. The remaining window keys, masked: a row's future, and with a window its past. Last, so that no vote has seen
+    #    a hidden key.
     at_tail = softmax.max.copy()
     last = int(position.max()) + 1 if settings.causal else history
-    masked = np.arange(first, last)
-    softmax.add(head.k[first:last], head.v[first:last], seen=masked[None] <= position[:, None])
+    age = position[:, None] - np.arange(first, last)
+    softmax.add(head.k[first:last], head.v[first:last], seen=(age >= 0) & (age < problem.window))
     with np.errstate(all="ignore"):
         tail = tail * np.exp(at_tail - softmax.safe_max) / softmax.mass
     return softmax, tiles, len(blocks), np.where(tail > 0, tail, 0) if len(blocks) else np.zeros(len(rows))

@@ -30,6 +30,8 @@ class Settings:
     ----------
     causal : bool
         Query ``i`` sees keys ``j <= i + Nk - Nq`` (bottom-right aligned); else every key.
+    window : int or None
+        A causal query sees the last `window` of its keys only. Within a window attention is dense: nothing is ranked.
     scale : float or None
         Positive factor on ``q . k``; ``None`` is ``1 / sqrt(D)``.
     segment : int
@@ -71,6 +73,7 @@ class Settings:
     """
 
     causal: bool = True
+    window: int | None = None
     scale: float | None = None
     segment: int = 256
     block_q: int = 128
@@ -99,9 +102,11 @@ class Settings:
             object.__setattr__(self, name, integer(name, getattr(self, name), 1, 2**30))
         if self.pool & (self.pool - 1):
             raise ValueError(f"pool is {self.pool}; allowed: a power of two")
-        for name, low, high in (("rank_terms", 1, MAX_HEAD_DIM), ("rank_levels", 2, 2**16)):
+        for name, low, high in (("window", 1, 2**31 - 1), ("rank_terms", 1, MAX_HEAD_DIM), ("rank_levels", 2, 2**16)):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, integer(name, getattr(self, name), low, high, " or None"))
+        if self.window is not None and not self.causal:
+            raise ValueError(f"window is {self.window} and causal False; allowed: a window with causal=True, or None")
         if self.scale is not None:
             object.__setattr__(self, "scale", real("scale", self.scale, "a finite number above 0, or None"))
             if self.scale <= 0:

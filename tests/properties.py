@@ -84,8 +84,8 @@ class Backend:
 
     def dense(self, case):
         q, k, v = map(self.to_device, case.arrays)
-        causal, scale = case.settings.causal, case.settings.scale
-        return self._host(s2o.dense_attention(q, k, v, causal=causal, scale=scale, backend=self.name, full_output=True))
+        mask = {name: getattr(case.settings, name) for name in ("causal", "window", "scale")}
+        return self._host(s2o.dense_attention(q, k, v, **mask, backend=self.name, full_output=True))
 
     def _host(self, result):
         numbers = {name: self.to_host(getattr(result.stats, name)) for name in ("tiles", "tail_blocks", "tail_mass")}
@@ -191,12 +191,25 @@ def later_keys_do_not_matter(backend, case, seed):
         np.testing.assert_array_equal(a, b)
 
 
+def keys_before_the_window_do_not_matter(backend, case, seed, bad):
+    """Rows from one on are bitwise the same after every key and value that lies before its window became `bad`."""
+    row = int(np.random.default_rng(seed).integers(case.problem.n_q))
+    changed = case.copy()
+    for x in (changed.k, changed.v):
+        x[:, :, : max(row + case.problem.shift + 1 - case.settings.window, 0)] = bad
+    seen = np.s_[:, :, row:]
+    for call in (backend.ranked, backend.dense):
+        for a, b in zip(rows_of(call(case), seen), rows_of(call(changed), seen)):
+            np.testing.assert_array_equal(a, b)
+
+
 def out_lies_within_the_values(backend, case):
     out = backend.ranked(case).out.astype(np.float64)
     p = case.problem
     v = np.repeat(case.v.astype(np.float64), p.group, axis=1)
     last = np.arange(p.n_q) + p.shift if case.settings.causal else np.full(p.n_q, p.n_k - 1)
-    low, high = np.minimum.accumulate(v, axis=2)[:, :, last], np.maximum.accumulate(v, axis=2)[:, :, last]
+    seen = [v[:, :, max(i + 1 - p.window, 0) : i + 1] for i in last]
+    low, high = (np.stack([extreme(x, axis=2) for x in seen], axis=2) for extreme in (np.min, np.max))
     name = case.q.dtype.name
     slack = (32 * backend.unit[name] + OUTPUT[name]) * np.abs(v).max()
     assert (out >= low - slack).all()
@@ -298,7 +311,8 @@ def a_bad_key_or_value_stays_with_rows_that_see_it(backend, case, seed, bad, whi
     x = getattr(changed, which)
     x[b, kv, key, rng.integers(x.shape[-1])] = bad
     may = np.zeros((p.batch, p.heads_q, p.n_q), bool)
-    may[b, kv * p.group : (kv + 1) * p.group, max(key - p.shift, 0) if p.settings.causal else 0 :] = True
+    rows = slice(max(key - p.shift, 0), max(key - p.shift + p.window, 0)) if p.settings.causal else slice(None)
+    may[b, kv * p.group : (kv + 1) * p.group, rows] = True
     for before, after in (
         (backend.ranked(case), backend.ranked(changed)),
         (backend.dense(case), backend.dense(changed)),

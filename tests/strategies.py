@@ -72,6 +72,7 @@ def all_settings(draw, heads_q: int, **fixed) -> Settings:
     tau = st.sampled_from([0.0, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0])
     choices = {
         "causal": st.booleans(),
+        "window": st.none() | st.none() | st.none() | st.integers(1, 80),
         "scale": st.sampled_from([None, 0.05, 1.0]),
         "segment": st.integers(8, 64),
         "block_q": st.integers(1, 40),
@@ -86,7 +87,8 @@ def all_settings(draw, heads_q: int, **fixed) -> Settings:
         "share_order": st.booleans(),
         "cap": st.sampled_from([1.0, 1.0, 0.5, 0.1, 1e-4]),
     }
-    return Settings(**{name: fixed[name] if name in fixed else draw(choice) for name, choice in choices.items()})
+    chosen = {name: fixed[name] if name in fixed else draw(choice) for name, choice in choices.items()}
+    return Settings(**chosen | {"window": chosen["window"] if chosen["causal"] else None})
 
 
 def fill(kind: str, rng, shape) -> np.ndarray:

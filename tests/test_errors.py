@@ -161,7 +161,7 @@ def test_out_may_be_mapped_to_a_file(tmp_path):
     ("keywords", "error", "message"),
     [
         ({"backend": "tpu"}, ValueError, "backend is 'tpu'; allowed: .*'cpu'.*, or None"),
-        ({"colour": 1}, TypeError, "unknown setting 'colour'; allowed: causal, scale, segment"),
+        ({"colour": 1}, TypeError, "unknown setting 'colour'; allowed: causal, window, scale, segment"),
         ({"settings": {"tau": 0}}, TypeError, "settings is a dict; allowed: Settings, or its fields as keywords"),
         ({"workspace": 0}, ValueError, "workspace is 0; allowed: an integer from 1"),
         ({"workspace": 1e9}, TypeError, "workspace is 1000000000.0; allowed: an integer"),
@@ -172,10 +172,42 @@ def test_out_may_be_mapped_to_a_file(tmp_path):
         ({"progress": 3}, TypeError, "progress is 3; allowed: a callable, or None"),
         ({"scale": 0}, ValueError, "scale is 0.0; allowed: a finite number above 0, or None"),
         ({"pool": 24}, ValueError, "pool is 24; allowed: a power of two"),
+        ({"window": 0}, ValueError, "window is 0; allowed: an integer from 1 to 2147483647 or None"),
+        ({"window": 2.5}, TypeError, "window is 2.5; allowed: an integer from 1"),
+        (
+            {"window": 8, "causal": False},
+            ValueError,
+            "window is 8 and causal False; allowed: a window with causal=True",
+        ),
     ],
 )
 def test_bad_keywords(keywords, error, message):
     refused(s2o.attention, good(), error, message, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"window": -3}, ValueError, "window is -3; allowed: an integer from 1"),
+        ({"window": True}, TypeError, "window is True; allowed: an integer from 1"),
+        (
+            {"window": 8, "causal": False},
+            ValueError,
+            "window is 8 and causal False; allowed: a window with causal=True",
+        ),
+    ],
+)
+def test_bad_windows_of_dense_attention(keywords, error, message):
+    refused(s2o.dense_attention, good(), error, message, **keywords)
+
+
+def test_a_plan_fixes_its_window():
+    with pytest.raises(TypeError, match="attend got 'window', which a plan fixes"):
+        s2o.attend(**good(), plan=PLAN, window=8)
+    arrays = good()
+    lists = {"kv_order": np.zeros(1, np.int32), "kv_offsets": np.array([[[0, 0, 1], [1, 1, 1]]], np.int64)}
+    with pytest.raises(ValueError, match="kv_offsets gives list 1 of order head 0 1 keys; allowed: 0 to 0"):
+        s2o.Plan.from_arrays(arrays["q"], arrays["k"], s2o.Settings(window=8, segment=32), **lists)
 
 
 def test_a_refusal_for_a_plan_writes_nothing():

@@ -49,7 +49,8 @@ def small(rank=None, **fixed):
 def shrunk(case: Case, rank: str) -> Case:
     s = case.settings
     tiles = {"segment": 4 + s.segment % 7, "block_q": 1 + s.block_q % 4, "block_k": 1 + s.block_k % 6}
-    case.settings = s.replace(**tiles, pool=min(s.pool, 4), rank=rank)
+    window = None if s.window is None else 1 + s.window % 12
+    case.settings = s.replace(**tiles, pool=min(s.pool, 4), rank=rank, window=window)
     return case
 
 
@@ -65,6 +66,17 @@ def test_tau_zero_is_dense(case):
 @given(small())
 def test_work_falls_with_tau(case):
     properties.work_falls_with_tau(NUMBA, case)
+
+
+windows = st.integers(1, 40).flatmap(lambda window: small(causal=True, window=window, min_keys=8))
+
+
+@simulator
+@few
+@given(windows, seeds, bad_numbers)
+def test_a_window_is_dense_within_it(case, seed, bad):
+    properties.tau_zero_is_dense(NUMBA, case)
+    properties.keys_before_the_window_do_not_matter(NUMBA, case, seed, bad)
 
 
 @simulator
@@ -265,7 +277,7 @@ def array(dtype, axes):
 def signature(kernel: str, x, real):
     """The types that numba_cuda.py launches a kernel with, for inputs of type x."""
     i32, i64, f32, u32 = numba.int32, numba.int64, numba.float32, numba.uint32
-    tuples = [numba.types.UniTuple(i64, n) for n in (3, 8)]
+    tuples = [numba.types.UniTuple(i64, n) for n in (3, 9)]
     plan = [array(i32, 1), array(i64, 2), array(i32, 3)]
     answers = [array(t, n) for t, n in ((x, 4), (real, 3), (i32, 3), (i32, 3), (f32, 3))]
     order = [array(t, n) for t, n in ((f32, 2), (u32, 2), (i32, 1), (i64, 2), (i32, 1), (i32, 3), (u32, 2))]

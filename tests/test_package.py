@@ -158,7 +158,7 @@ def test_replace_leaves_the_original_and_refuses_unknown_names():
     settings = Settings()
     assert settings.replace(tau=0.5).tau == 0.5
     assert settings.tau == 1e-2
-    with pytest.raises(TypeError, match="unknown setting 'block'; allowed: causal, scale, segment, block_q"):
+    with pytest.raises(TypeError, match="unknown setting 'block'; allowed: causal, window, scale, segment"):
         settings.replace(tau=0.5, block=1)
 
 

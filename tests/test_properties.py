@@ -32,6 +32,21 @@ def test_later_keys_do_not_matter(backend, case, seed):
     properties.later_keys_do_not_matter(backend, case, seed)
 
 
+@given(st.integers(1, 160).flatmap(lambda window: cases(causal=True, window=window)))
+def test_a_window_is_dense_within_it(backend, case):
+    properties.tau_zero_is_dense(backend, case)
+    assert backend.attention(case).stats.path == "dense"
+    np.testing.assert_array_equal(backend.attention(case).out, backend.dense(case).out)
+
+
+windowed = st.integers(1, 60).flatmap(lambda window: cases(causal=True, window=window, min_keys=30))
+
+
+@given(windowed, seeds, st.sampled_from([np.nan, np.inf, -np.inf, 1e4]))
+def test_keys_before_the_window_do_not_matter(backend, case, seed, bad):
+    properties.keys_before_the_window_do_not_matter(backend, case, seed, bad)
+
+
 @given(cases())
 def test_out_lies_within_the_values(backend, case):
     properties.out_lies_within_the_values(backend, case)

@@ -44,15 +44,15 @@ def brute(q, k, v, causal=True):
 
 
 # --- exact rows ------------------------------------------------------------------------------
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", [{}, {"causal": False}, {"window": 1}, {"window": 40}, {"window": 300}], ids=str)
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("n_q", [37, 90])
-def test_exact_rows_are_those_of_the_reference(monkeypatch, causal, small, n_q):
+def test_exact_rows_are_those_of_the_reference(monkeypatch, mask, small, n_q):
     if small:  # several runs of rows, and of 256 keys
         monkeypatch.setattr(exact, "_ROWS", 8)
         monkeypatch.setattr(exact, "_LOGITS", 1)
     q, k, v = heads(batch=2, heads_q=4, heads_kv=2, n_q=n_q, n_k=600, dtype=np.float64)
-    problem = make_problem(q, k, v, s2o.Settings(causal=causal, scale=0.7))
+    problem = make_problem(q, k, v, s2o.Settings(scale=0.7, **mask))
     rows = sample_rows(n_q, 23, 1)
     found = exact_rows(problem, q, k, v, rows)
     out, lse = reference.dense(problem, q, k, v)
@@ -102,6 +102,17 @@ def test_a_wrong_seed_is_refused(seed, error):
 
 
 # --- audit -----------------------------------------------------------------------------------
+def test_audit_and_calibrate_know_windows():
+    q, k, v = heads(n_q=300)
+    result = s2o.attention(q, k, v, window=20, full_output=True)
+    report = s2o.audit(q, k, v, result, rows=300)
+    assert report.error.max() < 1e-6
+    assert (report.density == 1).all()
+    found = s2o.calibrate(q, k, v, error=0.1, window=20, variants=({},))
+    assert found.window == 20
+    assert found.evidence[0].error.max() < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("causal", [True, False])
 def test_audit_of_every_row_is_brute_force(dtype, causal):

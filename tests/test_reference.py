@@ -51,6 +51,17 @@ def test_causal_mask_is_bottom_right_aligned():
     np.testing.assert_allclose(out.ravel(), [2, 4])
 
 
+def test_a_window_by_hand():
+    # Positions 1, 2 and 3 with a window of 2 see keys 0-1, 1-2 and 2-3; equal weights give plain means.
+    q, k, v = column(0, 0, 0), column(0, 0, 0, 0), column(1, 3, 8, 10)
+    settings = Settings(window=2, segment=2, pool=1)
+    problem = make_problem(q, k, v, settings)
+    for out in (reference.dense(problem, q, k, v)[0], walk(settings, q, k, v).out):
+        np.testing.assert_allclose(out.ravel(), [2, 5.5, 9])
+    assert problem.allowed_pairs == problem.window_pairs.sum() == 6
+    assert problem.history.tolist() == problem.listed.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("tau", "tiles"),
     [
@@ -282,13 +293,19 @@ def softmax_over(logits, values):
     return weights @ values / weights.sum(1, keepdims=True), (top + np.log(weights.sum(1, keepdims=True)))[:, 0]
 
 
+def hidden(settings, key, position):
+    """Whether a causal query at a position may not see a key."""
+    before = -np.inf if settings.window is None else position - settings.window
+    return (key > position) | (key <= before)
+
+
 def brute_row_tile(p, q, k, v, rows, history, ranked, tau):
     """One row tile from whole logit matrices: the stop from plain sums, then one softmax over all that counts."""
     s, position = p.settings, rows + p.shift
     logits = p.scale * q[rows] @ k.T
     keys = np.arange(len(k))
     if s.causal:
-        logits[keys[None] > position[:, None]] = -np.inf
+        logits[hidden(s, keys[None], position[:, None])] = -np.inf
     weights = np.exp(logits - logits.max(axis=1, keepdims=True))
     before = weights[:, (keys >= history) & (keys < position.min())].sum(axis=1) if s.causal else np.zeros(len(rows))
     tiles, ceiling = 0, np.full(len(rows), np.inf)
@@ -344,7 +361,7 @@ def test_dense_is_brute_force(case):
         k, v = case.k[b, h // p.group], case.v[b, h // p.group]
         logits = p.scale * case.q[b, h] @ k.T
         if p.settings.causal:
-            logits[np.arange(p.n_k)[None] > position[:, None]] = -np.inf
+            logits[hidden(p.settings, np.arange(p.n_k)[None], position[:, None])] = -np.inf
         expected = softmax_over(logits, v)
         np.testing.assert_allclose(out[b, h], expected[0], rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(lse[b, h], expected[1], rtol=1e-9, atol=1e-9)

@@ -116,7 +116,7 @@ def _window(work, pack, tiles, k, v, b, h, start, stop, mode):
             if first < last and (not masked or key <= tiles[t, HIGH]):
                 for p in range(tiles[t, BEGIN], tiles[t, END]):
                     if masked:
-                        absorb_masked(work, p, key, first, last - first, nonfinite)
+                        absorb_masked(work, p, key, first, last - first, k.shape[2], nonfinite)
                     else:
                         absorb(work, p, first, last - first, mode)
 

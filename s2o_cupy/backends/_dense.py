@@ -37,8 +37,11 @@ def pool_blocks(pack, x, mean, b, h, size):
 
 
 @kernel
-def dense_rows(step, pack, q, k, v, out, lse, b, h, first, n, shift, causal, factor):
-    """Exact attention of rows first .. first + n of all the query heads of one K/V head; arrays as above."""
+def dense_rows(step, pack, q, k, v, out, lse, b, h, first, n, shift, causal, window, factor):
+    """Exact attention of rows first .. first + n of all the query heads of one K/V head; arrays as above.
+
+    A causal row sees the last `window` keys up to its own position.
+    """
     lean()
     group, like, nothing = q.shape[1] // k.shape[1], np.empty(0, lse.dtype), np.empty(0, np.int32)
     panels = -(-n * like.itemsize // BYTES)
@@ -49,16 +52,19 @@ def dense_rows(step, pack, q, k, v, out, lse, b, h, first, n, shift, causal, fac
             seat[HEAD], seat[ROW] = h * group + g, first + i
             seat[POSITION] = first + i + shift if causal else k.shape[2] - 1
     load_queries(work, pack, q, b, factor)
-    stop = first + n + shift if causal else k.shape[2]
-    for key in range(0, stop, TILE):
-        count = min(TILE, stop - key)
+    top = first + n - 1 + shift if causal else k.shape[2] - 1
+    start = max(first + shift + 1 - window, 0) if causal else 0
+    for key in range(start, top + 1, TILE):
+        count = min(TILE, top + 1 - key)
         pack_rows(pack, k, b, h, nothing, key, count, work.x, work.k, work.dim)
         pack_rows(pack, v, b, h, nothing, key, count, work.x, work.v, work.v_row)
         last = key + count - 1
-        nonfinite = work.seat[0, POSITION] < last and hide_nonfinite(work, count)
+        masks = work.seat[0, POSITION] < last or top + 1 - window > key
+        nonfinite = masks and hide_nonfinite(work, count)
         for p in range(group * panels):
-            if work.seat[p * work.width, POSITION] >= last:
+            low = work.seat[p * work.width, POSITION]
+            if low >= last and min(low + work.width - 1, top) + 1 - window <= key:
                 absorb(work, p, 0, count, PLAIN)
             else:
-                absorb_masked(work, p, key, np.int64(0), count, nonfinite)
+                absorb_masked(work, p, key, np.int64(0), count, window, nonfinite)
     finish(work, out, lse, b)

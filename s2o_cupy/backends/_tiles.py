@@ -3,7 +3,7 @@
 A *panel* is `width` queries, one a lane. A work item's numbers lie in one array x of the compute
 type, at the offsets that `Work` names: q [panels, D, width] scaled by scale * log2 e; o [panels,
 o_rows, width]; m, l, before, gained, live, ceiling [panels, width]; then for the tile in hand k [TILE, D];
-v, raw [TILE, v_row]; s [TILE, width]; bias [TILE]; alpha, limit [width].
+v, raw [TILE, v_row]; s [TILE, width]; bias [TILE]; alpha, limit, floor [width].
 """
 
 from collections import namedtuple
@@ -41,11 +41,13 @@ ROOM = -(-TILE // ROWS) * ROWS
 # Columns of `seat`: where a lane's query is from.
 HEAD, ROW, POSITION = 0, 1, 2
 # Modes of `absorb`, added: BIASED, logits are at most ceiling[lane], plus bias[key]; MASKED, keys past limit[lane] are
-# hidden; COUNTED, the sum goes to `gained` too. (Python integers would each be a Numba type, and compiled for anew.)
-PLAIN, BIASED, MASKED, COUNTED = np.int64([0, 1, 2, 4])
+# hidden; COUNTED, the sum goes to `gained` too; FLOORED, keys before floor[lane] are hidden. (Python integers would
+# each be a Numba type, and compiled for anew.)
+PLAIN, BIASED, MASKED, COUNTED, FLOORED = np.int64([0, 1, 2, 4, 8])
 
 Work = namedtuple(
-    "Work", "step x seat dim dim_v o_rows v_row width q o m l before gained live ceiling k v raw s bias alpha limit"
+    "Work",
+    "step x seat dim dim_v o_rows v_row width q o m l before gained live ceiling k v raw s bias alpha limit floor",
 )
 
 
@@ -69,12 +71,13 @@ def make_work(step, panels, dim, dim_v, like):
     s = v + 2 * ROOM * v_row
     bias = s + ROOM * width
     alpha = bias + ROOM
-    x = np.zeros(alpha + 2 * width, like.dtype)
+    x = np.zeros(alpha + 3 * width, like.dtype)
     x[m : m + lanes] = -np.inf
     seat = np.full((lanes, 3), -1, np.int64)
     return Work(
         step, x, seat, dim, dim_v, o_rows, v_row, width, q, o, m, m + lanes, m + 2 * lanes, m + 3 * lanes,
         m + 4 * lanes, m + 5 * lanes, k, v, v + ROOM * v_row, s, bias, alpha, alpha + width,
+        alpha + 2 * width,
     )  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def load_queries(work, pack, q, b, factor):
         x[work.live + lane] = finite == 0
 
 
-def _absorb_step(pointer, dim, v_row, o_rows, lane, apart, q, o, k, v, s, bias, alpha, limit, first, n, mode):
+def _absorb_step(pointer, dim, v_row, o_rows, lane, apart, q, o, k, v, s, bias, alpha, limit, floor, first, n, mode):
     """One panel takes n packed keys: m, l, before, gained, live, ceiling lie at `lane`, `apart` from one another."""
     x = carray(pointer, 1)
     width = BYTES // x.itemsize
@@ -111,6 +114,10 @@ def _absorb_step(pointer, dim, v_row, o_rows, lane, apart, q, o, k, v, s, bias, 
         last, hidden = load(x, limit), fill(x, -np.inf)
         for i in range(n):
             store(x, s + i * width, select_le(fill(x, first + i), last, load(x, s + i * width), hidden))
+    if mode & FLOORED:
+        least, hidden = load(x, floor), fill(x, -np.inf)
+        for i in range(n):
+            store(x, s + i * width, select_le(least, fill(x, first + i), load(x, s + i * width), hidden))
     old = load(x, lane)
     m = old
     for i in range(n):
@@ -138,7 +145,7 @@ def _absorb_step(pointer, dim, v_row, o_rows, lane, apart, q, o, k, v, s, bias, 
 @cache
 def absorb_step(dtype):
     """The compiled step for a compute type; the kernels call its address, so it is compiled once for all of them."""
-    signature = types.void(types.CPointer(from_dtype(dtype)), *[types.int64] * 16)
+    signature = types.void(types.CPointer(from_dtype(dtype)), *[types.int64] * 17)
     return cfunc(signature, cache=True, error_model="numpy")(_absorb_step)
 
 
@@ -156,7 +163,7 @@ def absorb(work, p, first, n, mode):
             work.dim, work.v_row, work.o_rows, work.m + lane, work.l - work.m,
             work.q + lane * work.dim, work.o + lane * work.o_rows,
             work.k + first * work.dim, work.v + first * work.v_row,
-            work.s, work.bias, work.alpha, work.limit, first, n, mode,
+            work.s, work.bias, work.alpha, work.limit, work.floor, first, n, mode,
         ),
     )  # fmt: skip
 
@@ -189,22 +196,31 @@ def _restore_nonfinite(work, p, first, n):
             if np.isfinite(number):
                 continue
             for lane in range(width):
-                if first + i <= x[work.limit + lane]:
+                if x[work.floor + lane] <= first + i <= x[work.limit + lane]:
                     x[work.o + (p * work.o_rows + d) * width + lane] += x[work.s + i * width + lane] * number
 
 
 @inner
-def absorb_masked(work, p, key, first, n, nonfinite):
-    """Panel p takes tile rows first .. first + n as far as each lane may see; tile row 0 is key `key`."""
+def absorb_masked(work, p, key, first, n, window, nonfinite):
+    """Panel p takes tile rows first .. first + n as far as each lane may see; tile row 0 is key `key`.
+
+    A lane sees the last `window` keys up to its position.
+    """
     lean()
-    last = np.int64(-1)
+    last, least, most = np.int64(-1), np.int64(TILE), np.int64(0)
     for lane in range(work.width):
         seen = work.seat[p * work.width + lane, POSITION] - key
+        floor = min(max(seen + 1 - window, 0), TILE)
         last = max(last, seen)
+        if work.seat[p * work.width + lane, ROW] >= 0:
+            least, most = min(least, floor), max(most, floor)
         work.x[work.limit + lane] = min(max(seen, -1), TILE)
-    n = min(n, last + 1 - first)
+        work.x[work.floor + lane] = floor
+    stop = min(first + n, last + 1)
+    first = max(first, least)
+    n = stop - first
     if n > 0:
-        absorb(work, p, first, n, MASKED)
+        absorb(work, p, first, n, MASKED + FLOORED if most > first else MASKED)
         if nonfinite:
             _restore_nonfinite(work, p, first, n)
 

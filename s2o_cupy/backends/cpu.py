@@ -157,9 +157,9 @@ def dense(problem: Problem, q: np.ndarray, k: np.ndarray, v: np.ndarray, answer)
         for h in range(problem.heads_kv):
             for first in range(0, problem.n_q, block):
                 rows = min(block, problem.n_q - first)
-                item = (*steps, *arrays, b, h, first, rows, problem.shift, int(problem.settings.causal))
-                items.append((rows * (first + rows), (*item, problem.scale * _LOG2E)))
-    _run(_entry(_dense.dense_rows, _INT, _INT, *map(_type, arrays), *(_INT,) * 6, types.float64), items)
+                item = (*steps, *arrays, b, h, first, rows, problem.shift, int(problem.settings.causal), problem.window)
+                items.append((rows * (min(first, problem.window) + rows), (*item, problem.scale * _LOG2E)))
+    _run(_entry(_dense.dense_rows, _INT, _INT, *map(_type, arrays), *(_INT,) * 7, types.float64), items)
 
 
 def _lists(problem, slab):

@@ -154,7 +154,7 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     blocks = p.pool_blocks if pooled is not None else 0
     taus = _taus(s.tau) if walk and isinstance(s.tau, tuple) else None
     sizes = (p.heads_q, p.heads_kv, p.orders, slab.kv_start, p.n_q, p.n_k, p.dim_qk, p.dim_v)
-    shape = (s.causal, segment, slab.segment_start, tiles_per_segment, tile_start, tile_stop, row_tiles)
+    shape = (s.causal, p.window, segment, slab.segment_start, tiles_per_segment, tile_start, tile_stop, row_tiles)
     steps = (block_q, s.block_k, s.pool.bit_length() - 1)
     stats = (result.tiles, result.tail_blocks, result.tail_mass) if walk else (None, None, None)
     q, k, v, out = _rows(q), _rows(k), _rows(v), _rows(result.out)

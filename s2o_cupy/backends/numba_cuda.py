@@ -115,7 +115,7 @@ def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_or
     tile_start = slab.segment_start * p.tiles_per_segment
     tile_stop = min(slab.segment_stop * p.tiles_per_segment, len(p.tile_start))
     grid = (tile_stop - tile_start, (slab.kv_stop - slab.kv_start) * p.group)
-    sizes = (int(s.causal), 0, s.segment, s.block_q, p.tiles_per_segment, s.block_k, s.pool, p.shift)
+    sizes = (int(s.causal), 0, s.segment, s.block_q, p.tiles_per_segment, s.block_k, s.pool, p.shift, p.window)
     order = query_order if query_order is not None else xp.empty((1, 0, 0), np.int32)
     place = (slab.kv_start, tile_start, slab.segment_start)
     _walk(p, xp, (q, k, v), pooled, (kv_order, kv_offsets, order), answer, place, sizes, grid)
@@ -125,7 +125,7 @@ def dense(problem: Problem, q, k, v, answer) -> None:
     """Exact attention, the same walk with no history: fills out and lse."""
     p, xp = problem, namespace(q)
     tiles = -(-p.n_q // _DENSE_ROWS)
-    sizes = (int(p.settings.causal), 1, p.n_q, _DENSE_ROWS, tiles, 1, 1, p.shift)
+    sizes = (int(p.settings.causal), 1, p.n_q, _DENSE_ROWS, tiles, 1, 1, p.shift, p.window)
     order = (xp.empty(0, np.int32), xp.empty((0, 1), np.int64), xp.empty((1, 0, 0), np.int32))
     _walk(p, xp, (q, k, v), None, order, answer, (0, 0, 0), sizes, (tiles, p.batch * p.heads_q))
 

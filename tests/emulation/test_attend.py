@@ -15,13 +15,16 @@ LOG2_E = 1.4426950408889634
 
 
 def attend(p, q, k, v, order, offsets, query_order, reverse):
+    """The kernel's answer: along the lists, or where `order` is None dense."""
     s, real = p.settings, np.dtype(p.dtype)
     heads, row_tiles = p.batch * p.heads_q, len(p.tile_start)
     out = np.full((p.batch, p.heads_q, p.n_q, p.dim_v), np.nan, real)
     lse, mass = np.full((heads, p.n_q), np.nan, real), np.full((heads, p.n_q), np.nan, np.float32)
     tiles, blocks = np.full((heads, row_tiles), -1, np.int32), np.full((heads, row_tiles), -1, np.int32)
-    pools = [None, None]
-    if s.tail:
+    pools, stats = [None, None], [tiles, blocks, mass]
+    if order is None:
+        stats = [None, None, None]
+    elif s.tail:
         pools = [
             np.ascontiguousarray(reference.pool(p, x).reshape(-1, p.pool_blocks, x.shape[-1]), real) for x in (k, v)
         ]
@@ -29,8 +32,8 @@ def attend(p, q, k, v, order, offsets, query_order, reverse):
     strides = [(x, *(n // x.itemsize for n in x.strides[:3])) for x in (q, k, v, out)]
     arguments = [a for x in strides for a in x]
     arguments += [0, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, query_order, None, s.tau]
-    arguments += [lse, tiles, blocks, mass, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
-    arguments += [s.causal, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
+    arguments += [lse, *stats, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
+    arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
     arguments += [s.block_q, s.block_k, s.pool.bit_length() - 1, p.scale * LOG2_E]
     run.launch(
         "attend_simt", (row_tiles * p.group, p.batch * p.heads_kv), 256, arguments,
@@ -68,3 +71,19 @@ def test_attend_is_the_reference(dtype, settings, reverse):
     np.testing.assert_allclose(out[good], want.out[good], atol=tolerance)
     np.testing.assert_allclose(lse[good], want.lse[good], atol=tolerance)
     np.testing.assert_allclose(mass[good], want.tail_mass[good], atol=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("window", [1, 7, 33, 100, 129, 130, 500])
+def test_dense_attention_with_a_window_is_the_reference(window, reverse):
+    p = Problem(1, 2, 1, 90, 130, 12, 7, "float64", Settings(window=window, segment=90, block_q=64))
+    rng = np.random.default_rng(8)
+    q, k, v = (rng.standard_normal((1, h, n, d)) for h, n, d in ((2, 90, 12), (1, 130, 12), (1, 130, 7)))
+    q[0, 1, 40, 2], k[0, 0, 0, 1], v[0, 0, 60, 3] = np.nan, np.inf, np.inf
+    with np.errstate(invalid="ignore"):
+        want, want_lse = reference.dense(p, q, k, v)
+    out, lse, *_ = attend(p, q, k, v, None, None, None, reverse)
+    good = np.isfinite(want).all(axis=-1)
+    np.testing.assert_array_equal(np.isfinite(out).all(axis=-1), good)
+    np.testing.assert_allclose(out[good], want[good], atol=1e-12)
+    np.testing.assert_allclose(lse[good], want_lse[good], atol=1e-12)
