@@ -15,7 +15,8 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is missing: pi
 from examples.lm import __main__ as command
 from examples.lm import text, weights
 from examples.lm.evaluate import calibrate_layers, evaluate
-from examples.lm.model import logits, prefill, window_attention
+from examples.lm.model import logits, prefill
+from examples.lm.needle import Needle, needle
 from examples.lm.weights import Model
 
 HIDDEN, HEADS, KV_HEADS, DIM, FEED, CONTEXT, WINDOW = 32, 4, 2, 16, 64, 4096, 8
@@ -186,16 +187,6 @@ def test_sparse_at_tau_0_is_dense(tmp_path, arch):
     assert seen == ([5] if arch == "gemma3" else list(range(6)))
 
 
-@pytest.mark.parametrize("window", [1, 7, 64, 300, 5000])
-def test_window_attention_is_the_masked_one(window):
-    q, k, v = (np.random.default_rng(3).standard_normal((h, 301, 16), np.float32) for h in (4, 2, 2))
-    age = np.arange(301)[:, None] - np.arange(301)
-    s = np.where((age >= 0) & (age < window), q @ k.repeat(2, axis=0).swapaxes(1, 2) / 4, -np.inf)
-    p = np.exp(s - s.max(axis=-1, keepdims=True))
-    expected = p / p.sum(axis=-1, keepdims=True) @ v.repeat(2, axis=0)
-    np.testing.assert_allclose(window_attention(q, k, v, window), expected, atol=1e-5)
-
-
 def test_evaluation_at_tau_0_changes_nothing(llama, story):
     model = Model(llama)
     ids = text.encode(model, story, 2304)
@@ -215,6 +206,86 @@ def test_calibration_is_of_every_global_layer(tmp_path):
     settings = calibrate_layers(Model(tmp_path / "m.gguf"), np.random.default_rng(4).integers(0, 200, 600), 0.1)
     assert list(settings) == [5]
     assert settings[5].evidence[0].error.max() <= 0.1
+
+
+def test_calibration_starts_from_the_settings_given(llama):
+    ids = np.random.default_rng(4).integers(0, 200, 500)
+    settings = calibrate_layers(Model(llama), ids, 0.3, base=s2o.Settings(segment=64, rank="mean"))
+    assert {(x.segment, x.rank) for x in settings.values()} == {(64, "mean")}
+
+
+def test_attention_in_float16_is_near(tmp_path):
+    write(tmp_path / "m.gguf", "gemma3", 7)
+    ids, seen = np.random.default_rng(5).integers(0, 200, 300), []
+    exact = prefill(Model(tmp_path / "m.gguf"), ids)
+    halves = Model(tmp_path / "m.gguf", dtype=np.float16)
+    found = prefill(halves, ids, watch=lambda layer, *qkv: seen.extend(qkv))
+    assert {x.dtype for x in seen} == {np.dtype(np.float16)}
+    assert found.dtype == np.float32
+    off = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+    assert 1e-6 < off < 0.05
+
+
+# --- the needle ------------------------------------------------------------------------------
+def test_a_needle_lies_where_it_should(llama):
+    model, ids = Model(llama), np.arange(100) % 7
+    planted = Needle.make(model, ids, "the cue", " abc")
+
+    def words(ids):
+        return "".join(text.tokenizer(model).id_to_token(int(i)) for i in ids).replace("Ġ", " ").replace("Ċ", "\n")
+
+    for depth, place in ((0, 1), (0.5, 1 + round((len(planted.text) - 1) / 2)), (1, len(planted.text))):
+        prompt = planted.prompt(depth)
+        assert len(prompt) == len(ids)
+        fact = np.s_[place : place + len(planted.fact)]
+        assert words(prompt[fact]) == "\nthe cue abc.\n"
+        rest = np.delete(prompt, fact)
+        np.testing.assert_array_equal(rest[: len(planted.text)], ids[: len(planted.text)])
+        assert words(rest[len(planted.text) :]) == "\nthe cue abc"
+
+
+def test_the_needle_s_probability_is_the_model_s(llama, story):
+    model = Model(llama)
+    planted = Needle.make(model, text.encode(model, story, 2304), "the cue", " ab")
+    settings = {layer: s2o.Settings(tau=0) for layer in range(model.layers)}
+    report = needle(model, planted, settings, depths=3)
+    assert report["depth"] == [0, 0.5, 1]
+    assert report["tokens"] == 2304
+    assert report["mean_density"] == 1
+    for i, depth in enumerate(report["depth"]):
+        prompt = planted.prompt(depth)
+        y = logits(model, prefill(model, prompt)).astype(np.float64)
+        share = np.exp(y - y.max(axis=1, keepdims=True))
+        share /= share.sum(axis=1, keepdims=True)
+        places = np.arange(len(prompt) - len(planted.answer), len(prompt))
+        expected = share[places - 1, prompt[places]].prod()
+        for name in ("dense", "sparse"):
+            assert report["probability"][name][i] == pytest.approx(expected, rel=2e-3)
+            assert report["found"][name][i] == (y[places - 1].argmax(axis=1) == prompt[places]).all()
+
+
+def test_needles_that_cannot_be(llama):
+    model = Model(llama)
+    with pytest.raises(ValueError, match=r"the text has 10 tokens; wanted: \d+ or more for this needle"):
+        Needle.make(model, np.zeros(10, np.int64), "the cue", " ab")
+    with pytest.raises(ValueError, match="answer is ''; allowed: a text of one token or more"):
+        Needle.make(model, np.zeros(100, np.int64), "the cue", "")
+    with pytest.raises(ValueError, match="depths is 0; allowed: 1 or more"):
+        needle(model, Needle.make(model, np.zeros(200, np.int64)), {}, depths=0)
+
+
+def test_needle_reports(llama, story, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(prose(2000, seed=9), encoding="utf-8")
+    arguments = ["needle", llama, "--text", story, "--length", 2304, "--error", 0.3, "--depths", 2]
+    arguments = [str(x) for x in [*arguments, "--calibrate-text", tmp_path / "other.txt"]]
+    assert command.main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["settings"] == "default"
+    assert report["device"] == "cpu"
+    assert 0 < report["mean_density"] < 1
+    assert len(report["probability"]["sparse"]) == 2
+    assert command.main(arguments) == 0
+    assert "  found " in capsys.readouterr().out
 
 
 # --- tokens ----------------------------------------------------------------------------------

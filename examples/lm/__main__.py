@@ -8,18 +8,25 @@ import os
 import sys
 import time
 
+import ml_dtypes
+import numpy as np
+
 from examples.lm.capture import capture
 from examples.lm.evaluate import TAU_ALONE, calibrate_layers, evaluate
+from examples.lm.needle import ANSWER, CUE, DEPTHS, Needle, needle
 from examples.lm.text import encode
 from examples.lm.weights import Model, locate
+from s2o_cupy import Settings, backends
 from s2o_cupy.calibration import VARIANTS
 
 PROG = "python -m examples.lm"
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 DESCRIPTION = """\
 A language model in NumPy whose attention is s2o_cupy (llama and gemma3 GGUF files; pip install 's2o-cupy[lm]').
 
   python -m examples.lm capture smollm2 --text FILE --length 4096 --layers 8,14 --out heads
   python -m examples.lm eval smollm2 --text FILE --length 4096 --error 0.02 --calibrate-text OTHER
+  python -m examples.lm needle gemma3 --text FILE --length 8192 --error 0.1 --calibrate-text OTHER
 """
 
 
@@ -59,29 +66,65 @@ def run_capture(options) -> None:
 
 def run_eval(options) -> None:
     """Losses, densities and times, dense and sparse."""
-    model = Model(locate(options.model))
+    xp = _arrays(options.device)
+    model = Model(locate(options.model), xp, _dtype(options))
+    ids = xp.asarray(encode(model, options.text, options.length))
+    settings, report = _calibrated(options, model, ids)
+    report |= evaluate(model, ids, settings, options.repeats)
+    print(json.dumps(report, indent=1) if options.json else _table(report))
+
+
+def run_needle(options) -> None:
+    """The probability of a planted fact, dense and sparse."""
+    xp = _arrays(options.device)
+    model = Model(locate(options.model), xp, _dtype(options))
     ids = encode(model, options.text, options.length)
-    seen = ids if options.calibrate_text is None else encode(model, options.calibrate_text, options.length)
+    planted = Needle.make(model, ids, options.cue, options.answer)
+    settings, report = _calibrated(options, model, xp.asarray(ids))
+    report |= {"cue": options.cue, "answer": options.answer}
+    report |= needle(model, planted, settings, options.depths, xp)
+    print(json.dumps(report, indent=1) if options.json else _needle_table(report))
+
+
+def _arrays(device: str):
+    """The array module of a device."""
+    if device == "cpu":
+        return np
+    backends.require_cuda()
+    import cupy
+
+    return cupy
+
+
+def _dtype(options):
+    """What attention takes: on a GPU float16 by default, which its tensor cores read."""
+    return _DTYPES[options.dtype or ("float32" if options.device == "cpu" else "float16")]
+
+
+def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
+    """Settings of the global layers, and the report's first lines."""
+    seen = ids
+    if options.calibrate_text is not None:
+        seen = _arrays(options.device).asarray(encode(model, options.calibrate_text, options.length))
     start = time.perf_counter()
-    settings = calibrate_layers(model, seen, options.error, VARIANTS if options.all_variants else TAU_ALONE)
-    seconds = time.perf_counter() - start
-    report = {
+    base = Settings.precise() if options.precise else Settings()
+    settings = calibrate_layers(model, seen, options.error, VARIANTS if options.all_variants else TAU_ALONE, base)
+    return settings, {
         "model": model.name,
+        "device": options.device,
+        "attention_dtype": model.dtype.name,
         "text": os.path.basename(options.text),
         "calibrated_on": os.path.basename(options.calibrate_text or options.text),
+        "settings": "precise" if options.precise else "default",
         "error": options.error,
-        "calibration_s": seconds,
-        **evaluate(model, ids, settings, options.repeats),
+        "calibration_s": time.perf_counter() - start,
     }
-    print(json.dumps(report, indent=1) if options.json else _table(report))
 
 
 def _table(r: dict) -> str:
     """The report for people."""
-    same = "" if r["calibrated_on"] != r["text"] else " (the text itself: no held-out result)"
     lines = [
-        f"{r['model']}, {r['text']}, {r['tokens']} tokens",
-        f"error {r['error']:g} calibrated on {r['calibrated_on']}{same}",
+        *_heading(r),
         f"{'':24} {'dense':>9} {'sparse':>9}",
         f"{'nats a token':24} {r['dense_nats']:9.4f} {r['sparse_nats']:9.4f}   {r['rise_nats']:+.4f}",
     ]
@@ -105,6 +148,28 @@ def _table(r: dict) -> str:
         mean = sum(heads) / len(heads)
         lines.append(f"{layer:>5} {r['tau'][layer]:9.2g} {mean:8.3f}  {min(heads):.3f} to {max(heads):.3f}")
     return "\n".join(lines)
+
+
+def _needle_table(r: dict) -> str:
+    """The needle's report for people."""
+    lines = [
+        *_heading(r),
+        f"{r['cue']!r} then {r['answer']!r}, {r['answer_tokens']} tokens",
+        "  depth     dense    sparse",
+    ]
+    for depth, *pair in zip(r["depth"], *r["probability"].values()):
+        lines.append(f"{depth:7.2f} {pair[0]:9.4f} {pair[1]:9.4f}")
+    lines.append(f"  found {r['times_found']['dense']:9d} {r['times_found']['sparse']:9d}   of {len(r['depth'])}")
+    lines.append(f"mean density {r['mean_density']:.4f} (global layers)" if r["mean_density"] else "no global layer")
+    return "\n".join(lines)
+
+
+def _heading(r: dict) -> list[str]:
+    same = "" if r["calibrated_on"] != r["text"] else " (the text itself: no held-out result)"
+    return [
+        f"{r['model']}, {r['text']}, {r['tokens']} tokens, {r['device']}, attention in {r['attention_dtype']}",
+        f"{r['settings']} settings, error {r['error']:g} calibrated on {r['calibrated_on']}{same}",
+    ]
 
 
 def _refuse(error: Exception, code: int) -> int:
@@ -141,10 +206,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--layers", type=_layers, required=True, metavar="L,L", help="layers, from 0")
     sub.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX_lNN.npz for each layer")
     sub.set_defaults(run=run_capture)
-    sub = commands.add_parser("eval", parents=[common], help="next-token loss, dense and sparse")
-    sub.add_argument("--error", type=float, required=True, metavar="E", help="relative error of a head accepted")
-    sub.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
-    sub.add_argument("--all-variants", action="store_true", help="calibrate tries other rankings too, not tau alone")
+    sparse = argparse.ArgumentParser(add_help=False)
+    sparse.add_argument("--error", type=float, required=True, metavar="E", help="relative error of a head accepted")
+    sparse.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
+    sparse.add_argument("--precise", action="store_true", help="Settings.precise() in place of the defaults")
+    sparse.add_argument("--all-variants", action="store_true", help="calibrate tries other rankings too, not tau alone")
+    sparse.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="NumPy, or CuPy on the current GPU")
+    sparse.add_argument("--dtype", choices=_DTYPES, help="attention's (default: float32, on a GPU float16)")
+    sub = commands.add_parser("needle", parents=[common, sparse], help="a planted fact's probability, dense and sparse")
+    sub.add_argument(
+        "--depths", type=_count, default=DEPTHS, metavar="K", help="places of the fact (default %(default)s)"
+    )
+    sub.add_argument("--cue", default=CUE, help="start of the fact, and the prompt's end (default: %(default)s)")
+    sub.add_argument("--answer", default=ANSWER, help="what follows it (default: %(default)r)")
+    sub.set_defaults(run=run_needle)
+    sub = commands.add_parser("eval", parents=[common, sparse], help="next-token loss, dense and sparse")
     sub.add_argument("--repeats", type=_count, default=1, metavar="R", help="passes of each kind, in turn; least time")
     sub.set_defaults(run=run_eval)
     return parser

@@ -23,12 +23,13 @@ class Calibration:
     """An `attend` for `prefill` that answers densely and keeps, for every layer, settings that meet an error."""
 
     error: float
+    base: s2o.Settings
     variants: tuple = TAU_ALONE
     settings: dict[int, s2o.Settings] = field(default_factory=dict)
 
     def __call__(self, layer: int, q, k, v):
         try:
-            self.settings[layer] = s2o.calibrate(q, k, v, self.error, variants=self.variants)
+            self.settings[layer] = s2o.calibrate(q, k, v, self.error, settings=self.base, variants=self.variants)
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from None
         return dense(layer, q, k, v)
@@ -36,14 +37,15 @@ class Calibration:
 
 @dataclass
 class Attention:
-    """An `attend` for `prefill` that counts its own seconds; sparse where it has settings."""
+    """An `attend` for `prefill` that keeps the seconds of each layer; sparse where it has settings."""
 
     settings: dict[int, s2o.Settings] | None = None
-    seconds: float = 0.0
+    seconds: dict[int, float] = field(default_factory=dict)
     density: dict[int, list[float]] = field(default_factory=dict)
     paths: set[str] = field(default_factory=set)
 
     def __call__(self, layer: int, q, k, v):
+        _wait(v)  # the last of the three that was queued
         start = time.perf_counter()
         if self.settings is None:
             out = dense(layer, q, k, v)
@@ -51,16 +53,18 @@ class Attention:
             result = s2o.attention(q, k, v, self.settings[layer], full_output=True)
             out = result.out
         _wait(out)
-        self.seconds += time.perf_counter() - start
+        self.seconds[layer] = time.perf_counter() - start
         if self.settings is not None:
             self.density[layer] = result.stats.head_density.reshape(-1).tolist()
             self.paths.add(result.stats.path)
         return out
 
 
-def calibrate_layers(model: Model, ids, error: float, variants=TAU_ALONE) -> dict[int, s2o.Settings]:
-    """Settings of each global layer whose relative error on this text is at most `error` in every head."""
-    calibration = Calibration(error, tuple(variants))
+def calibrate_layers(
+    model: Model, ids, error: float, variants=TAU_ALONE, base: s2o.Settings | None = None
+) -> dict[int, s2o.Settings]:
+    """Settings of each global layer, from `base` on, whose relative error here is at most `error` in every head."""
+    calibration = Calibration(error, base or s2o.Settings(), tuple(variants))
     with Bar("calibrate", model.layers) as bar:
         prefill(model, ids, calibration, step=bar.step)
     return calibration.settings
@@ -95,7 +99,11 @@ def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int 
                 hidden[name] = prefill(model, ids, attends[name], step=bar.step)
                 _wait(hidden[name])
                 times.append((time.perf_counter() - start, attends[name].seconds))
-    seconds, in_attention = ({name: min(t[i] for t in times) for name, times in passes.items()} for i in (0, 1))
+    seconds = {name: min(t[0] for t in times) for name, times in passes.items()}
+    by_layer = {
+        name: {str(layer): min(t[1][layer] for t in times) for layer in attends[name].seconds}
+        for name, times in passes.items()
+    }
     losses, change, agree = compare(model, ids, hidden["dense"], hidden["sparse"])
     report = {"tokens": len(ids), "predictions": len(ids) - 1}
     for name, loss in losses.items():
@@ -113,7 +121,8 @@ def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int 
         "path": "ranked" if "ranked" in attends["sparse"].paths else "dense",
         "repeats": repeats,
         "prefill_s": seconds,
-        "global_attention_s": in_attention,
+        "global_attention_s": {name: sum(layers.values()) for name, layers in by_layer.items()},
+        "layer_attention_s": by_layer,
     }
 
 

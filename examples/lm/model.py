@@ -10,7 +10,7 @@ import s2o_cupy as s2o
 from examples.lm.weights import Model
 from s2o_cupy.arrays import namespace
 
-_ROWS = 1024  # rows of a block of the feed-forward and of window layers: bounds memory
+_ROWS = 1024  # rows of a block of the feed-forward: bounds memory
 
 
 def dense(layer: int, q, k, v):
@@ -35,8 +35,8 @@ def prefill(
     ids : int array (N,)
         Tokens; the array module of the whole pass is theirs.
     attend : callable
-        ``attend(layer, q, k, v)`` answers attention of a global layer: q (Hq, N, D), k and v (Hkv, N, D) float32,
-        after rotary embedding; scale 1/sqrt(D), causal. Window layers are computed here, exactly.
+        ``attend(layer, q, k, v)`` answers attention of a global layer: q (Hq, N, D), k and v (Hkv, N, D) of the model's
+        `dtype`, after rotary embedding; scale 1/sqrt(D), causal. Window layers are exact.
     watch : callable, optional
         ``watch(layer, q, k, v)`` sees the same arrays in every layer.
     stop : int, optional
@@ -59,13 +59,14 @@ def prefill(
         q, k, v = (_heads(h @ w[f"attn_{name}"].T, m.dim) for name in "qkv")
         if m.gemma:
             q, k = rms(q, w["attn_q_norm"], m.eps), rms(k, w["attn_k_norm"], m.eps)
-        q, k, v = rotate(q, m.rope_base(layer)), rotate(k, m.rope_base(layer)), xp.ascontiguousarray(v)
+        q, k = rotate(q, m.rope_base(layer)), rotate(k, m.rope_base(layer))
+        q, k, v = (xp.ascontiguousarray(x, m.dtype) for x in (q, k, v))
         if watch is not None:
             watch(layer, q, k, v)
         if layer == stop:
             return None
-        o = attend(layer, q, k, v) if m.is_global(layer) else window_attention(q, k, v, m.window)
-        o = xp.swapaxes(o, 0, 1).reshape(len(ids), -1) @ w["attn_output"].T
+        o = attend(layer, q, k, v) if m.is_global(layer) else s2o.dense_attention(q, k, v, window=m.window)
+        o = xp.swapaxes(o, 0, 1).reshape(len(ids), -1).astype(np.float32, copy=False) @ w["attn_output"].T
         x = x + (rms(o, w["post_attention_norm"], m.eps) if m.gemma else o)
         for i in range(0, len(ids), _ROWS):
             x[i : i + _ROWS] += _feed_forward(m, w, x[i : i + _ROWS])
@@ -92,26 +93,6 @@ def rotate(x, base: float):
     cos, sin = xp.asarray(np.cos(angle), np.float32), xp.asarray(np.sin(angle), np.float32)
     a, b = x[..., :half], x[..., half:]
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def window_attention(q, k, v, window: int):
-    """Exact causal attention to the last `window` keys, in row blocks.
-
-    It stands in for ``s2o.attention(window=)``, which the package does not have yet (issue 5).
-    """
-    xp = namespace(q)
-    (heads, rows, dim), kv_heads = q.shape, k.shape[0]
-    q = q.reshape(kv_heads, heads // kv_heads, rows, dim)
-    out = xp.empty_like(q)
-    step = min(_ROWS, max(window, 64))
-    for i in range(0, rows, step):
-        e, low = min(i + step, rows), max(0, i - window + 1)
-        row, col = xp.arange(i, e)[:, None], xp.arange(low, e)
-        s = q[:, :, i:e] @ k[:, None, low:e].swapaxes(2, 3) * np.float32(dim**-0.5)
-        s[..., (col > row) | (col <= row - window)] = -np.inf
-        p = xp.exp(s - s.max(axis=-1, keepdims=True))
-        out[:, :, i:e] = p @ v[:, None, low:e] / p.sum(axis=-1, keepdims=True)
-    return out.reshape(heads, rows, dim)
 
 
 def _heads(x, dim: int):

@@ -63,7 +63,9 @@ class Model:
     path : path
         GGUF file.
     xp : module
-        Array module that the weights are made in; numpy.
+        Array module that the weights are made in: numpy, or cupy for a GPU.
+    dtype : dtype
+        Of q, k and v as attention takes them; all other arithmetic is float32.
 
     Attributes
     ----------
@@ -83,8 +85,9 @@ class Model:
         The file is no GGUF, ends early, or holds a model that this decoder would compute wrongly.
     """
 
-    def __init__(self, path: str | os.PathLike, xp=np):
+    def __init__(self, path: str | os.PathLike, xp=np, dtype=np.float32):
         gguf = require("gguf")
+        self.dtype = np.dtype(dtype)
         self.path, self._xp, self._dequantize = Path(path), xp, gguf.quants.dequantize
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
