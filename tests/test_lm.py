@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
+from properties import CUDA
 
 import s2o_cupy as s2o
 
@@ -15,7 +16,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is missing: pi
 from examples.lm import __main__ as command
 from examples.lm import text, weights
 from examples.lm.evaluate import calibrate_layers, evaluate
-from examples.lm.model import logits, prefill
+from examples.lm.model import dense, logits, prefill
 from examples.lm.needle import Needle, needle
 from examples.lm.weights import Model
 
@@ -224,6 +225,32 @@ def test_attention_in_float16_is_near(tmp_path):
     assert found.dtype == np.float32
     off = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 1e-6 < off < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_the_decoder_on_a_gpu(tmp_path, story, capsys, arch):
+    if missing := CUDA.missing():
+        pytest.skip(missing)
+    import cupy
+
+    write(tmp_path / "m.gguf", arch, 7)
+    ids = np.random.default_rng(6).integers(0, 200, 700)
+    exact = prefill(Model(tmp_path / "m.gguf"), ids)
+
+    def walked(layer, q, k, v):
+        return s2o.attend(q, k, v, s2o.plan(q, k, tau=0))
+
+    for dtype, least in ((np.float32, 1e-4), (np.float16, 0.05)):
+        model = Model(tmp_path / "m.gguf", cupy, dtype)
+        for attend in (dense, walked):
+            found = prefill(model, cupy.asarray(ids), attend).get()
+            assert np.linalg.norm(found - exact) <= least * np.linalg.norm(exact)
+    for name in ("eval", "needle"):
+        arguments = [name, tmp_path / "m.gguf", "--text", story, "--length", 2304, "--error", 0.3, "--device", "cuda"]
+        assert command.main([*map(str, arguments), "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["device"], report["attention_dtype"]) == ("cuda", "float16")
 
 
 # --- the needle ------------------------------------------------------------------------------

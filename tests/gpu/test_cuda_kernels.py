@@ -123,6 +123,27 @@ def test_plain_stages(dtype, dims, settings):
     check_stages(Problem(2, 2, 1, 300, 400, *dims, dtype, chosen))
 
 
+@pytest.mark.parametrize("dtype", ERROR)
+@pytest.mark.parametrize("window", [1, 63, 128, 129, 500, 799, 800, 5000])
+def test_windows(dtype, window):
+    """Dense within the window, and no key or value before it is looked at, NaN and infinities among them."""
+    for dim, n_k in ((64, 800), (256, 1100)):
+        p = Problem(1, 4, 2, 600, n_k, dim, dim, dtype, Settings(window=window))
+        host = arrays(p)
+        before = max(p.shift + 1 - window, 0)  # hidden from every query
+        host[1][:, :, :before], host[2][:, :, :before] = np.nan, np.inf
+        want, want_lse = reference.dense(p, *[wide(x) for x in host])
+        q, k, v = map(cupy.asarray, host)
+        for found in (
+            s2o.dense_attention(q, k, v, window=window, full_output=True),
+            s2o.attention(q, k, v, window=window, full_output=True),
+            s2o.attend(q, k, v, s2o.plan(q, k, window=window), full_output=True),
+        ):
+            assert found.stats.path == "dense"
+            assert np.linalg.norm(wide(found.out) - want) <= ERROR[dtype] * np.linalg.norm(want)
+            np.testing.assert_allclose(found.lse.get(), want_lse, atol=2e-4 if dtype != "float64" else 1e-11)
+
+
 def call(n=3000, dtype="float16", heads=(4, 2), dim=64, seed=3):
     p = Problem(1, *heads, n, n, dim, dim, dtype, Settings())
     return [cupy.asarray(x) for x in arrays(p, seed)]
