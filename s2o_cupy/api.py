@@ -151,6 +151,8 @@ def plan(
 ) -> Plan:
     """Rank the keys for every segment of queries (stages 1 and 2), to be walked by `attend` any number of times.
 
+    With a `window` there is no history, and every list is empty.
+
     It holds the whole ranking: about ``4 * cap * Hq * Nq / segment * Nk / 2`` bytes when causal.
 
     Parameters, errors
@@ -183,7 +185,7 @@ def attend(
     check_finite: bool = False,
     **changes,
 ):
-    """Attention along a plan's ranking (stage 3), under the plan's settings.
+    """Attention along a plan's ranking (stage 3), under the plan's settings; with a `window`, dense within it.
 
     Parameters
     ----------
