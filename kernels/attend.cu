@@ -54,6 +54,7 @@ struct Agreed {
     const int* order;
     long long flat_head, out_at;
     int history, shift, window, rows, walked_tiles, blocks_found;
+    int all_from, all_until;  // keys that every row sees lie between
     int last_keys;  // of the last key tile walked
 };
 
@@ -167,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         agreed.walk.listed = listed;
         agreed.walk.pool_blocks = pool_blocks;
         agreed.order = order, agreed.flat_head = flat_head, agreed.out_at = batch * out_batch + head * out_head;
+        agreed.all_from = highest + shift + 1 - window, agreed.all_until = lowest + shift + 1;
         agreed.shift = shift, agreed.window = window, agreed.rows = rows, agreed.history = history, agreed.walked_tiles = agreed.blocks_found = 0;
         agreed.steps[0] = first_step(agreed.walk, SEEN_WINDOW, BLOCK_N);
         for (int i = 1; i < 3; ++i) agreed.steps[i] = step_after(agreed.walk, agreed.steps[i - 1], BLOCK_N);
@@ -277,6 +279,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         commit_copies();
         if (threadIdx.x == 0) agreed.steps[(place + 3) & 3] = step_after(agreed.walk, agreed.steps[(place + 2) & 3], BLOCK_N);
         const unsigned int stage = place & 1;
+        const bool masked = step.phase == MASKED_WINDOW && (step.count < BLOCK_N || step.start < agreed.all_from || step.start + step.count > agreed.all_until);
 
         if (step.phase == TAIL) {
             if (!in_tail) mark_tail(false), start_ceiling(), in_tail = true;
@@ -289,7 +292,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
             if (threadIdx.x < BLOCK_N) sm.bias[threadIdx.x] = bias;
             const int found = __syncthreads_count(bias > NEGATIVE_INFINITY);
             if (threadIdx.x == 0) agreed.blocks_found += found;
-        } else if (step.phase == MASKED_WINDOW) {
+        } else if (masked) {
             hide_non_finite(sm, sm.v + stage * V_BYTES);
         } else if (step.phase == HISTORY) {
             if (threadIdx.x == 0 && step.closes()) ++agreed.walked_tiles, agreed.last_keys = (step.tile_stop - 1) % block_k + 1;
@@ -300,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         float p[M_TILES][N_TILES][4];
         multiply_qk<HEAD_DIM>(p, sm.q, sm.k + stage * K_BYTES, warp_row);
 
-        if (step.count < BLOCK_N || step.phase >= TAIL) {
+        if (step.count < BLOCK_N || step.phase == TAIL || masked) {
             __syncwarp();
 #pragma unroll
             for (int m = 0; m < M_TILES; ++m)
@@ -308,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                 for (int h = 0; h < 2; ++h) {
                     const int r = warp_row + 16 * m + 8 * h + lane / 4;
                     int floor = 0, limit = step.count;  // columns before and from there on are hidden
-                    if (step.phase == MASKED_WINDOW) {
+                    if (masked) {
                         const int end = sm.row[r] + agreed.shift + 1 - step.start;
                         floor = end - agreed.window, limit = min(limit, end);
                     }
