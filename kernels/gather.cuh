@@ -62,7 +62,7 @@ __device__ __forceinline__ void load_rows(unsigned int to, const Rows& rows, con
             const int r = i / Tile::CHUNKS, c = i % Tile::CHUNKS;
             const unsigned int address = Tile::address(to, r, c);
             if (8 * c < width) copy16_async(address, rows.data + (long long)index[r] * stride + 16 * c);
-            else asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(address), "r"(0) : "memory");
+            else zero_shared16(address);
         }
         return;
     }
@@ -70,6 +70,6 @@ __device__ __forceinline__ void load_rows(unsigned int to, const Rows& rows, con
     for (int i = threadIdx.x; i < TILE_ROWS * COLUMNS; i += THREADS) {  // rows off 16 bytes: one by one
         const int r = i / COLUMNS, c = i % COLUMNS;
         const half_t x = c < width ? *(const half_t*)(rows.data + (long long)index[r] * stride + 2 * c) : (half_t)0;
-        asm volatile("st.shared.u16 [%0], %1;" ::"r"(Tile::address(to, r, c / 8) + 2 * (c % 8)), "h"(x) : "memory");
+        store_shared2(Tile::address(to, r, c / 8) + 2 * (c % 8), x);
     }
 }

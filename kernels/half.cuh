@@ -7,6 +7,10 @@ typedef unsigned short half_t;
 #ifdef S2O_EMULATION
 static inline float half_to_float(half_t x) { return s2o_emulation::half_to_float(x, IS_BF16); }
 static inline half_t float_to_half(float x) { return s2o_emulation::float_to_half(x, IS_BF16); }
+static inline half_t float_to_bfloat16(float x) { return s2o_emulation::float_to_half(x, 1); }
+static inline unsigned short float_to_score(float x) { return s2o_emulation::float_to_half(x, 0); }
+static inline float score_to_float(unsigned short x) { return s2o_emulation::half_to_float(x, 0); }
+static inline unsigned int pack_halves(float low, float high) { return float_to_half(low) | (unsigned int)float_to_half(high) << 16; }
 #else
 __device__ __forceinline__ float half_to_float(half_t x) {
 #if IS_BF16
@@ -30,6 +34,25 @@ __device__ __forceinline__ unsigned int pack_halves(float low, float high) {
 }
 
 __device__ __forceinline__ half_t float_to_half(float x) { return (half_t)pack_halves(x, 0.f); }
+
+__device__ __forceinline__ half_t float_to_bfloat16(float x) {
+    half_t y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// Scores are float16 whatever T is.
+__device__ __forceinline__ unsigned short float_to_score(float x) {
+    unsigned short y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float score_to_float(unsigned short x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
 #endif
 
 __device__ __forceinline__ bool half_is_finite(half_t x) {

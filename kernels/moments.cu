@@ -7,6 +7,7 @@
 // the query heads of a K/V head (share_order): `members` of them.
 // grid (segments of the slab, order heads of the slab, moment ? WIDTH / 64 : 1)   block 128
 // shared memory 2 * 64 * WIDTH * 2 bytes   macros IS_BF16, WIDTH (64, 128, 256)
+#include "centres.cuh"
 #include "gather.cuh"
 
 constexpr int THREADS = 128;
@@ -23,14 +24,14 @@ __device__ __forceinline__ int keep_finite(unsigned int chunk, int present, int*
     for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS) {
         unsigned int x[4];
         const unsigned int address = Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS);
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address));
+        load_shared16(x, address);
         if (!(halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3])))
             bad[i / Tile::CHUNKS] = 1, found = true;
     }
     if (__syncthreads_or(found)) {
         for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS)
             if (bad[i / Tile::CHUNKS])
-                asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS)), "r"(0) : "memory");
+                zero_shared16(Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS));
     }
     return __syncthreads_count(threadIdx.x < CHUNK_ROWS && !bad[threadIdx.x % CHUNK_ROWS]);
 }
@@ -80,9 +81,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) moments(
                 float part = 0.f;
 #pragma unroll 8
                 for (int r = 0; r < CHUNK_ROWS; ++r) {
-                    unsigned short x;
-                    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(Tile::address(here, r, column / 8) + 2 * (column % 8)));
-                    part += half_to_float(x);
+                    const unsigned int pair = load_shared4(Tile::address(here, r, column / 8) + 2 * (column % 8 & ~1));
+                    part += half_to_float((half_t)(pair >> 16 * (column % 2)));
                 }
                 column_sum[i] += part;
             }
@@ -117,4 +117,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) moments(
         *(float2*)(to + 8 * n) = make_float2(c[n][0], c[n][1]);
         *(float2*)(to + 8 * WIDTH + 8 * n) = make_float2(c[n][2], c[n][3]);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
+    const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
+    half_t* __restrict__ rows, float* __restrict__ share, half_t* __restrict__ variance, int* __restrict__ place,
+    int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
+    int width, int terms, int per_list, int capacity, float scale) {
+    find_centres(q, q_batch, q_head, q_row, rows, share, variance, place, heads_order, members, order_start, n_q, dim,
+                 segment, segment_start, width, terms, per_list, capacity, scale);
 }

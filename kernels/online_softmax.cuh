@@ -6,9 +6,13 @@ constexpr float LN_2 = 0.693147180559945309f;
 constexpr float LOG2_E = 1.44269504088896341f;
 
 __device__ __forceinline__ float exp2_approx(float x) {
+#ifdef S2O_EMULATION
+    return exp2f(x);
+#else
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+#endif
 }
 
 // The four lanes that share a row of an mma accumulator.

@@ -9,9 +9,17 @@
 // T is float16 or bfloat16 (IS_BF16). One kernel for each number of rows a list has: score_1 (mean rank), score_8,
 // score_16, score_32, score_64; the first row is linear, the others are squared. score_full: WIDTH rows, and
 // score = sum_i (row_i . k + mean_i) k_i.
+// The mixture rank (centres.cuh) takes three kernels: score_square, as score_1 with squared keys, leaves a list's
+// quadratic term where its scores will be; normalise sums a centre's exponentials over the history; score_mixture adds
+// the centres up.
+//   rows     [order heads of the slab, segments, per_list, WIDTH]  T  centres; per_list is 32 or a multiple of 64
+//   offset   [order heads of the slab, segments, per_list]  float  log2 of a centre's share; normalise takes twice log2
+//                                                                  of its sum from that
 // grid (key tiles of the longest history, order heads of a K/V head, K/V heads of the slab)   block WARPS * 32
-// shared memory (WARPS * 32 + 2 * 64) * WIDTH * 2 bytes   macros IS_BF16, WIDTH (64, 128, 256), WARPS
+//   normalise: tiles of WARPS * 32 rows of a head in place of key tiles
+// shared memory (WARPS * 32 + 2 * 64) * WIDTH * 2 + 512 bytes   macros IS_BF16, WIDTH (64, 128, 256), WARPS
 #include "gather.cuh"
+#include "online_softmax.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int TILE_KEYS = WARPS * 32;
@@ -22,13 +30,10 @@ typedef SharedTile<WIDTH> Tile;
 
 __device__ __forceinline__ unsigned short score_bits(float x) {
     const float clamped = fminf(fmaxf(x, -65504.f), 65504.f);
-    const float kept = x - x == 0.f ? clamped : x;  // infinities and NaN stay what they are
-    unsigned short y;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(kept));
-    return y;
+    return float_to_score(x - x == 0.f ? clamped : x);  // infinities and NaN stay what they are
 }
 
-enum { FULL = 0 };  // in place of PER_LIST
+enum { FULL = 0, SQUARE = -1 };  // in place of PER_LIST
 
 // Four keys in a row of one list.
 __device__ __forceinline__ void store_scores(unsigned short* to, float a, float b, float c, float d) {
@@ -46,8 +51,7 @@ __device__ __forceinline__ void add_shares(float (&sum)[4], const float (&c)[2][
             const float x = c[m][2 * h], y = c[m][2 * h + 1];
             float& share = sum[2 * m + h];
             if (PER_LIST == FULL) {
-                unsigned int pair;
-                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(pair) : "r"(Tile::address(keys, key + 2 * m + h, column / 8) + 4 * quad));
+                const unsigned int pair = load_shared4(Tile::address(keys, key + 2 * m + h, column / 8) + 4 * quad);
                 share += (x + mean[column + 2 * quad]) * half_to_float((half_t)pair) + (y + mean[column + 2 * quad + 1]) * half_to_float((half_t)(pair >> 16));
             } else {
                 share += (linear && quad == 0 ? x : x * x) + y * y;
@@ -78,6 +82,66 @@ __device__ __forceinline__ void reduce_quad(float (&u)[LISTS][4]) {
         }
 }
 
+// The first list whose history reaches `first_key`: histories grow with the segment.
+__device__ __forceinline__ int first_list_at(const int* history, int segments, int first_key) {
+    int first = 0;
+    for (int step = 1 << 20; step; step /= 2)
+        if (first + step <= segments && history[first + step - 1] <= first_key) first += step;
+    return first;
+}
+
+// Starts the copy of a chunk of 64 factor rows, or centres, to its half of `chunks`.
+__device__ __forceinline__ void fetch_rows(unsigned int chunks, const half_t* rows, int chunk, int total_rows) {
+#pragma unroll
+    for (int start = 0; start < CHUNK_ROWS * Tile::CHUNKS; start += THREADS) {
+        const int i = start + threadIdx.x, r = i / Tile::CHUNKS, c = i % Tile::CHUNKS;
+        const int row = min(chunk * CHUNK_ROWS + r, total_rows - 1);
+        copy16_async(Tile::address(chunks + (chunk & 1) * CHUNK_BYTES, r, c), rows + (long long)row * WIDTH + 8 * c);
+    }
+}
+
+// The warp's 32 keys in registers, for good. Row g of m-tile m, half h is key 4 g + 2 m + h, so that a lane ends up
+// with four keys in a row.
+__device__ __forceinline__ void load_keys(unsigned int (&a)[2][D_STEPS][4], unsigned int keys) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int d = 0; d < D_STEPS; ++d)
+            load_matrices(a[m][d], Tile::address(keys, warp * 32 + 4 * (lane & 7) + 2 * m + ((lane >> 3) & 1), 2 * d + (lane >> 4)));
+}
+
+// The squares of a pair of elements, as bfloat16: float16 has not their range.
+__device__ __forceinline__ unsigned int squares(unsigned int pair) {
+    const float x = half_to_float((half_t)pair), y = half_to_float((half_t)(pair >> 16));
+    return float_to_bfloat16(x * x) | (unsigned int)float_to_bfloat16(y * y) << 16;
+}
+
+// c[t][m] = the warp's two m-tiles of `a` times rows 8 n + 8 t .. of a chunk, whose first matrices `b` already holds;
+// leaves in `b` the first of the next pair of n-tiles.
+template <bool SQUARES>
+__device__ __forceinline__ void multiply_pair(float (&c)[2][2][4], const unsigned int (&a)[2][D_STEPS][4], unsigned int (&b)[2][4], unsigned int here, int n) {
+#pragma unroll
+    for (int d = 0; d < D_STEPS; ++d) {
+        const int next = n / 2 * D_STEPS + d + 1;
+        if (next < 4 * D_STEPS) load_matrices(b[next % 2], Tile::from(here, next / D_STEPS * 16, next % D_STEPS * 2));
+        const unsigned int(&x)[4] = b[d % 2];
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+            if (SQUARES) {
+                if (d == 0)
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) c[0][m][i] = c[1][m][i] = 0.f;
+                mma_bfloat16(c[0][m], a[m][d], x[0], x[1]), mma_bfloat16(c[1][m], a[m][d], x[2], x[3]);
+            } else if (d == 0) {
+                mma_from_zero(c[0][m], a[m][0], x[0], x[1]), mma_from_zero(c[1][m], a[m][0], x[2], x[3]);
+            } else {
+                mma(c[0][m], a[m][d], x[0], x[1]), mma(c[1][m], a[m][d], x[2], x[3]);
+            }
+        }
+    }
+}
+
 template <int PER_LIST>
 __device__ __forceinline__ void score_tile(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
@@ -86,7 +150,7 @@ __device__ __forceinline__ void score_tile(
     int heads_kv, int kv_start, int n_keys, int dim, int segments) {
     extern __shared__ __align__(128) char shared_memory[];
     __shared__ int index[TILE_KEYS];
-    constexpr int ROWS = PER_LIST == FULL ? WIDTH : PER_LIST;                 // of a list
+    constexpr int ROWS = PER_LIST == FULL ? WIDTH : PER_LIST == SQUARE ? 1 : PER_LIST;  // of a list
     constexpr int LISTS = ROWS >= CHUNK_ROWS ? 1 : CHUNK_ROWS / ROWS;         // of a chunk
     constexpr int SPAN = ROWS >= CHUNK_ROWS ? ROWS / CHUNK_ROWS : 1;          // chunks of a list
     const unsigned int keys = shared_address(shared_memory), chunks = keys + TILE_KEYS * WIDTH * 2;
@@ -96,68 +160,42 @@ __device__ __forceinline__ void score_tile(
     rows += (long long)order_head * segments * ROWS * WIDTH;
     scores += order_head * starts[segments];
 
-    // Histories grow with the segment: the first list that reaches this tile of keys.
-    int first_list = 0;
-    for (int step = 1 << 20; step; step /= 2)
-        if (first_list + step <= segments && history[first_list + step - 1] <= first_key) first_list += step;
+    const int first_list = first_list_at(history, segments, first_key);
     const int total_rows = segments * ROWS, chunk_stop = (total_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
     int chunk = (int)((long long)first_list * ROWS / CHUNK_ROWS);
     if (first_list == segments) return;
 
-    auto fetch = [&](int which) {
-#pragma unroll
-        for (int start = 0; start < CHUNK_ROWS * Tile::CHUNKS; start += THREADS) {
-            const int i = start + threadIdx.x, r = i / Tile::CHUNKS, c = i % Tile::CHUNKS;
-            const int row = min(which * CHUNK_ROWS + r, total_rows - 1);
-            copy16_async(Tile::address(chunks + (which & 1) * CHUNK_BYTES, r, c), rows + (long long)row * WIDTH + 8 * c);
-        }
-        commit_copies();
-    };
-
     for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
     __syncthreads();
     load_rows<WIDTH, TILE_KEYS, THREADS>(keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), index);
+    fetch_rows(chunks, rows, chunk, total_rows);
     commit_copies();
-    fetch(chunk);
     wait_copies<0>();
     __syncthreads();
-
-    // The warp's 32 keys, for good. Row g of m-tile m, half h is key 4 g + 2 m + h, so that a lane ends up with four
-    // keys in a row.
     unsigned int a[2][D_STEPS][4];
+    load_keys(a, keys);
+    if (PER_LIST == SQUARE)
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int d = 0; d < D_STEPS; ++d)
-            load_matrices(a[m][d], Tile::address(keys, warp * 32 + 4 * (lane & 7) + 2 * m + ((lane >> 3) & 1), 2 * d + (lane >> 4)));
+        for (int i = 0; i < 8 * D_STEPS; ++i) a[i % 2][i / 2 % D_STEPS][i / 2 / D_STEPS] = squares(a[i % 2][i / 2 % D_STEPS][i / 2 / D_STEPS]);
 
     const int key = first_key + warp * 32 + 4 * (lane / 4);
     float u[LISTS][4] = {};  // this lane's share of its four keys' sums
     for (; chunk < chunk_stop; ++chunk) {
         wait_copies<0>();
         __syncthreads();
-        if (chunk + 1 < chunk_stop) fetch(chunk + 1);
+        if (chunk + 1 < chunk_stop) fetch_rows(chunks, rows, chunk + 1, total_rows);
+        commit_copies();
         const unsigned int here = Tile::address(chunks + (chunk & 1) * CHUNK_BYTES, (lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
         unsigned int b[2][4];
         load_matrices(b[0], here);
 #pragma unroll
         for (int n = 0; n < 8; n += 2) {
             float c[2][2][4];  // [n-tile][m-tile]
-#pragma unroll
-            for (int d = 0; d < D_STEPS; ++d) {
-                const int next = n / 2 * D_STEPS + d + 1;
-                if (next < 4 * D_STEPS) load_matrices(b[next % 2], Tile::from(here, next / D_STEPS * 16, next % D_STEPS * 2));
-                const unsigned int(&x)[4] = b[d % 2];
-#pragma unroll
-                for (int m = 0; m < 2; ++m) {
-                    if (d == 0) mma_from_zero(c[0][m], a[m][0], x[0], x[1]), mma_from_zero(c[1][m], a[m][0], x[2], x[3]);
-                    else mma(c[0][m], a[m][d], x[0], x[1]), mma(c[1][m], a[m][d], x[2], x[3]);
-                }
-            }
+            multiply_pair<PER_LIST == SQUARE>(c, a, b, here, n);
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
                 const int row = 8 * (n + t);  // of the chunk
-                if (PER_LIST == 1) {  // columns 2 quad and the next are lists of their own
+                if (ROWS == 1) {  // columns 2 quad and the next are lists of their own
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
                         const int list = chunk * CHUNK_ROWS + row + 2 * quad + i;
@@ -171,7 +209,7 @@ __device__ __forceinline__ void score_tile(
                 }
             }
         }
-        if (PER_LIST == 1 || (SPAN > 1 && chunk % SPAN != SPAN - 1)) continue;
+        if (ROWS == 1 || (SPAN > 1 && chunk % SPAN != SPAN - 1)) continue;
         reduce_quad<LISTS>(u);
         constexpr int EACH = LISTS >= 4 ? LISTS / 4 : 1;
         const bool writes = LISTS >= 4 || quad % (4 / LISTS) == 0;
@@ -203,3 +241,200 @@ SCORE(score_16, 16, 128)
 SCORE(score_32, 32, 64)
 SCORE(score_64, 64, 64)
 SCORE(score_full, FULL, 64)
+SCORE(score_square, SQUARE, 128)
+
+// A sum of powers of 2 and the exponent it is scaled by; the exponent starts below any logit, above -inf.
+struct PowerSum {
+    float frame, sum;
+
+    __device__ __forceinline__ void clear() { frame = -1e30f, sum = 0.f; }
+    __device__ __forceinline__ void raise(float top) {
+        sum *= exp2_approx(frame - top);
+        frame = top;
+    }
+    __device__ __forceinline__ void add(float other_frame, float other_sum) {
+        const float top = fmaxf(frame, other_frame);
+        sum = sum * exp2_approx(frame - top) + other_sum * exp2_approx(other_frame - top);
+        frame = top;
+    }
+    __device__ __forceinline__ float log2() const { return frame + log2f(sum); }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
+    const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
+    const half_t* __restrict__ rows, float* __restrict__ offset, const int* __restrict__ history,
+    const long long* __restrict__ starts, const unsigned short* __restrict__ scores, int heads_kv, int kv_start,
+    int n_keys, int dim, int segments, int per_list, float unit) {
+    extern __shared__ __align__(128) char shared_memory[];
+    __shared__ int index[2][CHUNK_ROWS];
+    constexpr int TILE_ROWS = THREADS;
+    const unsigned int mine = shared_address(shared_memory), chunks = mine + TILE_ROWS * WIDTH * 2;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
+    const int kv = kv_start + blockIdx.z, order_head = blockIdx.z * gridDim.y + blockIdx.y;
+    const int first_row = (gridDim.x - 1 - blockIdx.x) * TILE_ROWS, total_rows = segments * per_list;  // longest first
+    const int list = (first_row + warp * 32) / per_list, stop = list < segments ? history[list] : 0;
+    const int last = history[min((first_row + TILE_ROWS - 1) / per_list, segments - 1)];
+    rows += (long long)order_head * total_rows * WIDTH;
+    offset += (long long)order_head * total_rows;
+    scores += order_head * starts[segments] + (list < segments ? starts[list] : 0) + 2 * quad;
+    const Rows from = rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned);
+
+    auto fetch = [&](int chunk) {
+        int* keys = index[chunk & 1];
+        if (threadIdx.x < CHUNK_ROWS) keys[threadIdx.x] = min(chunk * CHUNK_ROWS + (int)threadIdx.x, n_keys - 1);
+        __syncthreads();
+        load_rows<WIDTH, CHUNK_ROWS, THREADS>(chunks + (chunk & 1) * CHUNK_BYTES, from, keys);
+        commit_copies();
+    };
+
+    for (int i = threadIdx.x; i < TILE_ROWS * Tile::CHUNKS; i += THREADS) {
+        const int r = i / Tile::CHUNKS, c = i % Tile::CHUNKS;
+        copy16_async(Tile::address(mine, r, c), rows + (long long)min(first_row + r, total_rows - 1) * WIDTH + 8 * c);
+    }
+    fetch(0);
+    wait_copies<0>();
+    __syncthreads();
+    unsigned int a[2][D_STEPS][4];  // the warp's 32 centres
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int d = 0; d < D_STEPS; ++d) load_matrices(a[m][d], Tile::address(mine, warp * 32 + 16 * m + (lane & 15), 2 * d + (lane >> 4)));
+
+    PowerSum sums[4];  // of rows lane / 4 + 8 i, over this lane's keys
+    for (int i = 0; i < 4; ++i) sums[i].clear();
+    for (int chunk = 0; chunk * CHUNK_ROWS < last; ++chunk) {
+        const int first_key = chunk * CHUNK_ROWS;
+        wait_copies<0>();
+        __syncthreads();
+        if (first_key + CHUNK_ROWS < last) fetch(chunk + 1);
+        if (first_key >= stop) continue;
+        unsigned int quadratic[8], b[2][4];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) quadratic[n] = *(const unsigned int*)(scores + first_key + 8 * n);
+        const unsigned int here = Tile::address(chunks + (chunk & 1) * CHUNK_BYTES, (lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+        load_matrices(b[0], here);
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+            float c[2][2][4];
+            multiply_pair<false>(c, a, b, here, n);
+            float bias[4];  // of keys 8 (n + i / 2) + 2 quad + i % 2
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int key = first_key + 8 * (n + i / 2) + 2 * quad + i % 2;
+                bias[i] = key < stop ? LOG2_E * score_to_float((unsigned short)(quadratic[n + i / 2] >> 16 * (i % 2))) : NEGATIVE_INFINITY;
+            }
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+                float x[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) x[i] = fmaf(c[i / 2][r / 2][r % 2 * 2 + i % 2], unit, bias[i]);
+                const float top = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
+                if (top > sums[r].frame + 8.f) sums[r].raise(top);  // seldom, once the great ones were seen
+#pragma unroll
+                for (int i = 0; i < 4; ++i) sums[r].sum += exp2_approx(x[i] - sums[r].frame);
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        for (int step = 1; step < 4; step *= 2) {
+            const float frame = __shfl_xor_sync(0xffffffffu, sums[r].frame, step), sum = __shfl_xor_sync(0xffffffffu, sums[r].sum, step);
+            sums[r].add(frame, sum);
+        }
+        const int row = first_row + warp * 32 + lane / 4 + 8 * r;
+        if (quad == 0 && row < total_rows) {
+            const float share = offset[row];
+            offset[row] = share == NEGATIVE_INFINITY ? share : share - 2.f * sums[r].log2();
+        }
+    }
+}
+
+constexpr int GROUP_ROWS = WIDTH <= 128 ? 32 : 16;  // products held at once
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) score_mixture(
+    const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
+    const half_t* __restrict__ rows, const float* __restrict__ offset, const int* __restrict__ history,
+    const long long* __restrict__ starts, unsigned short* __restrict__ scores, int heads_kv, int kv_start,
+    int n_keys, int dim, int segments, int per_list, float unit) {
+    extern __shared__ __align__(128) char shared_memory[];
+    __shared__ int index[TILE_KEYS];
+    const unsigned int keys = shared_address(shared_memory), chunks = keys + TILE_KEYS * WIDTH * 2;
+    const float* const staged = (const float*)(shared_memory + TILE_KEYS * WIDTH * 2 + 2 * CHUNK_BYTES);  // [2][64] offsets
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
+    const int first_key = blockIdx.x * TILE_KEYS, kv = kv_start + blockIdx.z;
+    const int order_head = blockIdx.z * gridDim.y + blockIdx.y, total_rows = segments * per_list;
+    rows += (long long)order_head * total_rows * WIDTH;
+    offset += (long long)order_head * total_rows;
+    scores += order_head * starts[segments];
+    const int first_list = first_list_at(history, segments, first_key);
+    if (first_list == segments) return;
+
+    auto fetch = [&](int chunk) {
+        fetch_rows(chunks, rows, chunk, total_rows);
+        if (threadIdx.x < CHUNK_ROWS / 4)
+            copy16_async(chunks + 2 * CHUNK_BYTES + (chunk & 1) * CHUNK_ROWS * 4 + 16 * threadIdx.x,
+                         offset + min(chunk * CHUNK_ROWS + 4 * (int)threadIdx.x, total_rows - 4));
+        commit_copies();
+    };
+
+    int chunk = (int)((long long)first_list * per_list / CHUNK_ROWS);
+    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
+    __syncthreads();
+    load_rows<WIDTH, TILE_KEYS, THREADS>(keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), index);
+    fetch(chunk);
+    wait_copies<0>();
+    __syncthreads();
+    unsigned int a[2][D_STEPS][4];
+    load_keys(a, keys);
+
+    const int key = first_key + warp * 32 + lane;  // the one that this lane writes
+    PowerSum sums[4];                              // of the lane's four keys, over its columns
+    for (; chunk * CHUNK_ROWS < total_rows; ++chunk) {
+        wait_copies<0>();
+        __syncthreads();
+        if ((chunk + 1) * CHUNK_ROWS < total_rows) fetch(chunk + 1);
+        const unsigned int here = Tile::address(chunks + (chunk & 1) * CHUNK_BYTES, (lane & 7) + (lane >> 4) * 8, (lane >> 3) & 1);
+        unsigned int b[2][4];
+        load_matrices(b[0], here);
+#pragma unroll
+        for (int part = 0; part < CHUNK_ROWS; part += GROUP_ROWS) {
+            const int row = chunk * CHUNK_ROWS + part, list = row / per_list;
+            float c[GROUP_ROWS / 16][2][2][4];
+#pragma unroll
+            for (int pair = 0; pair < GROUP_ROWS / 16; ++pair) multiply_pair<false>(c[pair], a, b, here, part / 8 + 2 * pair);
+            float2 shift[GROUP_ROWS / 8];
+#pragma unroll
+            for (int n = 0; n < GROUP_ROWS / 8; ++n) shift[n] = *(const float2*)(staged + (chunk & 1) * CHUNK_ROWS + part + 8 * n + 2 * quad);
+            const bool begins = row % per_list == 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float x[GROUP_ROWS / 4], top = -1e30f;
+#pragma unroll
+                for (int j = 0; j < GROUP_ROWS / 4; ++j) {
+                    x[j] = fmaf(c[j / 4][j / 2 % 2][i / 2][i % 2 * 2 + j % 2], 2.f * unit, j % 2 ? shift[j / 2].y : shift[j / 2].x);
+                    top = fmaxf(top, x[j]);
+                }
+                if (begins) sums[i].frame = top, sums[i].sum = 0.f;
+                else if (top > sums[i].frame) sums[i].raise(top);
+#pragma unroll
+                for (int j = 0; j < GROUP_ROWS / 4; ++j) sums[i].sum += exp2_approx(x[j] - sums[i].frame);
+            }
+            if ((row + GROUP_ROWS) % per_list) continue;
+            // The quad's lanes add up: first two keys each, then one.
+#pragma unroll
+            for (int step = 2; step; step /= 2)
+#pragma unroll
+                for (int i = 0; i < step; ++i) {
+                    const bool upper = quad & step;
+                    const PowerSum mine = upper ? sums[step + i] : sums[i], other = upper ? sums[i] : sums[step + i];
+                    const float frame = __shfl_xor_sync(0xffffffffu, other.frame, step), sum = __shfl_xor_sync(0xffffffffu, other.sum, step);
+                    sums[i] = mine;
+                    sums[i].add(frame, sum);
+                }
+            if (list < segments && key < history[list]) {
+                unsigned short* to = scores + starts[list] + key;
+                *to = score_bits(score_to_float(*to) + 0.5f * LN_2 * sums[0].log2());
+            }
+        }
+    }
+}

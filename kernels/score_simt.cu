@@ -9,11 +9,57 @@
 //   history, starts, score: as in score.cu, score float
 // moments: grid (segments, order heads, dim tiles of 32 squared, 1 when moment is null)   block 256
 // score:   grid (key tiles of 32, segments of the slab, order heads of the slab)   block 256
-// shared memory: moments 2 * 32 * 33 REAL; score 32 * (dim + 1) + 256 REAL (dynamic)   macro REAL
-#define POSITIVE_INFINITY __int_as_float(0x7f800000)
-typedef REAL real_t;
+// The mixture rank: centres (centres.cuh), normalise and score_mixture, with the arrays of score.cu but its quadratic
+// term, which they compute for themselves, and
+//   variance [order heads of the slab, segments, dim]           REAL  from centres
+//   offset   [order heads of the slab, segments, per_list]      REAL  log2 of a centre's share, then less its sum's
+// normalise: grid (segments, order heads, row tiles of 32)   score_mixture: as score   block 256
+// shared memory (dynamic, all but moments): 32 * (dim + 1) + 512 REAL   macro REAL
+#include "centres.cuh"
 
-__device__ __forceinline__ bool is_finite(real_t x) { return x - x == 0; }
+__device__ __forceinline__ real_t power_2(real_t x) { return sizeof(real_t) == 4 ? (real_t)exp2f((float)x) : (real_t)exp2((double)x); }
+
+// A sum of powers of 2 and the exponent it is scaled by.
+struct PowerSum {
+    real_t frame, sum;
+
+    __device__ __forceinline__ void clear() { frame = (real_t)-1e30f, sum = 0; }
+    __device__ __forceinline__ void add(real_t other_frame, real_t other_sum) {
+        const real_t top = frame > other_frame ? frame : other_frame;
+        sum = sum * power_2(frame - top) + other_sum * power_2(other_frame - top);
+        frame = top;
+    }
+    __device__ __forceinline__ void add(real_t x) {
+        if (x > frame) sum *= power_2(frame - x), frame = x;
+        sum += power_2(x - frame);
+    }
+    __device__ __forceinline__ real_t log2() const { return frame + log_2(sum); }
+};
+
+// 32 keys from `first` on into shared rows of dim + 1; zeros from `stop` on.
+__device__ __forceinline__ void load_keys(real_t* keys, const real_t* k, long long k_row, int first, int stop, int dim) {
+    for (int i = threadIdx.x; i < 32 * dim; i += 256) {
+        const int r = i / dim, d = i % dim;
+        keys[r * (dim + 1) + d] = first + r < stop ? k[(first + r) * k_row + d] : 0;
+    }
+}
+
+__device__ __forceinline__ real_t dot(const real_t* a, const real_t* b, int dim) {
+    real_t x = 0;
+    for (int d = 0; d < dim; ++d) x += a[d] * b[d];
+    return x;
+}
+
+// The quadratic term of the lane's key: the warps' shares of the columns, added up. `partial` holds 256 numbers.
+__device__ __forceinline__ real_t quadratic(const real_t* key, const real_t* variance, int dim, real_t* partial) {
+    real_t x = 0;
+    for (int d = threadIdx.x / 32; d < dim; d += 8) x += variance[d] * key[d] * key[d];
+    partial[threadIdx.x] = x;
+    __syncthreads();
+    x = 0;
+    for (int w = 0; w < 8; ++w) x += partial[w * 32 + threadIdx.x % 32];
+    return x;
+}
 
 extern "C" __global__ void __launch_bounds__(256) moments(
     const real_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
@@ -88,18 +134,14 @@ extern "C" __global__ void __launch_bounds__(256) score(
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, stop = history[s];
     if (first_key >= stop) return;
     k += kv / heads_kv * k_batch + kv % heads_kv * k_head;
-    for (int i = threadIdx.x; i < 32 * dim; i += 256) {
-        const int r = i / dim, d = i % dim;
-        keys[r * (dim + 1) + d] = first_key + r < stop ? k[(first_key + r) * k_row + d] : 0;
-    }
+    load_keys(keys, k, k_row, first_key, stop, dim);
     __syncthreads();
     const long long list = (long long)order_head * segments + s;
     rows += list * per_list * dim;
     const real_t* const key = keys + lane * (dim + 1);
     real_t share = 0;
     for (int r = warp; r < per_list; r += 8) {
-        real_t x = 0;
-        for (int d = 0; d < dim; ++d) x += key[d] * rows[(long long)r * dim + d];
+        const real_t x = dot(key, rows + (long long)r * dim, dim);
         share += mean != nullptr ? (x + mean[list * dim + r]) * key[r] : r == 0 ? x : x * x;
     }
     partial[threadIdx.x] = share;
@@ -108,5 +150,77 @@ extern "C" __global__ void __launch_bounds__(256) score(
         real_t total = 0;
         for (int w = 0; w < 8; ++w) total += partial[w * 32 + lane];
         scores[order_head * starts[segments] + starts[s] + first_key + lane] = (float)total;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
+    const real_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
+    real_t* __restrict__ rows, real_t* __restrict__ share, real_t* __restrict__ variance, int* __restrict__ place,
+    int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
+    int width, int terms, int per_list, int capacity, real_t scale) {
+    find_centres(q, q_batch, q_head, q_row, rows, share, variance, place, heads_order, members, order_start, n_q, dim,
+                 segment, segment_start, width, terms, per_list, capacity, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(256) normalise(
+    const real_t* __restrict__ k, long long k_batch, long long k_head, long long k_row,
+    const real_t* __restrict__ rows, const real_t* __restrict__ variance, real_t* __restrict__ offset,
+    const int* __restrict__ history, int heads_kv, int kv_start, int dim, int segments, int per_list, int orders, real_t unit) {
+    extern __shared__ double shared_memory[];
+    real_t* const keys = (real_t*)shared_memory;  // [32][dim + 1]
+    real_t* const partial = keys + 32 * (dim + 1);
+    const int s = blockIdx.x, order_head = blockIdx.y, kv = kv_start + order_head / orders, stop = history[s];
+    const int lane = threadIdx.x & 31, first_row = blockIdx.z * 32 + threadIdx.x / 32 * 4;
+    const long long list = (long long)order_head * segments + s;
+    k += kv / heads_kv * k_batch + kv % heads_kv * k_head;
+    rows += list * per_list * dim, variance += list * dim, offset += list * per_list;
+    PowerSum sums[4];  // of the warp's four rows, over the lane's keys
+    for (int r = 0; r < 4; ++r) sums[r].clear();
+    for (int first_key = 0; first_key < stop; first_key += 32) {
+        __syncthreads();
+        load_keys(keys, k, k_row, first_key, stop, dim);
+        __syncthreads();
+        const real_t* const key = keys + lane * (dim + 1);
+        const real_t bias = (real_t)1.4426950408889634 * quadratic(key, variance, dim, partial);
+        for (int r = 0; r < 4; ++r)
+            if (first_row + r < per_list && first_key + lane < stop)
+                sums[r].add(unit * dot(key, rows + (long long)(first_row + r) * dim, dim) + bias);
+    }
+    for (int r = 0; r < 4; ++r) {
+        for (int step = 1; step < 32; step *= 2) {
+            const real_t frame = __shfl_xor_sync(0xffffffffu, sums[r].frame, step), sum = __shfl_xor_sync(0xffffffffu, sums[r].sum, step);
+            sums[r].add(frame, sum);
+        }
+        if (lane == 0 && first_row + r < per_list && offset[first_row + r] != NEGATIVE_INFINITY) offset[first_row + r] -= 2 * sums[r].log2();
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256) score_mixture(
+    const real_t* __restrict__ k, long long k_batch, long long k_head, long long k_row,
+    const real_t* __restrict__ rows, const real_t* __restrict__ variance, const real_t* __restrict__ offset,
+    const int* __restrict__ history, const long long* __restrict__ starts, float* __restrict__ scores,
+    int heads_kv, int kv_start, int dim, int segments, int per_list, int orders, real_t unit) {
+    extern __shared__ double shared_memory[];
+    real_t* const keys = (real_t*)shared_memory;  // [32][dim + 1]
+    real_t* const partial = keys + 32 * (dim + 1);
+    const int first_key = blockIdx.x * 32, s = blockIdx.y, order_head = blockIdx.z, kv = kv_start + order_head / orders;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, stop = history[s];
+    if (first_key >= stop) return;
+    const long long list = (long long)order_head * segments + s;
+    load_keys(keys, k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, first_key, stop, dim);
+    rows += list * per_list * dim, variance += list * dim, offset += list * per_list;
+    __syncthreads();
+    const real_t* const key = keys + lane * (dim + 1);
+    const real_t bias = quadratic(key, variance, dim, partial);
+    PowerSum sum;  // of the lane's key, over the warp's rows
+    sum.clear();
+    for (int r = warp; r < per_list; r += 8) sum.add(2 * unit * dot(key, rows + (long long)r * dim, dim) + offset[r]);
+    __syncthreads();
+    partial[threadIdx.x] = sum.frame;
+    partial[256 + threadIdx.x] = sum.sum;
+    __syncthreads();
+    if (warp == 0 && first_key + lane < stop) {
+        for (int w = 1; w < 8; ++w) sum.add(partial[w * 32 + lane], partial[256 + w * 32 + lane]);
+        scores[order_head * starts[segments] + starts[s] + first_key + lane] = (float)(bias + (real_t)0.34657359027997264 * sum.log2());
     }
 }

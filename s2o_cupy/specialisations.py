@@ -94,8 +94,8 @@ def score_macros(dtype: str, dim: int, arch: str) -> dict:
 
 
 def score_shared_bytes(macros: dict) -> int:
-    """Dynamic shared memory of score.cu: its keys, and two chunks of 64 rows."""
-    return (macros["WARPS"] * 32 + 128) * macros["WIDTH"] * 2
+    """Dynamic shared memory of score.cu: its keys, and two chunks of 64 rows with their offsets."""
+    return (macros["WARPS"] * 32 + 128) * macros["WIDTH"] * 2 + 512
 
 
 def remap_macros(dtype: str) -> dict:

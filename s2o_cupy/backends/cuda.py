@@ -34,8 +34,8 @@ class Scores:
 def score(problem: Problem, q, k, slab: Slab) -> Scores:
     """Stage 1 for the slab's lists."""
     p, halves = problem, problem.dtype in _HALVES
-    if p.settings.rank not in ("mean", "gaussian"):
-        raise ValueError(f"rank is {p.settings.rank!r}; the CUDA backend supports 'mean' and 'gaussian'")
+    if p.settings.rank == "mixture":
+        return _score_mixture(p, q, k, slab)
     q, k = _rows(q), _rows(k)
     heads, segments = (slab.kv_stop - slab.kv_start) * p.orders, slab.segments
     lists, terms = heads * segments, p.terms
@@ -84,6 +84,56 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
             block, shared = 256, (32 * (p.dim_qk + 1) + 256) * np.dtype(p.dtype).itemsize
             grid = (-(-longest // 32), segments, heads)
         kernel(grid, (block,), (*arguments, scores, *map(np.int32, sizes)), shared_mem=shared)
+    return Scores(scores, starts, history, longest)
+
+
+def _score_mixture(p: Problem, q, k, slab: Slab) -> Scores:
+    """`score` for the mixture rank: centres, their sums over the history, scores."""
+    q, k, halves = _rows(q), _rows(k), p.dtype in _HALVES
+    heads, segments = (slab.kv_stop - slab.kv_start) * p.orders, slab.segments
+    lists, width = heads * segments, kernels.rank_width(p.dim_qk) if halves else p.dim_qk
+    per_list = p.terms if not halves else 32 if p.terms <= 32 else -(-p.terms // 64) * 64
+    history, starts, total, longest = _lists_on(
+        cp.cuda.runtime.getDevice(), _geometry(p), slab.segment_start, slab.segment_stop
+    )
+    scores = cp.empty(heads * total, np.float16 if halves else np.float32)
+    if not longest:
+        return Scores(scores, starts, history, longest)
+
+    rows = cp.empty((lists, per_list, width), np.uint16 if halves else p.dtype)
+    variance = cp.empty((lists, width), rows.dtype)
+    offset = cp.empty((lists, per_list), p.compute_dtype)
+    members, order_start, real = p.group // p.orders, slab.kv_start * p.orders, p.compute_dtype.type
+    capacity = members * min(p.settings.segment, p.n_q)
+    arrays = (q, *_strides(q), rows, offset, variance, cp.empty((lists, 2, capacity), np.int32))
+    sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
+    sizes = (*sizes, width, p.terms, per_list, capacity)
+    kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, p.dim_qk, "centres")
+    kernel((segments, heads), (256,), (*arrays, *map(np.int32, sizes), real(p.scale)))
+
+    unit = real(p.scale * _LOG2_E)
+    if not halves:
+        sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.dim_qk, segments, per_list, p.orders)))
+        shared = (32 * (p.dim_qk + 1) + 512) * p.compute_dtype.itemsize
+        arrays = (k, *_strides(k), rows, variance, offset, history)
+        kernel, _ = _kernel("score_simt", p.dtype, entry="normalise")
+        kernel((segments, heads, -(-per_list // 32)), (256,), (*arrays, *sizes, unit), shared_mem=shared)
+        kernel, _ = _kernel("score_simt", p.dtype, entry="score_mixture")
+        grid = (-(-longest // 32), segments, heads)
+        kernel(grid, (256,), (*arrays, starts, scores, *sizes, unit), shared_mem=shared)
+        return Scores(scores, starts, history, longest)
+    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
+    keys, lengths = (k, *_strides(k), np.int32(_aligned(k))), (history, starts, scores)
+    last = (np.int32(per_list), unit)
+    square, macros = _kernel("score", p.dtype, p.dim_qk, "score_square")
+    block, shared, heads = 32 * macros["WARPS"], kernels.score_shared_bytes(macros), (p.orders, heads // p.orders)
+    grid = (-(-longest // block), *heads)
+    square(grid, (block,), (*keys, variance, _pointer(None), *lengths, *sizes), shared_mem=shared)
+    kernel, _ = _kernel("score", p.dtype, p.dim_qk, "normalise")
+    tiles = -(-segments * per_list // block)
+    kernel((tiles, *heads), (block,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
+    kernel, _ = _kernel("score", p.dtype, p.dim_qk, "score_mixture")
+    kernel(grid, (block,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
     return Scores(scores, starts, history, longest)
 
 

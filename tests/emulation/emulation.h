@@ -22,10 +22,17 @@
 
 struct dim3 { unsigned int x, y, z; };
 struct float2 { float x, y; };
+struct uint2 { unsigned int x, y; };
 struct uint4 { unsigned int x, y, z, w; };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline uint2 make_uint2(unsigned int x, unsigned int y) { return {x, y}; }
 
 namespace s2o_emulation {
+struct Copy {
+    unsigned int to;  // in dynamic shared memory
+    const char* from;
+    int bytes;
+};
 struct Thread {
     ucontext_t context;
     std::vector<char> stack;
@@ -33,6 +40,7 @@ struct Thread {
     int arrived = 0;       // barriers of the block passed
     int warp_arrived = 0;  // collectives of the warp passed
     bool done = false;
+    std::vector<std::vector<Copy>> copies;  // groups of asynchronous copies in flight, the last one open
 };
 static std::vector<Thread> threads;
 static Thread* current;
@@ -101,7 +109,7 @@ static void run(dim3 grid, int block, int shared_bytes, int reversed, std::funct
                 threads.resize(block);
                 for (int i = 0; i < block; ++i) {
                     Thread& t = threads[i];
-                    t.index = {(unsigned int)i, 0, 0}, t.arrived = t.warp_arrived = 0, t.done = false;
+                    t.index = {(unsigned int)i, 0, 0}, t.arrived = t.warp_arrived = 0, t.done = false, t.copies.clear();
                     t.stack.resize(1 << 16);
                     getcontext(&t.context);
                     t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
@@ -200,6 +208,7 @@ static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fsub_rn(float a, float b) { return a - b; }
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline int __popc(unsigned int x) { return __builtin_popcount(x); }
+static inline int __ffs(int x) { return __builtin_ffs(x); }
 static inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }

@@ -51,6 +51,9 @@ def _built(name: str, entry: str, macros: tuple, edit):
         source,
     )
     match = re.search(rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)\) \{{', source)
+    if match is None:  # declared by score.cu's macro
+        assert f"SCORE({entry}," in source
+        match = re.search(r"\bNAME\(\s*(const[^{]*)\) \{", source.replace("\\\n", " "))
     types, parameters = [], []
     for i, parameter in enumerate(match[1].replace("\n", " ").split(",")):
         parameter = re.sub(r"\s+", " ", parameter).strip()

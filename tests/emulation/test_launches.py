@@ -51,11 +51,10 @@ class Kernel:
 
 
 def parameters(name, entry):
-    """A kernel's parameters from its source; score.cu declares its kernels by one macro."""
+    """A kernel's parameters from its source; score.cu declares most of its kernels by one macro."""
     source = re.sub(r"//[^\n]*", "", kernel_source(name)).replace("\\\n", " ")
-    start = (
-        r"\bNAME\(\s*(const[^{]*)" if name == "score" else rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)'
-    )
+    by_macro = f"SCORE({entry}," in source
+    start = r"\bNAME\(\s*(const[^{]*)" if by_macro else rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)'
     inside = re.search(start + r"\) \{", source, re.DOTALL)[1]
     return [re.sub(r"\s+", " ", part).strip() for part in inside.split(",")]
 
@@ -89,6 +88,8 @@ def cuda(monkeypatch):
         {"rank_terms": 7, "share_order": True, "cap": 0.3},
         {"rank_terms": 31, "rank_levels": None},
         {"rank_terms": None, "rank_levels": 60000},
+        {"rank": "mixture", "rank_terms": 31},
+        {"rank": "mixture", "rank_terms": None, "causal": False},
         {"causal": False, "tail": None},
         {"tau": (0.1, 0.2, 0.0, 0.3), "block_q": 32},
     ],
@@ -111,4 +112,4 @@ def test_launches_match_their_kernels(cuda, dtype, settings):
         cuda.remap(p, cuda.score(p, q, k, p.whole), p.whole, offsets, order)
         cuda.attend(p, q, k, v, p.whole, order, offsets, query_order, cuda.pool(p, k, v), result)
         cuda.dense(p, q, k, v, result)
-    assert {"remap", "factor", "moments"} <= Kernel.launched
+    assert {"remap", *(("centres",) if p.settings.rank == "mixture" else ("factor", "moments"))} <= Kernel.launched

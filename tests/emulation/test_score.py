@@ -1,5 +1,6 @@
-"""Stage 1's plain kernels and the covariance factor from their own source on the CPU, against the reference."""
+"""Stage 1 from its own source and launches on the CPU, tensor cores emulated, against the reference."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -8,65 +9,106 @@ from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 
 from . import run
+from .backend import emulated
 
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
+# Of a list's scores against their spread: rows, squared keys and scores are rounded to 16 bits, or computed in REAL.
+ERROR = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 2e-6}
+RANKS = [
+    {"rank": "mean"},
+    {"rank_terms": 3},
+    {"rank_terms": 7, "share_order": True},
+    {"rank_terms": None},
+    {"rank": "mixture", "rank_terms": 5},
+    {"rank": "mixture", "rank_terms": 40, "share_order": True},
+    {"rank": "mixture", "rank_terms": None, "causal": False},
+]
 
 
-def scores(p, q, k, reverse):
-    """All lists' scores, (order heads, segments) of arrays."""
-    real = {"float32": "float", "float64": "double"}[p.dtype]
-    heads, segments, dim, terms = p.heads_order * p.batch, p.segments, p.dim_qk, p.terms
-    lists, full = heads * segments, p.settings.rank_terms is None and terms > 0
-    per_list = dim if full else 1 + terms
-    total, count = np.full((lists, dim), np.nan, np.float32), np.full(lists, -1, np.int32)
-    moment = np.full((lists, dim, dim), np.nan, np.float32) if terms else None
-    rows = np.full((lists, per_list, dim), np.nan, p.dtype)
-    mean = np.full((lists, dim), np.nan, np.float32) if full else None
-    strides = [tuple(s // x.itemsize for s in x.strides[:3]) for x in (q, k)]
-    sizes = (p.heads_order, p.group // p.orders, 0, p.n_q, dim, p.settings.segment, 0)
-    run.launch(
-        "score_simt", (segments, heads, (-(-dim // 32)) ** 2 if terms else 1), 256,
-        (q, *strides[0], total, count, moment, *sizes), entry="moments", reverse=reverse, REAL=real,
-    )  # fmt: skip
-    floats = 2 * dim if full else 2 * terms * (dim + 1) + terms**2 + 2 * dim + 2 * terms + 16
-    run.launch(
-        "factor", (lists,), 128, (total, count, moment, rows, mean, dim, dim, terms, per_list, 1, int(full), p.scale),
-        shared=4 * floats, reverse=reverse, REAL=real,
-    )  # fmt: skip
-    starts = np.concatenate([[0], np.cumsum(-(-p.history // 64) * 64)]).astype(np.int64)
-    found = np.full((heads, starts[-1]), np.nan, np.float32)
-    arguments = (k, *strides[1], rows, mean, p.history.astype(np.int32), starts, found)
-    run.launch(
-        "score_simt", (-(-int(p.history.max()) // 32), segments, heads), 256,
-        (*arguments, p.heads_kv, 0, dim, segments, per_list, p.orders),
-        entry="score", shared=(32 * (dim + 1) + 256) * np.dtype(p.dtype).itemsize, reverse=reverse, REAL=real,
-    )  # fmt: skip
-    return [[row[a : a + n] for a, n in zip(starts[:-1], p.history)] for row in found]
+def inputs(p, seed=11):
+    rng, kind = np.random.default_rng(seed), DTYPES[p.dtype]
+    mix = rng.standard_normal((p.dim_qk, p.dim_qk)) * np.exp(rng.standard_normal(p.dim_qk)) / p.dim_qk**0.5
+    q = rng.standard_normal((p.batch, p.heads_q, p.n_q, p.dim_qk)) @ mix
+    q += rng.standard_normal((p.batch, p.heads_q, 1, p.dim_qk))
+    return q.astype(kind), rng.standard_normal((p.batch, p.heads_kv, p.n_k, p.dim_qk)).astype(kind)
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def scores(cuda, p, q, k, slab=None):
+    """Scores of a slab's lists, (order heads, segments) of arrays, float64."""
+    slab = slab or p.whole
+    with np.errstate(over="ignore"):
+        found = cuda.score(p, q, k, slab)
+    rows = found.data.reshape((slab.kv_stop - slab.kv_start) * p.orders, -1)
+    return [[row[a : a + n].astype(np.float64) for a, n in zip(found.starts[:-1], found.history)] for row in rows]
+
+
+def check(cuda, p, q, k):
+    found = scores(cuda, p, q, k)
+    exact = q.astype(np.float64), k.astype(np.float64)
+    for b, head, segment in np.ndindex(p.batch, p.heads_order, p.segments):
+        want, got = reference.score(p, *exact, b, head, segment), found[b * p.heads_order + head][segment]
+        assert got.shape == want.shape
+        assert np.isfinite(got).all()
+        assert np.abs(got - want).max(initial=0) <= ERROR[p.dtype] * max(np.ptp(want) if len(want) else 1, 1e-9)
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [{"rank": "mean"}, {"rank_terms": 3}, {"rank_terms": 7, "share_order": True}, {"rank_terms": None}],
+    ("dtype", "reverse"),
+    [("float16", False), ("float16", True), ("bfloat16", False), ("float32", True), ("float64", False)],
 )
-def test_scores_are_the_reference(settings, dtype, reverse):
+@pytest.mark.parametrize("settings", RANKS, ids=str)
+def test_scores_are_the_reference(monkeypatch, settings, dtype, reverse):
     s = Settings(**{"segment": 40, "pool": 16, **settings})
     p = Problem(1, 2, 1, 100, 130, 20, 20, dtype, s)
-    rng = np.random.default_rng(11)
-    mix = rng.standard_normal((20, 20)) * np.exp(rng.standard_normal(20))
-    q = (rng.standard_normal((1, 2, 100, 20)) @ mix / 4 + rng.standard_normal((1, 2, 1, 20))).astype(dtype)
-    k = rng.standard_normal((1, 1, 130, 20)).astype(dtype)
+    q, k = inputs(p)
     q[0, 1, 50, 3] = np.nan
-    found = scores(p, q, k, reverse)
-    for head, segment in np.ndindex(p.heads_order, p.segments):
-        want = reference.score(p, q.astype(np.float64), k.astype(np.float64), 0, head, segment)
-        spread = max(np.ptp(want), 1e-9) if len(want) else 1
-        np.testing.assert_allclose(found[head][segment], want, atol=2e-5 * spread)
+    check(emulated(monkeypatch, reverse), p, q, k)
+
+
+@pytest.mark.parametrize("dim", [64, 100, 256])
+@pytest.mark.parametrize("rank", ["gaussian", "mixture"])
+def test_wide_heads(monkeypatch, rank, dim):
+    """Each compiled width, several key tiles, two K/V heads and batches."""
+    p = Problem(2, 2, 2, 40, 300, dim, dim, "bfloat16", Settings(segment=32, pool=32, rank=rank, rank_terms=15))
+    check(emulated(monkeypatch), p, *inputs(p))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("rank", ["gaussian", "mixture"])
+def test_slabs_score_alike(monkeypatch, rank, dtype):
+    """A list's scores are bitwise the same alone and among others, and from run to run."""
+    p = Problem(1, 4, 2, 100, 140, 24, 24, dtype, Settings(segment=32, pool=16, rank=rank, rank_terms=7))
+    cuda, (q, k) = emulated(monkeypatch), inputs(p)
+    whole = scores(cuda, p, q, k)
+    for slab in p.split(p.whole, 2000, p.history):
+        for head, row in enumerate(scores(cuda, p, q, k, slab)):
+            for segment, got in enumerate(row):
+                want = whole[slab.kv_start * p.orders + head][slab.segment_start + segment]
+                np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_segment_without_a_finite_query_keeps_its_keys_in_order(monkeypatch, dtype):
+    p = Problem(1, 1, 1, 64, 64, 8, 8, dtype, Settings(segment=32, pool=16, rank="mixture", rank_terms=4))
+    q, k = inputs(p)
+    q[0, 0, 32:] = np.nan
+    found = scores(emulated(monkeypatch), p, q, k)[0][1]
+    np.testing.assert_allclose(found, -np.log(32), rtol=1e-3)
+    assert np.ptp(found) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_equal_queries_are_one_centre(monkeypatch, dtype):
+    """The centres that nobody joins count for nothing."""
+    p = Problem(1, 1, 1, 64, 64, 8, 8, dtype, Settings(segment=32, pool=16, rank="mixture", rank_terms=6))
+    q, k = inputs(p)
+    q[...] = q[:, :, :1]
+    check(emulated(monkeypatch), p, q, k)
 
 
 @pytest.mark.parametrize("kind", ["constant", "one direction"])
-def test_degenerate_covariances(kind):
+def test_degenerate_covariances(monkeypatch, kind):
     """Queries of rank 0 or 1: the factors that do not exist are empty, not noise."""
     p = Problem(1, 1, 1, 64, 64, 8, 8, "float32", Settings(segment=32, pool=16, rank_terms=5))
     rng = np.random.default_rng(3)
@@ -75,4 +117,4 @@ def test_degenerate_covariances(kind):
         q += rng.standard_normal((1, 1, 64, 1)).astype(np.float32) * np.arange(8, dtype=np.float32)
     k = rng.standard_normal((1, 1, 64, 8)).astype(np.float32)
     want = reference.score(p, q.astype(np.float64), k.astype(np.float64), 0, 0, 1)
-    np.testing.assert_allclose(scores(p, q, k, False)[0][1], want, atol=1e-4 * np.ptp(want))
+    np.testing.assert_allclose(scores(emulated(monkeypatch), p, q, k)[0][1], want, atol=1e-4 * np.ptp(want))

@@ -33,7 +33,9 @@ def small_run() -> None:
         ("float16", (64, 64), base.replace(rank="mean", tail=None, causal=False)),
         ("float16", (40, 33), base.replace(rank_terms=None, rank_levels=None)),
         ("bfloat16", (256, 256), base.replace(rank_terms=7)),
+        ("bfloat16", (64, 64), base.replace(rank="mixture")),
         ("float32", (20, 12), base),
+        ("float32", (20, 12), base.replace(rank="mixture")),
     ):
         p = Problem(1, 2, 1, 250, 330, *dims, dtype, settings)
         q, k, v = map(cupy.asarray, arrays(p))

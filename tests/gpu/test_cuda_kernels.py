@@ -102,6 +102,9 @@ def check_stages(p, seed=0):
         ((256, 256), {"causal": False}),
         ((256, 200), {"rank_terms": None}),
         ((40, 17), {"rank_levels": 4096}),
+        ((128, 128), {"rank": "mixture", "rank_terms": 31, "segment": 128}),
+        ((64, 64), {"rank": "mixture", "rank_terms": 7, "share_order": True, "causal": False}),
+        ((256, 256), {"rank": "mixture", "rank_terms": None, "segment": 100}),
     ],
 )
 def test_stages(dtype, dims, settings):
@@ -116,6 +119,8 @@ def test_stages(dtype, dims, settings):
         ((64, 64), {}),
         ((100, 36), {"rank_terms": None, "rank_levels": None}),
         ((256, 256), {"causal": False, "cap": 0.5}),
+        ((100, 36), {"rank": "mixture", "rank_terms": 31}),
+        ((64, 64), {"rank": "mixture", "rank_terms": None, "share_order": True}),
     ],
 )
 def test_plain_stages(dtype, dims, settings):
@@ -152,11 +157,14 @@ def call(n=3000, dtype="float16", heads=(4, 2), dim=64, seed=3):
 CALL = {"segment": 256, "tau": 0.05, "backend": "cuda"}
 
 
-def test_twenty_repeats_agree_bitwise():
-    q, k, v = call()
-    first = s2o.attention(q, k, v, full_output=True, **CALL)
+@pytest.mark.parametrize("settings", [s2o.Settings(), s2o.Settings.precise()], ids=["default", "precise"])
+def test_twenty_repeats_agree_bitwise(settings):
+    q, k, v = call(n=5000)
+    settings = settings.replace(tau=0.05)
+    first = s2o.attention(q, k, v, settings, full_output=True, backend="cuda")
+    assert first.stats.path == "ranked"
     for _ in range(20):
-        again = s2o.attention(q, k, v, full_output=True, **CALL)
+        again = s2o.attention(q, k, v, settings, full_output=True, backend="cuda")
         assert (again.out == first.out).all()
         assert (again.lse == first.lse).all()
         assert (again.stats.tiles == first.stats.tiles).all()
@@ -235,5 +243,5 @@ def test_refusals():
     q, k, v = call(n=1500)
     with pytest.raises(ValueError, match="block_q is 256; the CUDA backend supports 1 to 128"):
         s2o.attend(q, k, v, s2o.plan(q, k, backend="cuda"), block_q=256, backend="cuda")
-    with pytest.raises(ValueError, match="rank is 'mixture'; the CUDA backend supports"):
-        s2o.plan(q, k, rank="mixture", backend="cuda")
+    with pytest.raises(ValueError, match="rank_terms is 64; the CUDA backend supports 1 to 63, or None"):
+        s2o.plan(*(cupy.concatenate([x, x], axis=-1) for x in (q, k)), rank_terms=64, backend="cuda")

@@ -1,0 +1,173 @@
+// centres.cuh: stage 1 of the mixture rank, first part: one k-means step over each segment's finite queries.
+//   q         [batch, heads_q, n_q, dim]          T      element strides given, unit column stride
+//   rows      [lists, per_list, width]            T      the answer: centres; zero past `terms`, and where no query is near
+//   share     [lists, per_list]                   REAL or float  log2 of a centre's part of the queries, -inf where it has none
+//   variance  [lists, width]                      W      scale^2 / 2 times the queries' variance around their centres
+//   place     [lists, 2, capacity]                int32  scratch: the finite queries, and each one's centre
+// T and W are REAL; or T is float16 or bfloat16 (IS_BF16) and W bfloat16, whose range holds the product with a squared
+// key. A list is one segment's queries of one query head, or of a K/V head's (share_order): `members` of them. The step
+// starts at the finite queries floor(c n / R) + floor(n / 2R); a query joins the nearest centre, the smaller at a tie.
+// grid (segments of the slab, order heads of the slab)   block 256
+#pragma once
+#ifdef REAL
+typedef REAL element_t;
+typedef REAL real_t;
+__device__ __forceinline__ element_t to_element(real_t x) { return x; }
+__device__ __forceinline__ element_t to_weight(real_t x) { return x; }
+__device__ __forceinline__ real_t to_real(element_t x) { return x; }
+#else
+#include "half.cuh"
+typedef half_t element_t;
+typedef float real_t;
+__device__ __forceinline__ element_t to_element(float x) { return float_to_half(x); }
+__device__ __forceinline__ element_t to_weight(float x) { return float_to_bfloat16(x); }
+__device__ __forceinline__ float to_real(element_t x) { return half_to_float(x); }
+#endif
+
+#ifndef NEGATIVE_INFINITY
+#define NEGATIVE_INFINITY __int_as_float(0xff800000)
+#endif
+constexpr int CENTRE_THREADS = 256;
+constexpr int CENTRE_WARPS = CENTRE_THREADS / 32;
+constexpr int QUERIES = 64;   // of a tile of products
+constexpr int CENTRES = 32;
+constexpr int COLUMNS = 32;   // staged at a time
+constexpr int MOST_COLUMNS = 8;  // of a lane: width up to 256
+
+__device__ __forceinline__ real_t log_2(real_t x) { return sizeof(real_t) == 4 ? (real_t)log2f((float)x) : (real_t)log2((double)x); }
+__device__ __forceinline__ bool is_finite(real_t x) { return x - x == 0; }
+
+// Lists the finite rows of a list in order; returns how many. `counts` holds CENTRE_WARPS + 1 numbers.
+template <typename RowAt>
+__device__ int list_finite(RowAt row_at, int total, int dim, int* kept, int* counts) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    int found = 0;
+    for (int start = 0; start < total; start += CENTRE_THREADS) {
+        unsigned int good = 0;  // bit r: row r of the warp's 32
+#pragma unroll 4
+        for (int r = 0; r < 32; ++r) {
+            const int row = start + warp * 32 + r;
+            bool fine = row < total;
+            if (fine)
+                for (int d = lane; d < dim; d += 32) fine = fine && is_finite(to_real(row_at(row)[d]));
+            if (__all_sync(0xffffffffu, fine)) good |= 1u << r;
+        }
+        if (lane == 0) counts[warp] = __popc(good);
+        __syncthreads();
+        int before = found;
+        for (int w = 0; w < CENTRE_WARPS; ++w) {
+            if (w < warp) before += counts[w];
+            found += counts[w];
+        }
+        if (good >> lane & 1) kept[before + __popc(good & ((1u << lane) - 1))] = start + threadIdx.x;
+        __syncthreads();
+    }
+    return found;
+}
+
+__device__ __forceinline__ void find_centres(
+    const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
+    element_t* __restrict__ rows, real_t* __restrict__ share, element_t* __restrict__ variance, int* __restrict__ place,
+    int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
+    int width, int terms, int per_list, int capacity, real_t scale) {
+    __shared__ real_t queries[QUERIES][COLUMNS + 1], centre[CENTRES][COLUMNS + 1];
+    __shared__ real_t near[QUERIES][9], spread[CENTRE_WARPS][256];
+    __shared__ int nearest[QUERIES][9], counts[CENTRE_WARPS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, tx = threadIdx.x % 8, ty = threadIdx.x / 8;
+    const int order_head = order_start + blockIdx.y, first = (segment_start + blockIdx.x) * segment;
+    const int in_head = min(segment, n_q - first);
+    const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;
+    q += order_head / heads_order * q_batch + order_head % heads_order * members * q_head + first * q_row;
+    rows += list * per_list * width, share += list * per_list, variance += list * width;
+    int* const kept = place + list * 2 * capacity;
+    int* const group = kept + capacity;
+    auto row_at = [&](int r) { return q + r / in_head * q_head + r % in_head * q_row; };
+
+    const int n = list_finite(row_at, in_head * members, dim, kept, counts), present = min(terms, n);
+    auto start_of = [&](int c) { return row_at(kept[(int)((long long)c * n / present) + n / (2 * present)]); };
+
+    // The nearest centre of each query: the greatest x . c - |c|^2 / 2. A thread has two queries and four centres.
+    for (int first_query = 0; first_query < n; first_query += QUERIES) {
+        real_t best[2];
+        int best_centre[2] = {0, 0};
+        for (int first_centre = 0; first_centre < present; first_centre += CENTRES) {
+            real_t x[2][4] = {}, square[4] = {};
+            for (int column = 0; column < dim; column += COLUMNS) {
+                __syncthreads();
+                for (int i = threadIdx.x; i < (QUERIES + CENTRES) * COLUMNS; i += CENTRE_THREADS) {
+                    const int r = i / COLUMNS, d = column + i % COLUMNS, c = first_centre + r - QUERIES;
+                    const bool query = r < QUERIES, inside = d < dim && (query ? first_query + r < n : c < present);
+                    const real_t value = !inside ? 0 : to_real(query ? row_at(kept[first_query + r])[d] : start_of(c)[d]);
+                    if (query) queries[r][i % COLUMNS] = value;
+                    else centre[r - QUERIES][i % COLUMNS] = value;
+                }
+                __syncthreads();
+#pragma unroll 8
+                for (int d = 0; d < COLUMNS; ++d) {
+                    const real_t left[2] = {queries[ty][d], queries[ty + 32][d]};
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const real_t right = centre[tx + 8 * j][d];
+                        x[0][j] += left[0] * right, x[1][j] += left[1] * right, square[j] += right * right;
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int c = first_centre + tx + 8 * j;
+                    const real_t closeness = x[i][j] - square[j] / 2;
+                    if (c < present && (c < 8 || closeness > best[i])) best[i] = closeness, best_centre[i] = c;
+                }
+        }
+        for (int i = 0; i < 2; ++i)
+            if (tx < present) near[ty + 32 * i][tx] = best[i], nearest[ty + 32 * i][tx] = best_centre[i];
+        __syncthreads();
+        if (threadIdx.x < QUERIES && first_query + (int)threadIdx.x < n) {
+            const int r = threadIdx.x;
+            int chosen = 0;
+            for (int t = 1; t < min(8, present); ++t)
+                if (near[r][t] > near[r][chosen] || (near[r][t] == near[r][chosen] && nearest[r][t] < nearest[r][chosen])) chosen = t;
+            group[first_query + r] = nearest[r][chosen];
+        }
+    }
+    __syncthreads();
+
+    // Means of the groups, a warp each, its members in order; then how far they lie from it.
+    real_t around[MOST_COLUMNS] = {};
+    for (int c = warp; c < per_list; c += CENTRE_WARPS) {
+        real_t mean[MOST_COLUMNS] = {};
+        int size = 0;
+        for (int pass = 0; pass < 2 && (pass == 0 || size); ++pass) {
+            for (int start = 0; start < n && c < present; start += 32) {
+                unsigned int mine = __ballot_sync(0xffffffffu, start + lane < n && group[min(start + lane, n - 1)] == c);
+                if (pass == 0) size += __popc(mine);
+                for (; mine; mine &= mine - 1) {
+                    const element_t* x = row_at(kept[start + __ffs(mine) - 1]);
+#pragma unroll
+                    for (int j = 0; j < MOST_COLUMNS; ++j)
+                        if (lane + 32 * j < dim) {
+                            const real_t value = to_real(x[lane + 32 * j]);
+                            if (pass == 0) mean[j] += value;
+                            else around[j] += (value - mean[j]) * (value - mean[j]);
+                        }
+                }
+            }
+            if (pass == 0 && size)
+                for (int j = 0; j < MOST_COLUMNS; ++j) mean[j] /= size;
+        }
+        for (int j = 0; j < MOST_COLUMNS; ++j)
+            if (lane + 32 * j < width) rows[(long long)c * width + lane + 32 * j] = to_element(mean[j]);
+        // Without a finite query there is one centre, 0.
+        if (lane == 0) share[c] = n == 0 && c == 0 ? 0 : size ? log_2((real_t)size / n) : NEGATIVE_INFINITY;
+    }
+    for (int j = 0; j < MOST_COLUMNS; ++j)
+        if (lane + 32 * j < width) spread[warp][lane + 32 * j] = around[j];
+    __syncthreads();
+    for (int d = threadIdx.x; d < width; d += CENTRE_THREADS) {
+        real_t sum = 0;
+        for (int w = 0; w < CENTRE_WARPS; ++w) sum += spread[w][d];
+        variance[d] = to_weight(n ? scale * scale / 2 * sum / n : 0);
+    }
+}
