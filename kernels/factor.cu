@@ -6,11 +6,13 @@
 //   rows    [lists, terms_rows, width]  T   the answer; rows past 1 + terms are zero
 //   mean    [lists, width]         float  scale * mean, written when `full`
 // full: the answer is scale^2 / 2 times the covariance, width rows (score = sum_i (row_i . k + mean_i) k_i).
-// Else one step of subspace iteration from the `terms` axes of largest variance: basis = orth(cov[:, axes]), and a
-// Cholesky factor of basis^T cov basis (any square root of it gives the same scores as its eigenvectors).
+// Else one step of subspace iteration from the `terms` axes of largest variance: basis = orth(cov[:, axes]), by the
+// Gram matrix of those columns, and a Cholesky factor of basis^T cov basis (any square root of it gives the same scores
+// as its eigenvectors). The Gram matrix squares the columns' condition, so it and what is made of it are double.
+// A block waits more than it computes: every loop of one step after another runs over columns of a terms x terms matrix,
+// with one barrier a step, and all else is a number a thread.
 // T is float16 or bfloat16 (IS_BF16), or REAL.
-// grid lists   block 128   shared memory (2 * terms * (width + 1) + terms^2 + 3 * width + 4 * terms + 64) * 4 bytes
-// macros IS_BF16 or REAL
+// grid lists   block 128   shared memory: layout below; specialisations.factor_shared_bytes   macros IS_BF16 or REAL
 #ifdef REAL
 typedef REAL element_t;
 __device__ __forceinline__ element_t to_element(float x) { return (element_t)x; }
@@ -21,47 +23,26 @@ __device__ __forceinline__ element_t to_element(float x) { return float_to_half(
 #endif
 
 constexpr int THREADS = 128;
-constexpr int WARPS = THREADS / 32;
 
-__device__ __forceinline__ float warp_sum(float x) {
-    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-}
+// Place of (i, j), j <= i, in a lower triangle stored row by row.
+__device__ __forceinline__ int triangle(int i, int j) { return i * (i + 1) / 2 + j; }
 
-__device__ __forceinline__ float warp_dot(const float* a, const float* b, int n) {
-    float x = 0.f;
-    for (int i = threadIdx.x & 31; i < n; i += 32) x += a[i] * b[i];
-    return warp_sum(x);
-}
-
-// Orthonormalises the `terms` rows of `y` (row stride `stride`) in turn, each twice against those before it; a row
-// that depends on them becomes zero. `dots` holds `terms` numbers.
-__device__ void orthonormalise(float* y, int terms, int width, int stride, float* dots) {
-    const int warp = threadIdx.x / 32;
-    for (int j = 0; j < terms; ++j) {
-        float* row = y + j * stride;
-        float before = 0.f;
-        for (int pass = 0; pass < 3; ++pass) {
-            // dots[i < j]: products with the rows before; dots[j]: the row's own square.
-            for (int i = pass == 2 ? j + warp : warp; i <= j; i += WARPS) {
-                const float d = warp_dot(y + i * stride, row, width);
-                if (threadIdx.x % 32 == 0) dots[i] = d;
+// image[d][0 .. GROUP) = the covariance times GROUP rows of the basis.
+template <int GROUP, typename Covariance>
+__device__ __forceinline__ void multiply_group(float* image, const float* basis, int stride, int width, int dim, Covariance covariance) {
+    for (int d = threadIdx.x; d < width; d += THREADS) {
+        float x[GROUP] = {};
+#pragma unroll 8
+        for (int e = 0; e < dim; ++e) {
+            const float c = covariance(e, d);
+#pragma unroll
+            for (int t = 0; t < GROUP; t += 4) {
+                const float4 row = *(const float4*)(basis + e * stride + t);
+                x[t] += c * row.x, x[t + 1] += c * row.y, x[t + 2] += c * row.z, x[t + 3] += c * row.w;
             }
-            __syncthreads();
-            const float square = dots[j];
-            if (pass == 0) before = square;
-            if (pass == 2) {
-                const float inverse = square > 1e-10f * before && square > 0.f ? rsqrtf(square) : 0.f;
-                for (int d = threadIdx.x; d < width; d += THREADS) row[d] *= inverse;
-            } else {
-                for (int d = threadIdx.x; d < width; d += THREADS) {
-                    float x = row[d];
-                    for (int i = 0; i < j; ++i) x -= dots[i] * y[i * stride + d];
-                    row[d] = x;
-                }
-            }
-            __syncthreads();
         }
+#pragma unroll
+        for (int t = 0; t < GROUP; t += 4) *(float4*)(image + d * (GROUP + 4) + t) = make_float4(x[t], x[t + 1], x[t + 2], x[t + 3]);
     }
 }
 
@@ -69,28 +50,30 @@ extern "C" __global__ void __launch_bounds__(THREADS) factor(
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
     int centred, int full, float scale) {
-    extern __shared__ float memory[];
-    const int stride = width + 1, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    float* mean = memory;                   // [width]
-    float* variance = mean + width;         // [width]
-    float* dots = variance + width;         // [terms + 1]
-    int* axes = (int*)(dots + terms + 1);   // [terms]
-    float* basis = (float*)(axes + terms);  // [terms][stride]
-    float* image = basis + terms * stride;  // [terms][stride] covariance times basis
-    float* ritz = image + terms * stride;   // [terms][terms], then its Cholesky factor
-    __shared__ float best_value[WARPS];
-    __shared__ int best_axis[WARPS];
+    extern __shared__ double shared_memory[];
+    const int group = terms <= 8 ? 8 : 16, stride = (terms + group - 1) / group * group + 4, pairs = triangle(terms, 0);
+    double* gram = shared_memory;                        // [pairs], later the pivots of its elimination
+    double* inverse = gram + pairs;                      // [pairs]: L^-1 of gram = L D L^T
+    float* image = (float*)shared_memory;                // [width][group + 4], once those two are done with
+    float* basis = image + max(4 * pairs, width * (group + 4));  // [width][stride]
+    float* ritz = basis + width * stride;                // [pairs], then its elimination
+    float* mean = ritz + pairs;                          // [width]
+    float* variance = mean + width;                      // [width]
+    float* root = variance + width;                      // [terms]
+    int* axes = (int*)(root + terms);                    // [terms]
+    unsigned short* place = (unsigned short*)(axes + terms);  // [pairs]: row and column of a place in a triangle
     const long long list = blockIdx.x;
     const int n = count[list];
-    const float inverse = n ? 1.f / n : 0.f;
+    const float share = n ? 1.f / n : 0.f;
     sum += list * width;
     if (moment != nullptr) moment += list * width * width;
     rows += list * terms_rows * width;
-    for (int d = threadIdx.x; d < width; d += THREADS) mean[d] = sum[d] * inverse;
+    if (full || terms == 0) mean = (float*)shared_memory;
+    for (int d = threadIdx.x; d < width; d += THREADS) mean[d] = sum[d] * share;
     __syncthreads();
     auto covariance = [&](int i, int j) {
         const float raw = moment[(long long)i * width + j];
-        return centred ? raw : raw * inverse - mean[i] * mean[j];
+        return centred ? raw : raw * share - mean[i] * mean[j];
     };
 
     if (full) {
@@ -100,82 +83,103 @@ extern "C" __global__ void __launch_bounds__(THREADS) factor(
         return;
     }
     for (int d = threadIdx.x; d < width; d += THREADS) rows[d] = to_element(scale * mean[d]);
-    for (int i = width + threadIdx.x; i < terms_rows * width; i += THREADS)
-        if (i / width > terms) rows[i] = to_element(0.f);
+    for (int i = (1 + terms) * width + threadIdx.x; i < terms_rows * width; i += THREADS) rows[i] = to_element(0.f);
     if (terms == 0) return;
 
-    // The axes of largest variance, ties by smaller axis.
+    // The axes of largest variance, ties by smaller axis: as many axes as go before this one.
     for (int d = threadIdx.x; d < width; d += THREADS) variance[d] = d < dim ? fmaxf(covariance(d, d), 0.f) : -1.f;
+    for (int i = threadIdx.x; i < terms; i += THREADS)
+        for (int j = 0; j <= i; ++j) place[triangle(i, j)] = (unsigned short)(i << 8 | j);
+    __syncthreads();
+    for (int d = threadIdx.x; d < dim; d += THREADS) {
+        const float mine = variance[d];
+        int before = 0;
+#pragma unroll 8
+        for (int e = 0; e < dim; ++e) before += variance[e] > mine || (variance[e] == mine && e < d);
+        if (before < terms) axes[before] = d;
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < width; d += THREADS)
+#pragma unroll 4
+        for (int t = 0; t < stride; ++t) basis[d * stride + t] = t < terms ? covariance(axes[t], d) : 0.f;
+    __syncthreads();
+
+    for (int p = threadIdx.x; p < pairs; p += THREADS) {
+        const int i = place[p] >> 8, j = place[p] & 255;
+        double x = 0, y = 0;
+#pragma unroll 4
+        for (int d = 0; d < width; d += 2) {  // width is even, or its last column is not there
+            x += (double)basis[d * stride + i] * basis[d * stride + j];
+            if (d + 1 < width) y += (double)basis[(d + 1) * stride + i] * basis[(d + 1) * stride + j];
+        }
+        gram[p] = x + y;
+        inverse[p] = i == j;
+        if (i == j) root[i] = (float)(x + y);
+    }
+    __syncthreads();
+    // Elimination of gram, the same row operations on the identity. A column that depends on those before it counts
+    // for nothing.
+    for (int j = 0; j < terms; ++j) {
+        const double pivot = gram[triangle(j, j)];
+        const double scaled = pivot > 1e-10 * root[j] ? 1 / pivot : 0;
+        for (int p = threadIdx.x; p < pairs; p += THREADS) {
+            const int i = place[p] >> 8, c = place[p] & 255;
+            if (i <= j) continue;
+            const double part = gram[triangle(i, j)] * scaled;
+            if (c > j) gram[p] -= part * gram[triangle(c, j)];
+            else inverse[p] -= part * inverse[triangle(j, c)];
+        }
+        __syncthreads();
+    }
+    for (int t = threadIdx.x; t < terms; t += THREADS) {
+        const double pivot = gram[triangle(t, t)];
+        root[t] = pivot > 1e-10 * root[t] ? (float)(1 / sqrt(pivot)) : 0.f;
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < width; d += THREADS)
+        for (int t = terms - 1; t >= 0; --t) {
+            double x = 0;
+#pragma unroll 4
+            for (int u = 0; u <= t; ++u) x += inverse[triangle(t, u)] * basis[d * stride + u];
+            basis[d * stride + t] = (float)(x * root[t]);
+        }
+    __syncthreads();
+
+    for (int first = 0; first < terms; first += group) {
+        if (group == 8) multiply_group<8>(image, basis, stride, width, dim, covariance);
+        else multiply_group<16>(image, basis + first, stride, width, dim, covariance);
+        __syncthreads();
+        for (int p = threadIdx.x; p < pairs; p += THREADS) {
+            const int i = place[p] >> 8, j = (place[p] & 255) - first;
+            if (j < 0 || j >= group) continue;
+            float x = 0.f, y = 0.f;
+#pragma unroll 4
+            for (int d = 0; d < width; d += 2) {
+                x += basis[d * stride + i] * image[d * (group + 4) + j];
+                if (d + 1 < width) y += basis[(d + 1) * stride + i] * image[(d + 1) * (group + 4) + j];
+            }
+            ritz[p] = x + y;
+        }
+        __syncthreads();
+    }
+    // The same elimination; a pivot lost in rounding gives an empty column.
+    float largest = 0.f;
+    for (int j = 0; j < terms; ++j) largest = fmaxf(largest, ritz[triangle(j, j)]);
     __syncthreads();
     for (int j = 0; j < terms; ++j) {
-        float value = -2.f;
-        int axis = 0;
-        for (int d = threadIdx.x; d < width; d += THREADS)
-            if (variance[d] > value) value = variance[d], axis = d;
-        for (int step = 16; step; step /= 2) {
-            const float other = __shfl_xor_sync(0xffffffffu, value, step);
-            const int other_axis = __shfl_xor_sync(0xffffffffu, axis, step);
-            if (other > value || (other == value && other_axis < axis)) value = other, axis = other_axis;
-        }
-        if (lane == 0) best_value[warp] = value, best_axis[warp] = axis;
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            for (int w = 1; w < WARPS; ++w)
-                if (best_value[w] > value || (best_value[w] == value && best_axis[w] < axis)) value = best_value[w], axis = best_axis[w];
-            axes[j] = axis;
-            variance[axis] = -1.5f;  // taken
+        const float pivot = ritz[triangle(j, j)], scaled = pivot > 1e-6f * largest ? 1.f / pivot : 0.f;
+        if (threadIdx.x == 0) root[j] = scaled > 0.f ? scale * 0.70710678118654752f * rsqrtf(pivot) : 0.f;
+        for (int p = threadIdx.x; p < pairs; p += THREADS) {
+            const int i = place[p] >> 8, c = place[p] & 255;
+            if (c > j) ritz[p] -= ritz[triangle(i, j)] * scaled * ritz[triangle(c, j)];
         }
         __syncthreads();
     }
-
-    for (int i = threadIdx.x; i < terms * width; i += THREADS)
-        basis[i / width * stride + i % width] = covariance(axes[i / width], i % width);
-    __syncthreads();
-    orthonormalise(basis, terms, width, stride, dots);
-
-    // image = covariance * basis, eight terms at a time in registers.
-    for (int d = threadIdx.x; d < width; d += THREADS)
-        for (int first = 0; first < terms; first += 8) {
-            float x[8] = {};
-            for (int e = 0; e < dim; ++e) {
-                const float c = covariance(e, d);
-#pragma unroll
-                for (int t = 0; t < 8; ++t)
-                    if (first + t < terms) x[t] += c * basis[(first + t) * stride + e];
-            }
-#pragma unroll
-            for (int t = 0; t < 8; ++t)
-                if (first + t < terms) image[(first + t) * stride + d] = x[t];
-        }
-    __syncthreads();
-    for (int i = warp; i < terms * terms; i += WARPS) {
-        if (i / terms < i % terms) continue;
-        const float x = warp_dot(basis + i / terms * stride, image + i % terms * stride, width);
-        if (lane == 0) ritz[i] = x;
-    }
-    __syncthreads();
-    // Cholesky of the lower triangle, a column at a time; a pivot lost in rounding gives an empty column.
-    if (warp == 0) {
-        float largest = 0.f;
-        for (int j = 0; j < terms; ++j) largest = fmaxf(largest, ritz[j * terms + j]);
-        for (int j = 0; j < terms; ++j) {
-            const float pivot = ritz[j * terms + j];
-            const bool counts = pivot > 1e-6f * largest;
-            const float root = counts ? sqrtf(pivot) : 0.f, scaled = counts ? 1.f / root : 0.f;
-            __syncwarp();
-            for (int i = j + lane; i < terms; i += 32) ritz[i * terms + j] = i == j ? root : ritz[i * terms + j] * scaled;
-            __syncwarp();
-            for (int i = j + 1 + lane; i < terms; i += 32)
-                for (int t = j + 1; t <= i; ++t) ritz[i * terms + t] -= ritz[i * terms + j] * ritz[t * terms + j];
-            __syncwarp();
-        }
-    }
-    __syncthreads();
-    const float weight = scale * 0.70710678118654752f;
     for (int i = threadIdx.x; i < terms * width; i += THREADS) {
         const int t = i / width, d = i % width;
         float x = 0.f;
-        for (int j = t; j < terms; ++j) x += basis[j * stride + d] * ritz[j * terms + t];
-        rows[(long long)(1 + t) * width + d] = to_element(d < dim ? weight * x : 0.f);
+#pragma unroll 4
+        for (int j = t; j < terms; ++j) x += basis[d * stride + j] * ritz[triangle(j, t)];
+        rows[(long long)(1 + t) * width + d] = to_element(d < dim ? root[t] * x : 0.f);
     }
 }

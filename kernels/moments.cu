@@ -1,123 +1,146 @@
-// moments.cu: stage 1, first part. Sum and raw second moment of every segment's finite queries, 16-bit inputs.
+// moments.cu: stage 1, first part, 16-bit inputs: what is needed of every segment's finite queries.
 //   q       [batch, heads_q, n_q, dim]                    T      element strides given, unit column stride
 //   sum     [order heads of the slab, segments, WIDTH]    float  sum of the queries
 //   count   [order heads of the slab, segments]           int32  queries that are finite
 //   moment  [order heads of the slab, segments, WIDTH, WIDTH] float  sum of q q^T; null: not wanted (mean rank)
 // T is float16 or bfloat16 (IS_BF16); products are exact and summed in float. An order head is one query head, or
 // the query heads of a K/V head (share_order): `members` of them.
-// grid (segments of the slab, order heads of the slab, moment ? WIDTH / 64 : 1)   block 128
-// shared memory 2 * 64 * WIDTH * 2 bytes   macros IS_BF16, WIDTH (64, 128, 256)
+// moments_64, _128, _256, by WIDTH: the queries pass once through shared memory, chunk by chunk; a warp has 32 rows of
+// the moment and half its columns, and sums of columns are products with a row of ones.
+// grid (segments of the slab, order heads of the slab, WIDTH / 128, 1 when moment is null)   block min(WIDTH, 128) * 2
+// shared memory 2 * 64 * WIDTH * 2 bytes
+// centres: the mixture rank's, see centres.cuh   macros IS_BF16
 #include "centres.cuh"
 #include "gather.cuh"
 
-constexpr int THREADS = 128;
 constexpr int CHUNK_ROWS = 64;
-constexpr int CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
-constexpr int N_TILES = WIDTH / 8;
-typedef SharedTile<WIDTH> Tile;
 
-// Zeroes the rows of a chunk that are not finite, or past its first `present`; returns how many are left.
-__device__ __forceinline__ int keep_finite(unsigned int chunk, int present, int* bad) {
+// Zeroes the rows of a chunk that are not finite, or past its first `present`; returns how many of the first are not.
+template <int WIDTH, int THREADS>
+__device__ int drop_rows(unsigned int chunk, int present, int* bad) {
+    typedef SharedTile<WIDTH> Tile;
     if (threadIdx.x < CHUNK_ROWS) bad[threadIdx.x] = (int)threadIdx.x >= present;
     __syncthreads();
-    bool found = present < CHUNK_ROWS;
     for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS) {
         unsigned int x[4];
-        const unsigned int address = Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS);
-        load_shared16(x, address);
-        if (!(halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3])))
-            bad[i / Tile::CHUNKS] = 1, found = true;
+        load_shared16(x, Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS));
+        if (!(halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3]))) bad[i / Tile::CHUNKS] = 1;
     }
-    if (__syncthreads_or(found)) {
-        for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS)
-            if (bad[i / Tile::CHUNKS])
-                zero_shared16(Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS));
-    }
-    return __syncthreads_count(threadIdx.x < CHUNK_ROWS && !bad[threadIdx.x % CHUNK_ROWS]);
+    __syncthreads();
+    for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS)
+        if (bad[i / Tile::CHUNKS]) zero_shared16(Tile::address(chunk, i / Tile::CHUNKS, i % Tile::CHUNKS));
+    return __syncthreads_count(threadIdx.x < present && threadIdx.x < CHUNK_ROWS && bad[threadIdx.x % CHUNK_ROWS]);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) moments(
+template <int WIDTH>
+__device__ __forceinline__ void add_moments(
     const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,
     float* __restrict__ sum, int* __restrict__ count, float* __restrict__ moment,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {
+    typedef SharedTile<WIDTH> Tile;
+    constexpr int BLOCK_ROWS = WIDTH < 128 ? WIDTH : 128, THREADS = 2 * BLOCK_ROWS, CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
+    constexpr int DOWN = BLOCK_ROWS / 32;       // warps over the rows of the moment, two over its columns
+    constexpr int N_TILES = WIDTH / 16;         // of a warp
+    constexpr int SUM_TILES = N_TILES / DOWN;   // of those, the ones whose columns the warp sums
+    constexpr unsigned int ONES = IS_BF16 ? 0x3f803f80 : 0x3c003c00;
     extern __shared__ __align__(128) char shared_memory[];
     __shared__ int index[2][CHUNK_ROWS], bad[CHUNK_ROWS];
     const unsigned int chunks = shared_address(shared_memory);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, down = warp / 2, right = warp % 2;
     const int order_head = order_start + blockIdx.y, batch = order_head / heads_order;
     const int first = (segment_start + blockIdx.x) * segment, rows = min(segment, n_q - first);
     const int per_head = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS, total = per_head * members;
     const bool leads = blockIdx.z == 0;
 
+    // Rows of a chunk count from its first; the last chunk of a head repeats its last row.
+    if (threadIdx.x < CHUNK_ROWS) {
+        index[0][threadIdx.x] = threadIdx.x;
+        index[1][threadIdx.x] = min((int)threadIdx.x, (rows - 1) % CHUNK_ROWS);
+    }
     auto fetch = [&](int chunk) {
-        const int r = chunk % per_head * CHUNK_ROWS, head = order_head % heads_order * members + chunk / per_head;
-        int* row_index = index[chunk & 1];
-        if (threadIdx.x < CHUNK_ROWS) row_index[threadIdx.x] = first + min(r + (int)threadIdx.x, rows - 1);
-        __syncthreads();
-        const Rows from = rows_of(q + batch * q_batch + head * q_head, q_row, dim, aligned);
-        load_rows<WIDTH, CHUNK_ROWS, THREADS>(chunks + (chunk & 1) * CHUNK_BYTES, from, row_index);
+        const int part = chunk % per_head, head = order_head % heads_order * members + chunk / per_head;
+        const half_t* from = q + batch * q_batch + head * q_head + (long long)(first + part * CHUNK_ROWS) * q_row;
+        load_rows<WIDTH, CHUNK_ROWS, THREADS>(chunks + (chunk & 1) * CHUNK_BYTES, rows_of(from, q_row, dim, aligned), index[part == per_head - 1]);
         commit_copies();
     };
 
-    float c[N_TILES][4];
-    float column_sum[(WIDTH + THREADS - 1) / THREADS] = {};
+    float c[2][N_TILES][4], column[SUM_TILES][4];
 #pragma unroll
     for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) c[n][i] = 0.f;
+        for (int i = 0; i < 8; ++i) c[i / 4][n][i % 4] = 0.f;
+#pragma unroll
+    for (int n = 0; n < SUM_TILES; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) column[n][i] = 0.f;
+    const unsigned int ones[4] = {ONES, ONES, ONES, ONES};
     int kept = 0;
+    __syncthreads();
     fetch(0);
     for (int chunk = 0; chunk < total; ++chunk) {
         wait_copies<0>();
         __syncthreads();
         if (chunk + 1 < total) fetch(chunk + 1);
         const unsigned int here = chunks + (chunk & 1) * CHUNK_BYTES;
-        kept += keep_finite(here, rows - chunk % per_head * CHUNK_ROWS, bad);
-        if (leads) {
+        const int present = min(CHUNK_ROWS, rows - chunk % per_head * CHUNK_ROWS);
+        bool fine = present == CHUNK_ROWS;
 #pragma unroll
-            for (int i = 0; i < (WIDTH + THREADS - 1) / THREADS; ++i) {
-                const int column = threadIdx.x + i * THREADS;
-                if (column >= WIDTH) break;
-                float part = 0.f;
-#pragma unroll 8
-                for (int r = 0; r < CHUNK_ROWS; ++r) {
-                    const unsigned int pair = load_shared4(Tile::address(here, r, column / 8) + 2 * (column % 8 & ~1));
-                    part += half_to_float((half_t)(pair >> 16 * (column % 2)));
-                }
-                column_sum[i] += part;
-            }
+        for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS) {
+            unsigned int x[4];
+            load_shared16(x, here + 16 * i);
+            fine = fine && halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3]);
         }
-        if (moment != nullptr) {
-            const int mine = blockIdx.z * 8 + warp * 2;  // chunk column of the warp's 16 rows of the moment
+        kept += present;
+        if (__syncthreads_or(!fine)) kept -= drop_rows<WIDTH, THREADS>(here, present, bad);
 #pragma unroll
-            for (int r = 0; r < CHUNK_ROWS; r += 16) {
-                unsigned int a[4];
-                load_matrices_transposed(a, Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, mine + ((lane >> 3) & 1)));
+        for (int r = 0; r < CHUNK_ROWS; r += 16) {
+            unsigned int a[2][4];
+            if (moment != nullptr)
 #pragma unroll
-                for (int n = 0; n < N_TILES; n += 2) {
-                    unsigned int b[4];
-                    load_matrices_transposed(b, Tile::address(here, r + (lane & 15), n + (lane >> 4)));
-                    mma(c[n], a, b[0], b[1]);
-                    mma(c[n + 1], a, b[2], b[3]);
-                }
+                for (int m = 0; m < 2; ++m)
+                    load_matrices_transposed(a[m], Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, blockIdx.z * 16 + down * 4 + 2 * m + ((lane >> 3) & 1)));
+#pragma unroll
+            for (int n = 0; n < N_TILES; n += 2) {
+                if (moment == nullptr && (!leads || n / SUM_TILES != down)) continue;
+                unsigned int b[4];
+                load_matrices_transposed(b, Tile::address(here, r + (lane & 15), right * N_TILES + n + (lane >> 4)));
+                if (moment != nullptr)
+#pragma unroll
+                    for (int m = 0; m < 2; ++m) mma(c[m][n], a[m], b[0], b[1]), mma(c[m][n + 1], a[m], b[2], b[3]);
+                if (leads && n / SUM_TILES == down) mma(column[n % SUM_TILES], ones, b[0], b[1]), mma(column[n % SUM_TILES + 1], ones, b[2], b[3]);
             }
         }
     }
     const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;
-    if (leads) {
+    if (leads && lane < 4) {  // all rows of the ones' product are alike
+        float* to = sum + list * WIDTH + (right * N_TILES + down * SUM_TILES) * 8 + 2 * lane;
 #pragma unroll
-        for (int i = 0; i < (WIDTH + THREADS - 1) / THREADS; ++i)
-            if (threadIdx.x + i * THREADS < WIDTH) sum[list * WIDTH + threadIdx.x + i * THREADS] = column_sum[i];
+        for (int n = 0; n < SUM_TILES; ++n) *(float2*)(to + 8 * n) = make_float2(column[n][0], column[n][1]);
         if (threadIdx.x == 0) count[list] = kept;
     }
     if (moment == nullptr) return;
-    float* to = moment + (list * WIDTH + blockIdx.z * 64 + warp * 16 + lane / 4) * WIDTH + 2 * (lane % 4);
 #pragma unroll
-    for (int n = 0; n < N_TILES; ++n) {
-        *(float2*)(to + 8 * n) = make_float2(c[n][0], c[n][1]);
-        *(float2*)(to + 8 * WIDTH + 8 * n) = make_float2(c[n][2], c[n][3]);
+    for (int m = 0; m < 2; ++m) {
+        float* to = moment + (list * WIDTH + blockIdx.z * 128 + down * 32 + m * 16 + lane / 4) * WIDTH + right * N_TILES * 8 + 2 * (lane % 4);
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+            *(float2*)(to + 8 * n) = make_float2(c[m][n][0], c[m][n][1]);
+            *(float2*)(to + 8 * WIDTH + 8 * n) = make_float2(c[m][n][2], c[m][n][3]);
+        }
     }
 }
+
+#define MOMENTS(NAME, WIDTH)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(WIDTH < 128 ? 2 * WIDTH : 256) NAME(                                   \
+        const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,                \
+        float* __restrict__ sum, int* __restrict__ count, float* __restrict__ moment,                                   \
+        int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {              \
+        add_moments<WIDTH>(q, q_batch, q_head, q_row, aligned, sum, count, moment, heads_order, members, order_start,   \
+                           n_q, dim, segment, segment_start);                                                           \
+    }
+MOMENTS(moments_64, 64)
+MOMENTS(moments_128, 128)
+MOMENTS(moments_256, 256)
 
 extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
     const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,

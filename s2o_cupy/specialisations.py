@@ -81,9 +81,14 @@ def rank_width(dim: int) -> int:
     return next(width for width in (64, 128, 256) if dim <= width)
 
 
-def moments_macros(dtype: str, dim: int) -> dict:
-    """Macros of moments.cu."""
-    return DTYPE_MACROS[dtype] | {"WIDTH": rank_width(dim)}
+def factor_shared_bytes(width: int, terms: int, full: bool) -> int:
+    """Dynamic shared memory of factor.cu: Gram matrix, basis and its image, triangles."""
+    if full or not terms:
+        return 4 * width
+    group, pairs = (8 if terms <= 8 else 16), terms * (terms + 1) // 2
+    columns = -(-terms // group) * group + 4
+    floats = max(4 * pairs, width * (group + 4)) + width * columns + pairs + 2 * width + 2 * terms
+    return 4 * floats + 2 * pairs
 
 
 def score_macros(dtype: str, dim: int, arch: str) -> dict:
@@ -125,8 +130,8 @@ def shipped(arch: str) -> list[Specialisation]:
             rows = largest_block_q(dtype, dim, dim_v, arch)
             full = rows == 128 and 96 <= dim_v <= 128  # 32 rows a warp: registers are full, a few values spill
             add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
-            add("moments", moments_macros(dtype, dim))
             add("score", score_macros(dtype, dim, arch))
+        add("moments", DTYPE_MACROS[dtype])
     for dtype in ("float32", "float64"):
         add("score_simt", DTYPE_MACROS[dtype])
         for dim_v in (128, 256):

@@ -55,18 +55,21 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
     arguments = (q, *_strides(q), *([np.int32(_aligned(q))] if halves else []), totals, counts, moment)
     arguments = (*map(_pointer, arguments), *map(np.int32, sizes))
     if halves:
-        grid = (segments, heads, width // 64 if terms else 1)
-        _kernel("moments", p.dtype, p.dim_qk)[0](grid, (128,), arguments, shared_mem=2 * 64 * width * 2)
+        grid, block = (segments, heads, max(width // 128, 1) if terms else 1), 2 * min(width, 128)
+        kernel, _ = _kernel("moments", p.dtype, entry=f"moments_{width}")
+        kernel(grid, (block,), arguments, shared_mem=2 * 64 * width * 2)
     else:
         grid = (segments, heads, (-(-width // 32)) ** 2 if terms else 1)
         _kernel("score_simt", p.dtype, entry="moments")[0](grid, (256,), arguments)
 
     rows = cp.empty((lists, per_list, width), np.uint16 if halves else p.dtype)
     mean = cp.empty((lists, width), np.float32) if full else None
-    floats = 2 * width if full else 2 * terms * (width + 1) + terms**2 + 2 * width + 2 * terms + 16
+    shared = kernels.factor_shared_bytes(width, terms, full)
+    if shared > shared_limit(device_target()):
+        raise ValueError(f"rank_terms is {terms} at head dim {p.dim_qk}, which needs {shared} bytes of shared memory")
     sizes = (width, p.dim_qk, terms, per_list, not halves, full)
     arguments = (*map(_pointer, (totals, counts, moment, rows, mean)), *map(np.int32, sizes), np.float32(p.scale))
-    _kernel("factor", p.dtype)[0]((lists,), (128,), arguments, shared_mem=4 * floats)
+    _kernel("factor", p.dtype)[0]((lists,), (128,), arguments, shared_mem=shared)
 
     scores = cp.empty(heads * total, np.float16 if halves else np.float32)
     if longest:
@@ -108,7 +111,7 @@ def _score_mixture(p: Problem, q, k, slab: Slab) -> Scores:
     arrays = (q, *_strides(q), rows, offset, variance, cp.empty((lists, 2, capacity), np.int32))
     sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
     sizes = (*sizes, width, p.terms, per_list, capacity)
-    kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, p.dim_qk, "centres")
+    kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="centres")
     kernel((segments, heads), (256,), (*arrays, *map(np.int32, sizes), real(p.scale)))
 
     unit = real(p.scale * _LOG2_E)
@@ -247,8 +250,6 @@ def _kernel_on(device: int, name: str, dtype: str, dim, entry, dim_v, block_q):
         macros = kernels.simt_macros(dtype, dim_v)
     elif name == "score":
         macros = kernels.score_macros(dtype, dim, arch)
-    elif name == "moments":
-        macros = kernels.moments_macros(dtype, dim)
     else:
         macros = kernels.remap_macros(dtype) if name == "remap" else DTYPE_MACROS[dtype]
     return get_kernel(name, entry, **macros), macros

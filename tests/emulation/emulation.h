@@ -22,9 +22,11 @@
 
 struct dim3 { unsigned int x, y, z; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 struct uint2 { unsigned int x, y; };
 struct uint4 { unsigned int x, y, z, w; };
 static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint2 make_uint2(unsigned int x, unsigned int y) { return {x, y}; }
 
 namespace s2o_emulation {

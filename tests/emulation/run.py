@@ -51,8 +51,8 @@ def _built(name: str, entry: str, macros: tuple, edit):
         source,
     )
     match = re.search(rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)\) \{{', source)
-    if match is None:  # declared by score.cu's macro
-        assert f"SCORE({entry}," in source
+    if match is None:  # declared by a macro, as in score.cu
+        assert re.search(rf"^[A-Z]+\({entry},", source, re.MULTILINE)
         match = re.search(r"\bNAME\(\s*(const[^{]*)\) \{", source.replace("\\\n", " "))
     types, parameters = [], []
     for i, parameter in enumerate(match[1].replace("\n", " ").split(",")):
