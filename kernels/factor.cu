@@ -5,6 +5,8 @@
 //   moment  [lists, width, width]  float  sum of q q^T (raw), or the covariance itself (`centred`); null: mean rank
 //   rows    [lists, terms_rows, width]  T   the answer; rows past 1 + terms are zero
 //   mean    [lists, width]         float  scale * mean, written when `full`
+// tiled: how many segments an order head has; its rows then lie in chunks of 64 as score_sm90.cu's shared memory holds
+// them: 64 columns after 64, rows of 128 bytes whose 16-byte pieces are permuted by row % 8. 0: row after row.
 // full: the answer is scale^2 / 2 times the covariance, width rows (score = sum_i (row_i . k + mean_i) k_i).
 // Else one step of subspace iteration from the `terms` axes of largest variance: basis = orth(cov[:, axes]), by the
 // Gram matrix of those columns, and a Cholesky factor of basis^T cov basis (any square root of it gives the same scores
@@ -49,7 +51,7 @@ __device__ __forceinline__ void multiply_group(float* image, const float* basis,
 extern "C" __global__ void __launch_bounds__(THREADS) factor(
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, float scale) {
+    int centred, int full, int tiled, float scale) {
     extern __shared__ double shared_memory[];
     const int group = terms <= 8 ? 8 : 16, stride = (terms + group - 1) / group * group + 4, pairs = triangle(terms, 0);
     double* gram = shared_memory;                        // [pairs], later the pivots of its elimination
@@ -67,7 +69,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) factor(
     const float share = n ? 1.f / n : 0.f;
     sum += list * width;
     if (moment != nullptr) moment += list * width * width;
-    rows += list * terms_rows * width;
     if (full || terms == 0) mean = (float*)shared_memory;
     for (int d = threadIdx.x; d < width; d += THREADS) mean[d] = sum[d] * share;
     __syncthreads();
@@ -76,14 +77,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) factor(
         return centred ? raw : raw * share - mean[i] * mean[j];
     };
 
+    const int own_row = tiled ? (int)(list % tiled) * terms_rows : 0;
+    rows += tiled ? list / tiled * ((tiled * terms_rows + 63) / 64 * 64) * width : list * terms_rows * width;
+    auto write = [&](int r, int d, float x) {
+        const int row = own_row + r, turned = row % 64 * 64 + (d % 64 / 8 ^ row % 8) * 8 + d % 8;
+        rows[tiled ? (row / 64 * (width / 64) + d / 64) * 4096ll + turned : (long long)row * width + d] = to_element(x);
+    };
+
     if (full) {
         for (int d = threadIdx.x; d < width; d += THREADS) mean_out[list * width + d] = scale * mean[d];
         for (int i = threadIdx.x; i < width * width; i += THREADS)
-            rows[i] = to_element(scale * scale / 2 * covariance(i / width, i % width));
+            write(i / width, i % width, scale * scale / 2 * covariance(i / width, i % width));
         return;
     }
-    for (int d = threadIdx.x; d < width; d += THREADS) rows[d] = to_element(scale * mean[d]);
-    for (int i = (1 + terms) * width + threadIdx.x; i < terms_rows * width; i += THREADS) rows[i] = to_element(0.f);
+    for (int d = threadIdx.x; d < width; d += THREADS) write(0, d, scale * mean[d]);
+    for (int i = (1 + terms) * width + threadIdx.x; i < terms_rows * width; i += THREADS) write(i / width, i % width, 0.f);
     if (terms == 0) return;
 
     // The axes of largest variance, ties by smaller axis: as many axes as go before this one.
@@ -180,6 +188,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) factor(
         float x = 0.f;
 #pragma unroll 4
         for (int j = t; j < terms; ++j) x += basis[d * stride + j] * ritz[triangle(j, t)];
-        rows[(long long)(1 + t) * width + d] = to_element(d < dim ? root[t] * x : 0.f);
+        write(1 + t, d, d < dim ? root[t] * x : 0.f);
     }
 }

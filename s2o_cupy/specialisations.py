@@ -103,6 +103,11 @@ def score_shared_bytes(macros: dict) -> int:
     return (macros["WARPS"] * 32 + 128) * macros["WIDTH"] * 2 + 512
 
 
+def score_sm90_shared_bytes(width: int) -> int:
+    """Dynamic shared memory of score_sm90.cu: 128 keys, and four chunks of 64 rows with their barriers."""
+    return 1024 + (128 + 4 * 64) * width * 2 + 16 * 4
+
+
 def remap_macros(dtype: str) -> dict:
     """Macros of remap.cu: scores of 16-bit inputs are kept in half precision."""
     return {"SCORE_HALF": int(dtype in ("float16", "bfloat16"))}
@@ -132,6 +137,8 @@ def shipped(arch: str) -> list[Specialisation]:
             add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
             add("score", score_macros(dtype, dim, arch))
         add("moments", DTYPE_MACROS[dtype])
+        if arch == "sm_90a":
+            add("score_sm90", DTYPE_MACROS[dtype])
     for dtype in ("float32", "float64"):
         add("score_simt", DTYPE_MACROS[dtype])
         for dim_v in (128, 256):

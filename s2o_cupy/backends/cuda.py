@@ -62,31 +62,39 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
         grid = (segments, heads, (-(-width // 32)) ** 2 if terms else 1)
         _kernel("score_simt", p.dtype, entry="moments")[0](grid, (256,), arguments)
 
-    rows = cp.empty((lists, per_list, width), np.uint16 if halves else p.dtype)
+    hopper = halves and device_target() == "sm_90a" and width <= 128 and per_list > 1 and not full
+    head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
+    rows = cp.empty((heads, head_rows, width), np.uint16 if halves else p.dtype)
     mean = cp.empty((lists, width), np.float32) if full else None
     shared = kernels.factor_shared_bytes(width, terms, full)
     if shared > shared_limit(device_target()):
         raise ValueError(f"rank_terms is {terms} at head dim {p.dim_qk}, which needs {shared} bytes of shared memory")
-    sizes = (width, p.dim_qk, terms, per_list, not halves, full)
+    sizes = (width, p.dim_qk, terms, per_list, not halves, full, segments if hopper else 0)
     arguments = (*map(_pointer, (totals, counts, moment, rows, mean)), *map(np.int32, sizes), np.float32(p.scale))
     _kernel("factor", p.dtype)[0]((lists,), (128,), arguments, shared_mem=shared)
 
     scores = cp.empty(heads * total, np.float16 if halves else np.float32)
-    if longest:
-        arguments = map(
-            _pointer, (k, *_strides(k), *([np.int32(_aligned(k))] if halves else []), rows, mean, history, starts)
-        )
-        if halves:
-            kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_full" if full else f"score_{per_list}")
-            sizes = (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)
-            block, shared = 32 * macros["WARPS"], kernels.score_shared_bytes(macros)
-            grid = (-(-longest // block), p.orders, slab.kv_stop - slab.kv_start)
-        else:
-            kernel, _ = _kernel("score_simt", p.dtype, entry="score")
-            sizes = (p.heads_kv, slab.kv_start, p.dim_qk, segments, per_list, p.orders)
-            block, shared = 256, (32 * (p.dim_qk + 1) + 256) * np.dtype(p.dtype).itemsize
-            grid = (-(-longest // 32), segments, heads)
-        kernel(grid, (block,), (*arguments, scores, *map(np.int32, sizes)), shared_mem=shared)
+    if not longest:
+        return Scores(scores, starts, history, longest)
+    keys = (k, *_strides(k), *([np.int32(_aligned(k))] if halves else []), rows)
+    lengths, mean = (history, starts, scores), _pointer(mean)
+    if not halves:
+        kernel, _ = _kernel("score_simt", p.dtype, entry="score")
+        sizes = (p.heads_kv, slab.kv_start, p.dim_qk, segments, per_list, p.orders)
+        shared = (32 * (p.dim_qk + 1) + 256) * np.dtype(p.dtype).itemsize
+        grid = (-(-longest // 32), segments, heads)
+        kernel(grid, (256,), (*keys, mean, *lengths, *map(np.int32, sizes)), shared_mem=shared)
+        return Scores(scores, starts, history, longest)
+    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
+    if hopper:
+        kernel, _ = _kernel("score_sm90", p.dtype, entry=f"score_{per_list}_{width}")
+        grid = (-(-longest // 128), p.orders, heads // p.orders)
+        kernel(grid, (288,), (*keys, *lengths, *sizes), shared_mem=kernels.score_sm90_shared_bytes(width))
+    else:
+        kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_full" if full else f"score_{per_list}")
+        block = 32 * macros["WARPS"]
+        grid = (-(-longest // block), p.orders, heads // p.orders)
+        kernel(grid, (block,), (*keys, mean, *lengths, *sizes), shared_mem=kernels.score_shared_bytes(macros))
     return Scores(scores, starts, history, longest)
 
 

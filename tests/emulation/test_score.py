@@ -74,6 +74,17 @@ def test_wide_heads(monkeypatch, rank, dim):
     check(emulated(monkeypatch), p, *inputs(p))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dim", "terms"), [("bfloat16", 128, 15), ("float16", 40, 7), ("float16", 64, 31), ("bfloat16", 70, 60)]
+)
+def test_hopper_scores_are_the_reference(monkeypatch, dtype, dim, terms):
+    """The `wgmma` kernel: every number of rows a list, several chunks, more of them than stages."""
+    p = Problem(1, 2, 1, 280, 300, dim, dim, dtype, Settings(segment=16, pool=16, rank_terms=terms))
+    q, k = inputs(p)
+    q[0, 1, 50, 3] = np.nan
+    check(emulated(monkeypatch, arch="sm_90a"), p, q, k)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("rank", ["gaussian", "mixture"])
 def test_slabs_score_alike(monkeypatch, rank, dtype):
