@@ -14,7 +14,7 @@
 // A block waits more than it computes: every loop of one step after another runs over columns of a terms x terms matrix,
 // with one barrier a step, and all else is a number a thread.
 // T is float16 or bfloat16 (IS_BF16), or REAL.
-// grid lists   block 128   shared memory: layout below; specialisations.factor_shared_bytes   macros IS_BF16 or REAL
+// grid lists   block 256   shared memory: layout below; specialisations.factor_shared_bytes   macros IS_BF16 or REAL
 #ifdef REAL
 typedef REAL element_t;
 __device__ __forceinline__ element_t to_element(float x) { return (element_t)x; }
@@ -24,47 +24,58 @@ typedef half_t element_t;
 __device__ __forceinline__ element_t to_element(float x) { return float_to_half(x); }
 #endif
 
-constexpr int THREADS = 128;
+constexpr int THREADS = 256;
+constexpr int BLOCK = 8;  // terms that go through registers together
+
+#ifndef S2O_EMULATION
+// c (8 x 8) += a (8 x 4) b (4 x 8) in double. Lane l holds a at row l/4, column l%4; b the other way round; c at row l/4,
+// columns 2(l%4) and the next.
+__device__ __forceinline__ void mma_double(double (&c)[2], double a, double b) {
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0,%1}, {%2}, {%3}, {%0,%1};" : "+d"(c[0]), "+d"(c[1]) : "d"(a), "d"(b));
+}
+#endif
 
 // Place of (i, j), j <= i, in a lower triangle stored row by row.
 __device__ __forceinline__ int triangle(int i, int j) { return i * (i + 1) / 2 + j; }
 
-// image[d][0 .. GROUP) = the covariance times GROUP rows of the basis.
-template <int GROUP, typename Covariance>
-__device__ __forceinline__ void multiply_group(float* image, const float* basis, int stride, int width, int dim, Covariance covariance) {
-    for (int d = threadIdx.x; d < width; d += THREADS) {
-        float x[GROUP] = {};
-#pragma unroll 8
-        for (int e = 0; e < dim; ++e) {
-            const float c = covariance(e, d);
+__device__ __forceinline__ void load_block(float (&x)[BLOCK], const float* from) {
 #pragma unroll
-            for (int t = 0; t < GROUP; t += 4) {
-                const float4 row = *(const float4*)(basis + e * stride + t);
-                x[t] += c * row.x, x[t + 1] += c * row.y, x[t + 2] += c * row.z, x[t + 3] += c * row.w;
-            }
-        }
-#pragma unroll
-        for (int t = 0; t < GROUP; t += 4) *(float4*)(image + d * (GROUP + 4) + t) = make_float4(x[t], x[t + 1], x[t + 2], x[t + 3]);
+    for (int i = 0; i < BLOCK; i += 4) {
+        const float4 y = *(const float4*)(from + i);
+        x[i] = y.x, x[i + 1] = y.y, x[i + 2] = y.z, x[i + 3] = y.w;
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) factor(
+__device__ __forceinline__ void store_block(float* to, const float (&x)[BLOCK]) {
+#pragma unroll
+    for (int i = 0; i < BLOCK; i += 4) *(float4*)(to + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
     int centred, int full, int tiled, float scale) {
     extern __shared__ double shared_memory[];
-    const int group = terms <= 8 ? 8 : 16, stride = (terms + group - 1) / group * group + 4, pairs = triangle(terms, 0);
-    double* gram = shared_memory;                        // [pairs], later the pivots of its elimination
-    double* inverse = gram + pairs;                      // [pairs]: L^-1 of gram = L D L^T
+    const int group = terms <= 8 ? 8 : 16, stride = (terms + group - 1) / group * group + 4;
+    const int padded = (terms + BLOCK - 1) / BLOCK * BLOCK, pairs = triangle(terms, 0), all_pairs = triangle(padded, 0);
+    double* gram = shared_memory;                        // [all_pairs], later the pivots of its elimination
+    double* inverse = gram + all_pairs;                  // [all_pairs]: L^-1 of gram = L D L^T
     float* image = (float*)shared_memory;                // [width][group + 4], once those two are done with
-    float* basis = image + max(4 * pairs, width * (group + 4));  // [width][stride]
-    float* ritz = basis + width * stride;                // [pairs], then its elimination
-    float* mean = ritz + pairs;                          // [width]
+    float* basis = image + max(4 * all_pairs, width * (group + 4));  // [width][stride]
+    float* ritz = basis + width * stride;                // [all_pairs], then its elimination
+    float* mean = ritz + all_pairs;                      // [width]
     float* variance = mean + width;                      // [width]
-    float* root = variance + width;                      // [terms]
-    int* axes = (int*)(root + terms);                    // [terms]
+    float* shift = variance + width;                     // [padded]: the mean times a row of the basis
+    float* root = shift + padded;                        // [padded]
+    int* axes = (int*)(root + padded);                   // [terms]
     unsigned short* place = (unsigned short*)(axes + terms);  // [pairs]: row and column of a place in a triangle
     const long long list = blockIdx.x;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int n = count[list];
     const float share = n ? 1.f / n : 0.f;
     sum += list * width;
@@ -109,20 +120,34 @@ extern "C" __global__ void __launch_bounds__(THREADS) factor(
     __syncthreads();
     for (int d = threadIdx.x; d < width; d += THREADS)
 #pragma unroll 4
-        for (int t = 0; t < stride; ++t) basis[d * stride + t] = t < terms ? covariance(axes[t], d) : 0.f;
+        for (int t = 0; t < stride; t += 4) {
+            float x[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i] = t + i < terms ? covariance(axes[t + i], d) : 0.f;
+            *(float4*)(basis + d * stride + t) = make_float4(x[0], x[1], x[2], x[3]);
+        }
+    for (int p = threadIdx.x; p < all_pairs; p += THREADS) inverse[p] = 0, ritz[p] = 0.f;
     __syncthreads();
 
-    for (int p = threadIdx.x; p < pairs; p += THREADS) {
-        const int i = place[p] >> 8, j = place[p] & 255;
-        double x = 0, y = 0;
+    for (int tile = warp; tile < triangle(padded / 8, 0); tile += THREADS / 32) {
+        int down = 0;
+        while (triangle(down + 1, 0) <= tile) ++down;
+        const int right = tile - triangle(down, 0), i = 8 * down + lane / 4, j = 8 * right + 2 * (lane % 4);
+        double c[2] = {0, 0};
 #pragma unroll 4
-        for (int d = 0; d < width; d += 2) {  // width is even, or its last column is not there
-            x += (double)basis[d * stride + i] * basis[d * stride + j];
-            if (d + 1 < width) y += (double)basis[(d + 1) * stride + i] * basis[(d + 1) * stride + j];
+        for (int first = 0; first < width; first += 4) {
+            const int d = first + lane % 4;
+            const bool inside = d < width;
+            const double a = inside ? basis[d * stride + i] : 0.f, b = inside ? basis[d * stride + 8 * right + lane / 4] : 0.f;
+            mma_double(c, a, b);
         }
-        gram[p] = x + y;
-        inverse[p] = i == j;
-        if (i == j) root[i] = (float)(x + y);
+        for (int h = 0; h < 2; ++h)
+            if (j + h <= i) gram[triangle(i, j + h)] = c[h];
+    }
+    __syncthreads();
+    for (int t = threadIdx.x; t < padded; t += THREADS) {
+        inverse[triangle(t, t)] = 1;
+        root[t] = (float)gram[triangle(t, t)];
     }
     __syncthreads();
     // Elimination of gram, the same row operations on the identity. A column that depends on those before it counts
@@ -139,34 +164,66 @@ extern "C" __global__ void __launch_bounds__(THREADS) factor(
         }
         __syncthreads();
     }
-    for (int t = threadIdx.x; t < terms; t += THREADS) {
+    for (int t = threadIdx.x; t < padded; t += THREADS) {
         const double pivot = gram[triangle(t, t)];
         root[t] = pivot > 1e-10 * root[t] ? (float)(1 / sqrt(pivot)) : 0.f;
     }
     __syncthreads();
     for (int d = threadIdx.x; d < width; d += THREADS)
-        for (int t = terms - 1; t >= 0; --t) {
-            double x = 0;
-#pragma unroll 4
-            for (int u = 0; u <= t; ++u) x += inverse[triangle(t, u)] * basis[d * stride + u];
-            basis[d * stride + t] = (float)(x * root[t]);
+        for (int last = padded - BLOCK; last >= 0; last -= BLOCK) {  // from the last on: they read those before them
+            double x[BLOCK] = {};
+            for (int first = 0; first <= last; first += BLOCK) {
+#pragma unroll 2
+                for (int u = 0; u < BLOCK; ++u) {
+                    const double y = basis[d * stride + first + u];
+#pragma unroll
+                    for (int t = 0; t < BLOCK; ++t)
+                        if (first < last || u <= t) x[t] += inverse[triangle(last + t, first + u)] * y;
+                }
+            }
+            float y[BLOCK];
+#pragma unroll
+            for (int t = 0; t < BLOCK; ++t) y[t] = (float)(x[t] * root[last + t]);
+            store_block(basis + d * stride + last, y);
         }
     __syncthreads();
 
+    for (int t = warp; t < padded; t += THREADS / 32) {
+        float x = 0.f;
+        for (int d = lane; d < width; d += 32) x += mean[d] * basis[d * stride + t];
+        x = warp_sum(x);
+        if (lane == 0) shift[t] = centred ? 0.f : x;
+    }
+    __syncthreads();
     for (int first = 0; first < terms; first += group) {
-        if (group == 8) multiply_group<8>(image, basis, stride, width, dim, covariance);
-        else multiply_group<16>(image, basis + first, stride, width, dim, covariance);
-        __syncthreads();
-        for (int p = threadIdx.x; p < pairs; p += THREADS) {
-            const int i = place[p] >> 8, j = (place[p] & 255) - first;
-            if (j < 0 || j >= group) continue;
-            float x = 0.f, y = 0.f;
+        // The covariance times some rows of the basis, eight to a thread.
+        for (int i = threadIdx.x; i < width * (group / BLOCK); i += THREADS) {
+            const int d = i % width, t0 = i / width * BLOCK;
+            const float* column = moment + d;
+            const float* row = basis + first + t0;
+            float x[BLOCK] = {};
 #pragma unroll 4
-            for (int d = 0; d < width; d += 2) {
-                x += basis[d * stride + i] * image[d * (group + 4) + j];
-                if (d + 1 < width) y += basis[(d + 1) * stride + i] * image[(d + 1) * (group + 4) + j];
+            for (int e = 0; e < dim; ++e) {
+                const float c = column[(long long)e * width];
+                float y[BLOCK];
+                load_block(y, row + e * stride);
+#pragma unroll
+                for (int t = 0; t < BLOCK; ++t) x[t] += c * y[t];
             }
-            ritz[p] = x + y;
+#pragma unroll
+            for (int t = 0; t < BLOCK; ++t) x[t] = centred ? x[t] : x[t] * share - mean[d] * shift[first + t0 + t];
+            store_block(image + d * (group + 4) + t0, x);
+        }
+        __syncthreads();
+        for (int start = 0; start < 2 * pairs; start += THREADS) {  // two threads to a product, neighbours
+            const int p = min((start + (int)threadIdx.x) / 2, pairs - 1), i = place[p] >> 8, j = (place[p] & 255) - first;
+            const bool mine = start + (int)threadIdx.x < 2 * pairs && j >= 0 && j < group;
+            float x = 0.f;
+            if (mine)
+#pragma unroll 4
+                for (int d = threadIdx.x % 2; d < width; d += 2) x += basis[d * stride + i] * image[d * (group + 4) + j];
+            x += __shfl_xor_sync(0xffffffffu, x, 1);
+            if (mine) ritz[p] = x;
         }
         __syncthreads();
     }
@@ -183,11 +240,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) factor(
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < terms * width; i += THREADS) {
-        const int t = i / width, d = i % width;
-        float x = 0.f;
-#pragma unroll 4
-        for (int j = t; j < terms; ++j) x += basis[d * stride + j] * ritz[triangle(j, t)];
-        write(1 + t, d, d < dim ? root[t] * x : 0.f);
+    for (int i = threadIdx.x; i < width * (padded / BLOCK); i += THREADS) {
+        const int d = i % width, first = i / width * BLOCK;
+        float x[BLOCK] = {};
+        for (int last = first; last < terms; last += BLOCK) {
+            float y[BLOCK];
+            load_block(y, basis + d * stride + last);
+#pragma unroll
+            for (int j = 0; j < BLOCK; ++j)
+#pragma unroll
+                for (int t = 0; t < BLOCK; ++t)
+                    if (first < last || t <= j) x[t] += y[j] * ritz[triangle(last + j, first + t)];
+        }
+#pragma unroll
+        for (int t = 0; t < BLOCK; ++t)
+            if (first + t < terms) write(1 + first + t, d, d < dim ? root[first + t] * x[t] : 0.f);
     }
 }

@@ -6,14 +6,16 @@
 // T is float16 or bfloat16 (IS_BF16); products are exact and summed in float. An order head is one query head, or
 // the query heads of a K/V head (share_order): `members` of them.
 // moments_64, _128, _256, by WIDTH: the queries pass once through shared memory, chunk by chunk; a warp has 32 rows of
-// the moment and half its columns, and sums of columns are products with a row of ones.
+// the moment and half its columns, and sums of columns are products with a row of ones. A row that is not finite shows
+// in them at the end; only then the block starts again and looks at every number.
 // grid (segments of the slab, order heads of the slab, WIDTH / 128, 1 when moment is null)   block min(WIDTH, 128) * 2
-// shared memory 2 * 64 * WIDTH * 2 bytes
+// shared memory 3 * 64 * WIDTH * 2 bytes
 // centres: the mixture rank's, see centres.cuh   macros IS_BF16
 #include "centres.cuh"
 #include "gather.cuh"
 
 constexpr int CHUNK_ROWS = 64;
+constexpr int STAGES = 3;
 
 // Zeroes the rows of a chunk that are not finite, or past its first `present`; returns how many of the first are not.
 template <int WIDTH, int THREADS>
@@ -50,7 +52,6 @@ __device__ __forceinline__ void add_moments(
     const int order_head = order_start + blockIdx.y, batch = order_head / heads_order;
     const int first = (segment_start + blockIdx.x) * segment, rows = min(segment, n_q - first);
     const int per_head = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS, total = per_head * members;
-    const bool leads = blockIdx.z == 0;
 
     // Rows of a chunk count from its first; the last chunk of a head repeats its last row.
     if (threadIdx.x < CHUNK_ROWS) {
@@ -60,59 +61,64 @@ __device__ __forceinline__ void add_moments(
     auto fetch = [&](int chunk) {
         const int part = chunk % per_head, head = order_head % heads_order * members + chunk / per_head;
         const half_t* from = q + batch * q_batch + head * q_head + (long long)(first + part * CHUNK_ROWS) * q_row;
-        load_rows<WIDTH, CHUNK_ROWS, THREADS>(chunks + (chunk & 1) * CHUNK_BYTES, rows_of(from, q_row, dim, aligned), index[part == per_head - 1]);
-        commit_copies();
+        load_rows<WIDTH, CHUNK_ROWS, THREADS>(chunks + chunk % STAGES * CHUNK_BYTES, rows_of(from, q_row, dim, aligned), index[part == per_head - 1]);
     };
 
     float c[2][N_TILES][4], column[SUM_TILES][4];
-#pragma unroll
-    for (int n = 0; n < N_TILES; ++n)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) c[i / 4][n][i % 4] = 0.f;
-#pragma unroll
-    for (int n = 0; n < SUM_TILES; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) column[n][i] = 0.f;
     const unsigned int ones[4] = {ONES, ONES, ONES, ONES};
     int kept = 0;
-    __syncthreads();
-    fetch(0);
-    for (int chunk = 0; chunk < total; ++chunk) {
-        wait_copies<0>();
+#pragma unroll 1
+    for (int attempt = 0; attempt < 2; ++attempt) {
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) c[i / 4][n][i % 4] = 0.f;
+#pragma unroll
+        for (int n = 0; n < SUM_TILES; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) column[n][i] = 0.f;
+        kept = 0;
         __syncthreads();
-        if (chunk + 1 < total) fetch(chunk + 1);
-        const unsigned int here = chunks + (chunk & 1) * CHUNK_BYTES;
-        const int present = min(CHUNK_ROWS, rows - chunk % per_head * CHUNK_ROWS);
-        bool fine = present == CHUNK_ROWS;
-#pragma unroll
-        for (int i = threadIdx.x; i < CHUNK_ROWS * Tile::CHUNKS; i += THREADS) {
-            unsigned int x[4];
-            load_shared16(x, here + 16 * i);
-            fine = fine && halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3]);
+        for (int s = 0; s < STAGES - 1; ++s) {
+            if (s < total) fetch(s);
+            commit_copies();
         }
-        kept += present;
-        if (__syncthreads_or(!fine)) kept -= drop_rows<WIDTH, THREADS>(here, present, bad);
+        for (int chunk = 0; chunk < total; ++chunk) {
+            wait_copies<STAGES - 2>();
+            __syncthreads();
+            if (chunk + STAGES - 1 < total) fetch(chunk + STAGES - 1);
+            commit_copies();
+            const unsigned int here = chunks + chunk % STAGES * CHUNK_BYTES;
+            const int present = min(CHUNK_ROWS, rows - chunk % per_head * CHUNK_ROWS);
+            kept += present;
+            if (attempt || present < CHUNK_ROWS) kept -= drop_rows<WIDTH, THREADS>(here, present, bad);
 #pragma unroll
-        for (int r = 0; r < CHUNK_ROWS; r += 16) {
-            unsigned int a[2][4];
-            if (moment != nullptr)
-#pragma unroll
-                for (int m = 0; m < 2; ++m)
-                    load_matrices_transposed(a[m], Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, blockIdx.z * 16 + down * 4 + 2 * m + ((lane >> 3) & 1)));
-#pragma unroll
-            for (int n = 0; n < N_TILES; n += 2) {
-                if (moment == nullptr && (!leads || n / SUM_TILES != down)) continue;
-                unsigned int b[4];
-                load_matrices_transposed(b, Tile::address(here, r + (lane & 15), right * N_TILES + n + (lane >> 4)));
+            for (int r = 0; r < CHUNK_ROWS; r += 16) {
+                unsigned int a[2][4];
                 if (moment != nullptr)
 #pragma unroll
-                    for (int m = 0; m < 2; ++m) mma(c[m][n], a[m], b[0], b[1]), mma(c[m][n + 1], a[m], b[2], b[3]);
-                if (leads && n / SUM_TILES == down) mma(column[n % SUM_TILES], ones, b[0], b[1]), mma(column[n % SUM_TILES + 1], ones, b[2], b[3]);
+                    for (int m = 0; m < 2; ++m)
+                        load_matrices_transposed(a[m], Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, blockIdx.z * 16 + down * 4 + 2 * m + ((lane >> 3) & 1)));
+#pragma unroll
+                for (int n = 0; n < N_TILES; n += 2) {
+                    const bool sums = n / SUM_TILES == down;
+                    if (moment == nullptr && !sums) continue;
+                    unsigned int b[4];
+                    load_matrices_transposed(b, Tile::address(here, r + (lane & 15), right * N_TILES + n + (lane >> 4)));
+                    if (moment != nullptr)
+#pragma unroll
+                        for (int m = 0; m < 2; ++m) mma(c[m][n], a[m], b[0], b[1]), mma(c[m][n + 1], a[m], b[2], b[3]);
+                    if (sums) mma(column[n % SUM_TILES], ones, b[0], b[1]), mma(column[n % SUM_TILES + 1], ones, b[2], b[3]);
+                }
             }
         }
+        bool fine = true;
+#pragma unroll
+        for (int n = 0; n < SUM_TILES; ++n) fine = fine && column[n][0] - column[n][0] == 0.f && column[n][1] - column[n][1] == 0.f;
+        if (!__syncthreads_or(!fine)) break;
     }
     const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;
-    if (leads && lane < 4) {  // all rows of the ones' product are alike
+    if (blockIdx.z == 0 && lane < 4) {  // all rows of the ones' product are alike
         float* to = sum + list * WIDTH + (right * N_TILES + down * SUM_TILES) * 8 + 2 * lane;
 #pragma unroll
         for (int n = 0; n < SUM_TILES; ++n) *(float2*)(to + 8 * n) = make_float2(column[n][0], column[n][1]);

@@ -85,9 +85,9 @@ def factor_shared_bytes(width: int, terms: int, full: bool) -> int:
     """Dynamic shared memory of factor.cu: Gram matrix, basis and its image, triangles."""
     if full or not terms:
         return 4 * width
-    group, pairs = (8 if terms <= 8 else 16), terms * (terms + 1) // 2
-    columns = -(-terms // group) * group + 4
-    floats = max(4 * pairs, width * (group + 4)) + width * columns + pairs + 2 * width + 2 * terms
+    group, padded, pairs = (8 if terms <= 8 else 16), -(-terms // 8) * 8, terms * (terms + 1) // 2
+    columns, all_pairs = -(-terms // group) * group + 4, padded * (padded + 1) // 2
+    floats = max(4 * all_pairs, width * (group + 4)) + width * columns + all_pairs + 2 * width + 2 * padded + terms
     return 4 * floats + 2 * pairs
 
 

@@ -57,7 +57,7 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
     if halves:
         grid, block = (segments, heads, max(width // 128, 1) if terms else 1), 2 * min(width, 128)
         kernel, _ = _kernel("moments", p.dtype, entry=f"moments_{width}")
-        kernel(grid, (block,), arguments, shared_mem=2 * 64 * width * 2)
+        kernel(grid, (block,), arguments, shared_mem=3 * 64 * width * 2)
     else:
         grid = (segments, heads, (-(-width // 32)) ** 2 if terms else 1)
         _kernel("score_simt", p.dtype, entry="moments")[0](grid, (256,), arguments)
@@ -71,7 +71,7 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
         raise ValueError(f"rank_terms is {terms} at head dim {p.dim_qk}, which needs {shared} bytes of shared memory")
     sizes = (width, p.dim_qk, terms, per_list, not halves, full, segments if hopper else 0)
     arguments = (*map(_pointer, (totals, counts, moment, rows, mean)), *map(np.int32, sizes), np.float32(p.scale))
-    _kernel("factor", p.dtype)[0]((lists,), (128,), arguments, shared_mem=shared)
+    _kernel("factor", p.dtype)[0]((lists,), (256,), arguments, shared_mem=shared)
 
     scores = cp.empty(heads * total, np.float16 if halves else np.float32)
     if not longest:

@@ -171,6 +171,13 @@ static inline T __shfl_up_sync(unsigned int, T x, int step) {
     const int lane = s2o_emulation::current->index.x % 32;
     return s2o_emulation::exchange(x, lane >= step ? lane - step : lane);
 }
+static inline void mma_double(double (&c)[2], double a, double b) {
+    const int lane = s2o_emulation::current->index.x % 32;
+    for (int k = 0; k < 4; ++k) {
+        const double x = s2o_emulation::exchange(a, lane / 4 * 4 + k);
+        for (int i = 0; i < 2; ++i) c[i] += x * s2o_emulation::exchange(b, (2 * (lane % 4) + i) * 4 + k);
+    }
+}
 static inline unsigned int __match_any_sync(unsigned int, unsigned int x) {
     auto& me = *s2o_emulation::current;
     const int slot = me.warp_arrived & 1, warp = s2o_emulation::warp();
