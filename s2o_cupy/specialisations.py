@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -111,6 +112,17 @@ def score_sm90_shared_bytes(width: int) -> int:
 def remap_macros(dtype: str) -> dict:
     """Macros of remap.cu: scores of 16-bit inputs are kept in half precision."""
     return {"SCORE_HALF": int(dtype in ("float16", "bfloat16"))}
+
+
+@functools.lru_cache(maxsize=256)
+def remap_fit(levels: int, arch: str) -> tuple[int, int, int] | None:
+    """Warps, keys of a chunk and bytes of shared memory of remap.cu's kernel by levels; None where they do not fit."""
+    room = shared_limit(arch) - 1024
+    for warps in (16, 8):
+        chunk = min((room - 4 * (warps + 2) * (levels + 2)) * 4 // 9 // 32 * 32, 2**16)
+        if levels and chunk >= 2**14:
+            return warps, chunk, 4 * (warps + 2) * (levels + 2) + chunk // 4 + 2 * chunk
+    return None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import cupy as cp
@@ -153,19 +152,18 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
     if not scores.longest:
         return
     levels, segments, heads = problem.settings.rank_levels or 0, slab.segments, kv_offsets.shape[0]
-    room = shared_limit(device_target()) - 2048
-    longest = math.ceil(problem.settings.cap * scores.longest)
-    bins, passes, warps = levels + 2, 1, 8 if longest <= 2**15 else 16
-    if not levels or 4 * warps * bins > room - 8192:
-        bins, passes = 256, -(-(levels + 1).bit_length() // 8) if levels else 4
-    window = min((room - 4 * warps * bins) * 8 // 17, longest + 31, 2**16) // 32 * 32
-    scratch = cp.empty(2 * scores.data.size, np.int32) if passes > 1 else None
-    offsets = (kv_offsets, np.int64(kv_offsets.strides[0] // 8))
-    arguments = map(_pointer, (scores.data, scores.starts, scores.history, *offsets, kv_order, scratch))
-    kernel, _ = _kernel("remap", problem.dtype)
-    arguments = (*arguments, *map(np.int32, (segments, levels, bins, passes, window)))
-    shared = 4 * warps * bins + 2 * window + window // 8
-    kernel((segments, heads), (32 * warps,), arguments, shared_mem=shared)
+    lists = (scores.data, scores.starts, scores.history, kv_offsets, np.int64(kv_offsets.strides[0] // 8), kv_order)
+    fit = kernels.remap_fit(levels, device_target())
+    if fit is not None:
+        warps, chunk, shared = fit
+        kernel, _ = _kernel("remap", problem.dtype)
+        arguments = (*lists, *map(np.int32, (segments, levels, chunk)))
+    else:
+        bins, warps, passes = 256, 16, -(-(levels + 1).bit_length() // 8) if levels else 4
+        kernel, _ = _kernel("remap", problem.dtype, entry="remap_digits")
+        scratch, shared = cp.empty(2 * scores.data.size, np.int32), 4 * warps * bins
+        arguments = (*lists, scratch, *map(np.int32, (segments, levels, bins, passes)))
+    kernel((segments, heads), (32 * warps,), tuple(arguments), shared_mem=shared)
 
 
 def pool(problem: Problem, k, v):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
-def remap(lists, listed, levels, *, half=True, warps=4, window=256, reverse=False, edit=None):
+def remap(lists, listed, levels, *, half=True, warps=4, chunk=256, reverse=False, edit=None):
     """Orders `lists` (one head, a list a segment), keeping the first `listed` of each."""
     starts = np.concatenate([[0], np.cumsum([-(-len(x) // 8) * 8 for x in lists])]).astype(np.int64)
     scores = np.full(starts[-1], np.nan, np.float16 if half else np.float32)
@@ -21,26 +21,19 @@ def remap(lists, listed, levels, *, half=True, warps=4, window=256, reverse=Fals
         scores[start : start + len(x)] = x
     history = np.array([len(x) for x in lists], np.int32)
     offsets = np.concatenate([[0], np.cumsum(listed)]).astype(np.int64)
-    bins, passes = (levels + 2, 1) if levels and levels < 3000 else (256, 4 if not levels else 3)
     order = np.full(offsets[-1] + 4, -7, np.int32)
-    scratch = np.full(2 * starts[-1], -9, np.int32) if passes > 1 else None
-    arguments = (
-        scores,
-        starts,
-        history,
-        offsets,
-        len(offsets),
-        order,
-        scratch,
-        len(lists),
-        levels or 0,
-        bins,
-        passes,
-        window,
-    )
+    arguments = (scores, starts, history, offsets, len(offsets), order)
+    if levels and levels < 3000:
+        entry, shared = "remap", 4 * (warps + 2) * (levels + 2) + chunk // 4 + 2 * chunk
+        arguments = (*arguments, len(lists), levels, chunk)
+    else:
+        bins, passes = 256, 3 if levels else 4
+        entry, shared = "remap_digits", 4 * warps * bins
+        scratch = np.full(2 * starts[-1], -9, np.int32)
+        arguments = (*arguments, scratch, len(lists), levels or 0, bins, passes)
     run.launch(
         "remap", (len(lists), 1), 32 * warps, arguments,
-        shared=4 * warps * bins + 2 * window + window // 8, reverse=reverse, edit=edit, SCORE_HALF=int(half),
+        entry=entry, shared=shared, reverse=reverse, edit=edit, SCORE_HALF=int(half),
     )  # fmt: skip
     assert (order[offsets[-1] :] == -7).all(), "wrote past the lists"
     return [order[a:b] for a, b in itertools.pairwise(offsets)]
@@ -71,31 +64,32 @@ def test_remap_is_the_reference_order(levels, half, reverse):
 
 
 @ORDERS
-@pytest.mark.parametrize("window", [0, 32, 4096])
-def test_remap_in_any_window(window, reverse):
+@pytest.mark.parametrize("share", [0.02, 0.25, 1])
+@pytest.mark.parametrize("chunk", [32, 512, 4096])
+def test_remap_by_any_chunks(chunk, share, reverse):
     lists = awkward_lists(True)
-    got = remap(lists, [len(x) for x in lists], 300, window=window, reverse=reverse)
-    for mine, x in zip(got, lists):
-        np.testing.assert_array_equal(mine, reference.remap(x, len(x), 300))
+    listed = [-(-int(len(x) * share) // 1) or 1 for x in lists]
+    got = remap(lists, listed, 300, chunk=chunk, reverse=reverse)
+    for mine, x, n in zip(got, lists, listed):
+        np.testing.assert_array_equal(mine, reference.remap(x, n, 300))
 
 
 @pytest.mark.parametrize("count", [70_000, 140_000])
 def test_remap_of_long_lists(count):
     x = np.random.default_rng(9).standard_normal(count).astype(np.float16)
-    np.testing.assert_array_equal(remap([x], [count], 1024, window=65536)[0], reference.remap(x, count, 1024))
+    np.testing.assert_array_equal(remap([x], [count], 1024, chunk=65536)[0], reference.remap(x, count, 1024))
 
 
 def test_a_missing_barrier_shows():
-    """The emulation is worth something only if it notices: without the barrier after the scan, places are wrong."""
+    """The emulation is worth something only if it notices: without a barrier, places are wrong."""
 
     def without(source):
-        head, tail = source.split("// Places: digit by digit", 1)
-        return head + "// Places: digit by digit" + tail.replace("__syncthreads();", "", 1)
+        return source.replace("        __syncthreads();\n\n        int here", "\n        int here")
 
     x = [np.round(np.random.default_rng(1).standard_normal(3000) * 4).astype(np.float16)]
     wrong = [
         not np.array_equal(
-            remap(x, [3000], 64, window=0, reverse=reverse, edit=without)[0], reference.remap(x[0], 3000, 64)
+            remap(x, [3000], 64, chunk=4096, reverse=reverse, edit=without)[0], reference.remap(x[0], 3000, 64)
         )
         for reverse in (False, True)
     ]
