@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from s2o_cupy import arrays, backends, planning
 from s2o_cupy.arrays import namespace, natives
 from s2o_cupy.call import Call
@@ -80,7 +78,7 @@ def attention(
     >>> res.stats.density
     1.0
     """
-    settings = as_settings(settings).replace(**changes)
+    settings = as_settings(settings, **changes)
     workspace = integer("workspace", workspace, 1, 2**62)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is {progress!r}; allowed: a callable, or None")
@@ -91,16 +89,14 @@ def attention(
     if problem.longest < engine.RANKING_PAYS_FROM:
         engine.dense(problem, *call.arrays, call.result)
         return call.answer(full_output, "dense", settings)
-    xp = namespace(call.arrays[0])
     query_order = planning.query_order(problem, *call.arrays[:2])
     pooled = engine.pool(problem, *call.arrays[1:])
     done = 0
-    for slab in problem.split(problem.whole, workspace, problem.listed):
-        offsets = problem.offsets(slab)
-        kv_order, kv_offsets = xp.empty(int(offsets[-1, -1]), np.int32), xp.asarray(offsets)
+    for slab in problem.split(problem.whole, workspace, "listed"):
+        kv_order, kv_offsets = planning.lists(problem, slab, call.arrays[0])
         planning.rank(problem, *call.arrays[:2], slab, kv_offsets, kv_order, engine)
         engine.attend(problem, *call.arrays, slab, kv_order, kv_offsets, query_order, pooled, call.result)
-        del kv_order, kv_offsets  # before the next slab takes its own
+        del kv_order  # before the next slab takes its own
         done += (slab.kv_stop - slab.kv_start) * slab.segments
         if progress is not None:
             progress(done, problem.batch * problem.heads_kv * problem.segments)
@@ -133,7 +129,7 @@ def dense_attention(
     >>> bool(np.allclose(exact, p @ v / p.sum(axis=1, keepdims=True)))
     True
     """
-    settings = Settings(causal=causal, window=window, scale=scale)
+    settings = as_settings(None, causal=causal, window=window, scale=scale)
     call = Call.take(q, k, v, settings, backend, out, check_finite)
     if not call.empty:
         call.engine.dense(call.problem, *call.arrays, call.result)
@@ -168,7 +164,7 @@ def plan(
     named = natives(q=q, k=k)
     if check_finite:
         arrays.check_finite(named)
-    problem = make_problem(*named.values(), None, as_settings(settings).replace(**changes))
+    problem = make_problem(*named.values(), None, as_settings(settings, **changes))
     four = [arrays.as_four_axes(name, x) for name, x in named.items()]
     return planning.make_plan(problem, *four, backends.get(backend, named))
 

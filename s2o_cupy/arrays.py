@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import numpy as np
@@ -42,7 +43,7 @@ def native(name: str, x):
             f"{name} is a {type(x).__name__}; allowed: a NumPy or CuPy array, or one with "
             "__dlpack__ or __cuda_array_interface__"
         )
-    if view.dtype.name not in DTYPES:
+    if _name(view.dtype) not in DTYPES:
         raise TypeError(f"{name} has dtype {view.dtype.name}; supported: {', '.join(DTYPES)}")
     if not view.dtype.isnative:
         raise TypeError(f"{name} has byte order {view.dtype.byteorder!r}; supported: this machine's own")
@@ -62,7 +63,7 @@ def as_four_axes(name: str, x):
     """A view (B, H, N, D) of an array that may lack leading axes."""
     if not 2 <= x.ndim <= 4:
         raise ValueError(f"{name} has shape {x.shape}; allowed: (N, D), (H, N, D) or (B, H, N, D)")
-    return x[(None,) * (4 - x.ndim)]
+    return x if x.ndim == 4 else x[(None,) * (4 - x.ndim)]
 
 
 def check_together(named: dict) -> None:
@@ -136,6 +137,11 @@ def in_kind(native_array, original):
         getattr(library, "dlpack", None), "from_dlpack", None
     )
     return native_array if from_dlpack is None else from_dlpack(native_array)
+
+
+@functools.lru_cache(maxsize=64)
+def _name(dtype: np.dtype) -> str:
+    return dtype.name
 
 
 def _is_cupy(x) -> bool:

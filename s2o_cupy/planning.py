@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from dataclasses import dataclass, field
@@ -144,23 +145,38 @@ class Plan:
 
 def make_plan(problem: Problem, q, k, backend) -> Plan:
     """Rank everything at once."""
-    xp = namespace(q)
-    offsets = problem.offsets(problem.whole)
-    kv_order = xp.empty(int(offsets[-1, -1]) if offsets.size else 0, np.int32)
-    kv_offsets = xp.asarray(offsets)
+    kv_order, kv_offsets = lists(problem, problem.whole, q)
+    kv_offsets = kv_offsets.copy()  # the plan's owner may write to it
     if kv_order.size:
         rank(problem, q, k, problem.whole, kv_offsets, kv_order, backend)
     shape = (problem.batch, problem.heads_order, problem.segments + 1)
     return Plan(problem, kv_order, kv_offsets.reshape(shape), query_order(problem, q, k))
 
 
+def lists(problem: Problem, slab: Slab, like):
+    """Room for a slab's lists, and where each starts (not to be written to), as arrays of the kind that `like` is."""
+    xp = namespace(like)
+    offsets, keys = _offsets(problem, slab, xp, None if xp is np else xp.cuda.runtime.getDevice())
+    return xp.empty(keys, np.int32), offsets
+
+
+@functools.lru_cache(maxsize=64)
+def _offsets(problem: Problem, slab: Slab, xp, device):
+    """Kept, because a copy to the device costs more than a launch and cannot be captured in a graph."""
+    offsets = problem.offsets(slab)
+    return xp.asarray(offsets), int(offsets[-1, -1]) if offsets.size else 0
+
+
 def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order, backend) -> None:
     """Stages 1 and 2 for the lists of a slab, a part of bounded score memory at a time."""
-    for part in problem.split(slab, backend.SCORE_BYTES, problem.history):
-        heads = slice((part.kv_start - slab.kv_start) * problem.orders, (part.kv_stop - slab.kv_start) * problem.orders)
-        segments = slice(part.segment_start - slab.segment_start, part.segment_stop - slab.segment_start + 1)
+    for part in problem.split(slab, backend.SCORE_BYTES, "history"):
+        offsets = kv_offsets
+        if part != slab:
+            first, stop = (problem.orders * (kv - slab.kv_start) for kv in (part.kv_start, part.kv_stop))
+            segments = slice(part.segment_start - slab.segment_start, part.segment_stop - slab.segment_start + 1)
+            offsets = kv_offsets[first:stop, segments]
         scores = backend.score(problem, q, k, part)
-        backend.remap(problem, scores, part, kv_offsets[heads, segments], kv_order)
+        backend.remap(problem, scores, part, offsets, kv_order)
 
 
 def query_order(problem: Problem, q, k):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -195,7 +196,7 @@ class Problem:
         return growing * (growing + 1) // 2 + (position - growing) * self.window
 
     # --- lists and slabs ---------------------------------------------------------------------
-    @property
+    @cached_property
     def whole(self) -> Slab:
         return Slab(0, self.batch * self.heads_kv, 0, self.segments)
 
@@ -206,11 +207,14 @@ class Problem:
         heads = np.arange((slab.kv_stop - slab.kv_start) * self.orders, dtype=np.int64)
         return heads[:, None] * ends[-1] + ends
 
-    def split(self, slab: Slab, nbytes: int, keys: np.ndarray) -> Iterator[Slab]:
-        """Cut a slab into ones of at most `nbytes`, where a list of segment ``s`` takes ``4 * keys[s]`` bytes.
+    def split(self, slab: Slab, nbytes: int, keys: str) -> tuple[Slab, ...]:
+        """Cut a slab into ones of at most `nbytes`, where a list takes 4 bytes a key that is "listed", or of "history".
 
         Whole K/V heads while one fits, else runs of segments of one K/V head, at least one segment at a time.
         """
+        return _split(self, slab, nbytes, keys)
+
+    def _slabs(self, slab: Slab, nbytes: int, keys: np.ndarray) -> Iterator[Slab]:
         cost = 4 * self.orders * keys[slab.segment_start : slab.segment_stop]
         head = max(int(cost.sum()), 1)
         if head <= nbytes:
@@ -230,7 +234,12 @@ class Problem:
 
 def make_problem(q, k, v, settings: Settings) -> Problem:
     """The `Problem` of some arrays (v may be None), or an error that names the shape at fault."""
-    shapes = {name: (1,) * (4 - x.ndim) + x.shape for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
+    return _problem(q.shape, k.shape, None if v is None else v.shape, q.dtype, settings)
+
+
+@functools.lru_cache(maxsize=128)
+def _problem(q, k, v, dtype, settings: Settings) -> Problem:
+    shapes = {name: (1,) * (4 - len(x)) + x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
     for name, shape in shapes.items():
         if shape[0] != shapes["q"][0]:
             raise ValueError(f"{name} has batch {shape[0]} and q {shapes['q'][0]}; allowed: the same")
@@ -244,4 +253,9 @@ def make_problem(q, k, v, settings: Settings) -> Problem:
     batch, heads_q, n_q, dim_qk = shapes["q"]
     _, heads_kv, n_k, _ = shapes["k"]
     dim_v = shapes["v"][3] if "v" in shapes else None
-    return Problem(batch, heads_q, heads_kv, n_q, n_k, dim_qk, dim_v, q.dtype.name, settings)
+    return Problem(batch, heads_q, heads_kv, n_q, n_k, dim_qk, dim_v, dtype.name, settings)
+
+
+@functools.lru_cache(maxsize=256)
+def _split(problem: Problem, slab: Slab, nbytes: int, keys: str) -> tuple[Slab, ...]:
+    return tuple(problem._slabs(slab, nbytes, getattr(problem, keys)))

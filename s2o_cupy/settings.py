@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -132,7 +133,7 @@ class Settings:
         if unknown:
             allowed = ", ".join(f.name for f in dataclasses.fields(self))
             raise TypeError(f"unknown setting {unknown[0]!r}; allowed: {allowed}")
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes) if changes else self
 
     def as_dict(self) -> dict:
         """The fields by name, as JSON can hold them."""
@@ -158,13 +159,23 @@ class Settings:
             raise type(error)(f"{where}: {error}") from None
 
 
-def as_settings(settings) -> Settings:
-    """`settings`, the defaults where it is None; anything else is refused."""
+def as_settings(settings, **changes) -> Settings:
+    """`settings`, the defaults where it is None, with changed fields; anything else is refused."""
     if settings is None:
-        return Settings()
+        settings = _DEFAULTS
     if not isinstance(settings, Settings):
         raise TypeError(f"settings is a {type(settings).__name__}; allowed: Settings, or its fields as keywords")
-    return settings
+    if not changes:
+        return settings
+    if all(type(value) in _PLAIN for value in changes.values()):  # checks cost more than launches: once is enough
+        return _changed(settings, tuple((name, type(value), value) for name, value in changes.items()))
+    return settings.replace(**changes)
+
+
+@functools.lru_cache(maxsize=256)
+def _changed(settings: Settings, changes: tuple) -> Settings:
+    """The types are part of the key, because True equals 1."""
+    return settings.replace(**{name: value for name, _, value in changes})
 
 
 def integer(name: str, value, low: int, high: int, also: str = "") -> int:
@@ -196,3 +207,7 @@ def _tau(value) -> float | tuple[float, ...]:
         if number < 0:
             raise ValueError(f"tau is {number}; allowed: {allowed}")
     return numbers if isinstance(value, (list, tuple)) or np.ndim(value) else numbers[0]
+
+
+_DEFAULTS = Settings()
+_PLAIN = (bool, int, float, str, type(None))
