@@ -204,8 +204,7 @@ def attend(
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a {type(plan).__name__}; allowed: a Plan")
     call = Call.take(q, k, v, plan.settings, backend, out, check_finite)
-    problem = plan.applied(call.problem, changes)
-    call = call.under(problem)
+    problem = call.problem = plan.applied(call.problem, changes)
     if namespace(plan.kv_order) is not namespace(call.arrays[0]):
         raise ValueError(
             f"plan is of {namespace(plan.kv_order).__name__} arrays and q of {namespace(call.arrays[0]).__name__}"

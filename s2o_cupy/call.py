@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,6 @@ class Call:
     arrays: list
     problem: Problem
     engine: Any
-    result: Arrays
 
     @classmethod
     def take(cls, q, k, v, settings, backend, out, finite) -> Call:
@@ -51,12 +51,11 @@ class Call:
         if finite:
             check_finite(named)
         arrays = [as_four_axes(name, x) for name, x in named.items()]
-        return cls(q, out, written, shape, arrays, problem, engine, _empty(problem, arrays[0], written))
+        return cls(q, out, written, shape, arrays, problem, engine)
 
-    def under(self, problem: Problem) -> Call:
-        """The same call under a problem with other row tiles."""
-        self.problem, self.result = problem, _empty(problem, self.arrays[0], self.written)
-        return self
+    @cached_property
+    def result(self) -> Arrays:
+        return _arrays(self.problem, self.arrays[0], self.written, self.empty)
 
     @property
     def empty(self) -> bool:
@@ -68,13 +67,17 @@ class Call:
         r = self.result
         if self.empty:  # no backend wrote
             r.out[...] = 0
-        out = self.given_out if self.given_out is not None else in_kind(r.out.reshape(self.shape), self.original)
+        if self.given_out is not None:
+            out = self.given_out
+        else:
+            out = in_kind(r.out if r.out.shape == self.shape else r.out.reshape(self.shape), self.original)
         if not full_output:
             return out
         lead = self.shape[:-2]
         if path == "dense":
             p = self.problem
             r.tiles[...] = namespace(r.tiles).asarray(-(-p.history[p.tile_segment] // p.settings.block_k))
+            r.tail_blocks[...] = r.tail_mass[...] = 0
         stats = Stats(
             self.problem,
             r.tiles.reshape(*lead, r.tiles.shape[2]),
@@ -87,17 +90,18 @@ class Call:
         return AttentionResult(out, lse, stats, settings, plan)
 
 
-def _empty(problem: Problem, q, out) -> Arrays:
+def _arrays(problem: Problem, q, out, empty: bool) -> Arrays:
+    """A GPU backend writes every element, so that its arrays start as they are, unless it has nothing to write."""
     xp, heads = namespace(q), (problem.batch, problem.heads_q)
-    rows = (*heads, problem.n_q)
-    if out is None:
-        filled = xp.zeros((*rows, problem.dim_v), q.dtype)
-    else:
-        filled = as_four_axes("out", out)
+    rows, tiles = (*heads, problem.n_q), (*heads, len(problem.tile_start))
+    made = xp.zeros if empty or xp is np else xp.empty
+    lse = made(rows, problem.compute_dtype)
+    if made is xp.zeros:
+        lse[...] = -np.inf
     return Arrays(
-        out=filled,
-        lse=xp.full(rows, -np.inf, problem.compute_dtype),
-        tiles=xp.zeros((*heads, len(problem.tile_start)), np.int32),
-        tail_blocks=xp.zeros((*heads, len(problem.tile_start)), np.int32),
-        tail_mass=xp.zeros(rows, np.float32),
+        out=made((*rows, problem.dim_v), q.dtype) if out is None else as_four_axes("out", out),
+        lse=lse,
+        tiles=made(tiles, np.int32),
+        tail_blocks=made(tiles, np.int32),
+        tail_mass=made(rows, np.float32),
     )

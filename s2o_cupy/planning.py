@@ -160,11 +160,14 @@ def lists(problem: Problem, slab: Slab, like):
     return xp.empty(keys, np.int32), offsets
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _offsets(problem: Problem, slab: Slab, xp, device):
     """Kept, because a copy to the device costs more than a launch and cannot be captured in a graph."""
     offsets = problem.offsets(slab)
-    return xp.asarray(offsets), int(offsets[-1, -1]) if offsets.size else 0
+    kept = xp.asarray(offsets)
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()  # other streams will read it
+    return kept, int(offsets[-1, -1]) if offsets.size else 0
 
 
 def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order, backend) -> None:

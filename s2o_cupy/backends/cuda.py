@@ -152,17 +152,17 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
     if not scores.longest:
         return
     levels, segments, heads = problem.settings.rank_levels or 0, slab.segments, kv_offsets.shape[0]
-    lists = (scores.data, scores.starts, scores.history, kv_offsets, np.int64(kv_offsets.strides[0] // 8), kv_order)
+    lists = (scores.data, scores.starts, scores.history, kv_offsets, _stride(kv_offsets), kv_order)
     fit = kernels.remap_fit(levels, device_target())
     if fit is not None:
         warps, chunk, shared = fit
         kernel, _ = _kernel("remap", problem.dtype)
-        arguments = (*lists, *map(np.int32, (segments, levels, chunk)))
+        arguments = (*lists, *map(_int, (segments, levels, chunk)))
     else:
         bins, warps, passes = 256, 16, -(-(levels + 1).bit_length() // 8) if levels else 4
         kernel, _ = _kernel("remap", problem.dtype, entry="remap_digits")
         scratch, shared = cp.empty(2 * scores.data.size, np.int32), 4 * warps * bins
-        arguments = (*lists, scratch, *map(np.int32, (segments, levels, bins, passes)))
+        arguments = (*lists, scratch, *map(_int, (segments, levels, bins, passes)))
     kernel((segments, heads), (32 * warps,), tuple(arguments), shared_mem=shared)
 
 
@@ -177,7 +177,7 @@ def pool(problem: Problem, k, v):
         row, heads = -(-dim // 8) * 8, problem.batch * problem.heads_kv
         mean = cp.empty((heads, problem.pool_blocks, row), x.dtype)
         sizes = (problem.heads_kv, problem.n_k, dim, row, problem.pool_blocks, problem.settings.pool)
-        kernel((problem.pool_blocks, heads), (256,), (x, *_strides(x), mean, *map(np.int32, sizes)))
+        kernel((problem.pool_blocks, heads), (256,), (x, *_strides(x), mean, *map(_int, sizes)))
         means.append(mean)
     return tuple(means)
 
@@ -193,11 +193,38 @@ def dense(problem: Problem, q, k, v, result) -> None:
 
 
 def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, query_order=None, pooled=None):
-    s, p = problem.settings, problem
     walk = slab is not None
+    blocks = problem.pool_blocks if pooled is not None else 0
+    launch = _attend_launch(cp.cuda.runtime.getDevice(), problem, slab, blocks)
+    if launch is None:
+        return
+    kernel, grid, threads, shared, tau, sizes = launch
+    q, k, v, out = _rows(q), _rows(k), _rows(v), _rows(result.out)
+    taus = _taus(problem.settings.tau) if walk and isinstance(problem.settings.tau, tuple) else None
+    stats = (result.tiles, result.tail_blocks, result.tail_mass) if walk else (None, None, None)
+    order = (kv_order, kv_offsets, _stride(kv_offsets)) if walk else (None, None, _integer(0))
+    pools = (*pooled, pooled[0].shape[1], pooled[0].shape[2], pooled[1].shape[2]) if blocks else (None, None, 0, 0, 0)
+    aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
+    arguments = []
+    for x in (q, k, v, out):
+        arguments += [x, *_strides(x)]
+    arguments += [_int(aligned), *pools[:2], *map(_int, pools[2:]), *order, query_order, taus, tau]
+    arguments += [result.lse, *stats, *sizes]
+    kernel(grid, (threads,), tuple(map(_pointer, arguments)), shared_mem=shared)
+    if out is not result.out:
+        result.out[...] = out
+
+
+@functools.lru_cache(maxsize=1024)
+def _attend_launch(device: int, p: Problem, slab: Slab | None, blocks: int):
+    """What stage 3 launches for a slab (None: dense), apart from arrays: kernel, grid, threads, shared bytes, scalars.
+
+    None where there is nothing to do.
+    """
+    s, arch, walk = p.settings, device_target(device), slab is not None
     if not walk:
         slab = p.whole
-        block_q = _dense_block_q(device_target(), p.dtype, p.dim_qk, p.dim_v)
+        block_q = _dense_block_q(arch, p.dtype, p.dim_qk, p.dim_v)
         segment, tiles_per_segment = p.n_q, -(-p.n_q // block_q)
         row_tiles = tiles_per_segment
         tile_start, tile_stop = 0, row_tiles
@@ -209,37 +236,38 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
         tile_stop = min(slab.segment_stop * tiles_per_segment, row_tiles)
     grid = ((tile_stop - tile_start) * p.group, slab.kv_stop - slab.kv_start)
     if not grid[0] or not grid[1]:
-        return
-    blocks = p.pool_blocks if pooled is not None else 0
-    taus = _taus(s.tau) if walk and isinstance(s.tau, tuple) else None
+        return None
+    if block_q > 128:
+        raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
+    if p.dtype in _HALVES:
+        kernel, macros = _kernel_on(device, "attend", p.dtype, p.dim_qk, None, p.dim_v, block_q)
+        shared, threads = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros)
+    else:
+        kernel, macros = _kernel_on(device, "attend_simt", p.dtype, None, None, p.dim_v, None)
+        shared, threads = kernels.simt_shared_bytes(macros, blocks), 256
+    if shared > shared_limit(arch) - 1024:
+        raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
     sizes = (p.heads_q, p.heads_kv, p.orders, slab.kv_start, p.n_q, p.n_k, p.dim_qk, p.dim_v)
     shape = (s.causal, p.window, segment, slab.segment_start, tiles_per_segment, tile_start, tile_stop, row_tiles)
     steps = (block_q, s.block_k, s.pool.bit_length() - 1)
-    stats = (result.tiles, result.tail_blocks, result.tail_mass) if walk else (None, None, None)
-    q, k, v, out = _rows(q), _rows(k), _rows(v), _rows(result.out)
-    tau = 0.0 if taus is not None or not walk else s.tau
-    order = (kv_order, kv_offsets, np.int64(kv_offsets.strides[0] // 8)) if walk else (None, None, np.int64(0))
-    pools = (*pooled, pooled[0].shape[1], pooled[0].shape[2], pooled[1].shape[2]) if blocks else (None, None, 0, 0, 0)
-    halves = p.dtype in _HALVES
-    if block_q > 128:
-        raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
-    aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
-    if halves:
-        kernel, macros = _kernel("attend", p.dtype, p.dim_qk, None, p.dim_v, block_q)
-        shared, threads = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros)
-    else:
-        kernel, macros = _kernel("attend_simt", p.dtype, None, None, p.dim_v)
-        shared, threads = kernels.simt_shared_bytes(macros, blocks), 256
-    if shared > shared_limit(device_target()) - 1024:
-        raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
-    arguments = []
-    for x in (q, k, v, out):
-        arguments += [x, *_strides(x)]
-    arguments += [np.int32(aligned), *pools[:2], *map(np.int32, pools[2:]), *order, query_order, taus, np.float32(tau)]
-    arguments += [result.lse, *stats, *map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E)]
-    kernel(grid, (threads,), tuple(map(_pointer, arguments)), shared_mem=shared)
-    if out is not result.out:
-        result.out[...] = out
+    scalars = (*map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E))
+    tau = np.float32(s.tau if walk and not isinstance(s.tau, tuple) else 0)
+    return kernel, grid, threads, shared, tau, scalars
+
+
+@functools.lru_cache(maxsize=4096)
+def _int(x: int):
+    return np.int32(x)
+
+
+@functools.lru_cache(maxsize=4096)
+def _integer(x: int):
+    return np.int64(x)
+
+
+def _stride(offsets):
+    """From one head's offsets to the next's."""
+    return _integer(offsets.strides[0] // 8)
 
 
 def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=None, block_q=None):
@@ -270,19 +298,24 @@ def _geometry(p: Problem) -> tuple:
     return p.settings.causal, p.settings.segment, p.settings.pool, p.n_q, p.n_k
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=1024)
 def _lists_on(device: int, geometry: tuple, segment_start: int, segment_stop: int):
     """Histories and score starts of a run of segments, on the device; a head's scores, and the longest history."""
     causal, segment, pool_size, n_q, n_k = geometry
     first = np.arange(segment_start, segment_stop, dtype=np.int64) * segment + n_k - n_q
     history = first // pool_size * pool_size if causal else np.full(len(first), n_k, np.int64)
     starts = np.concatenate([[0], np.cumsum(-(-history // 64) * 64)]).astype(np.int64)
-    return cp.asarray(history.astype(np.int32)), cp.asarray(starts), int(starts[-1]), int(history.max(initial=0))
+    kept = cp.asarray(history.astype(np.int32)), cp.asarray(starts)
+    cp.cuda.get_current_stream().synchronize()  # other streams will read them
+    return *kept, int(starts[-1]), int(history.max(initial=0))
+
+
+_NULL = np.intp(0)
 
 
 def _pointer(x):
     """None is a null pointer."""
-    return np.intp(0) if x is None else x
+    return _NULL if x is None else x
 
 
 def _rows(x):
@@ -291,18 +324,30 @@ def _rows(x):
     return cp.ascontiguousarray(x) if gaps or (x.shape[2] > 1 and abs(x.strides[2]) >= 2**31) else x
 
 
-def _strides(x) -> list:
-    return [np.int64(s // x.itemsize) for s in x.strides[:3]]
+def _strides(x) -> tuple:
+    return _in_elements(x.strides, x.itemsize)
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_elements(strides: tuple, itemsize: int) -> tuple:
+    return tuple(np.int64(s // itemsize) for s in strides[:3])
 
 
 def _aligned(x) -> int:
     """Whether every row starts on 16 bytes."""
-    return int(x.data.ptr % 16 == 0 and all(s % 16 == 0 or n == 1 for s, n in zip(x.strides[:3], x.shape[:3])))
+    return int(x.data.ptr % 16 == 0 and _rows_aligned(x.strides, x.shape))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
+def _rows_aligned(strides: tuple, shape: tuple) -> bool:
+    return all(s % 16 == 0 or n == 1 for s, n in zip(strides[:3], shape[:3]))
+
+
+@functools.lru_cache(maxsize=1024)
 def _taus_on(device: int, taus: tuple):
-    return cp.asarray(taus, np.float32)
+    kept = cp.asarray(taus, np.float32)
+    cp.cuda.get_current_stream().synchronize()  # other streams will read it
+    return kept
 
 
 def _taus(taus: tuple):

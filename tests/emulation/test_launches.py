@@ -68,7 +68,7 @@ def cuda(monkeypatch):
         empty=Array,
         asarray=lambda x, dtype=None: Array(np.shape(x), dtype or x.dtype),
         ascontiguousarray=lambda x: Array(x.shape, x.dtype),
-        cuda=SimpleNamespace(runtime=runtime),
+        cuda=SimpleNamespace(runtime=runtime, get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None)),
     )
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.delitem(sys.modules, "s2o_cupy.backends.cuda", raising=False)
