@@ -225,17 +225,46 @@ def test_inputs_of_more_than_2_to_the_31_elements():
     cupy.get_default_memory_pool().free_all_blocks()
 
 
-def test_long_lists_in_several_windows():
-    """Lists beyond 2^16 and 2^17 keys, which stage 2 deals out in other ways."""
+def test_a_whole_call_in_a_graph():
+    """Captured once, then replayed over changed inputs: bitwise what a call gives."""
+    shapes = ((1, 4, 5000, 64), (1, 2, 5000, 64), (1, 2, 5000, 64))
+    draws = [
+        [cupy.random.default_rng(s).standard_normal(x, np.float32).astype(np.float16) for x in shapes] for s in (1, 2)
+    ]
+    wanted = [s2o.attention(*x, backend="cuda") for x in draws]
+    q, k, v = (x.copy() for x in draws[0])
+    out, memory = cupy.empty_like(q), cupy.cuda.MemoryPool()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream, cupy.cuda.using_allocator(memory.malloc):
+        s2o.attention(q, k, v, out=out, backend="cuda")
+        stream.synchronize()
+        stream.begin_capture()
+        s2o.attention(q, k, v, out=out, backend="cuda")
+        graph = stream.end_capture()
+        for drawn, expected in zip((*draws, draws[0]), (*wanted, wanted[0])):
+            for x, y in zip((q, k, v), drawn):
+                x[...] = y
+            out.fill(7)
+            graph.launch(stream)
+            stream.synchronize()
+            assert (out == expected).all()
+
+
+@pytest.mark.parametrize("cap", [1.0, 0.2])
+@pytest.mark.parametrize("n", [70_000, 140_000])
+def test_long_lists_in_several_chunks(n, cap):
+    """Lists beyond 2^16 and 2^17 keys."""
     from s2o_cupy.backends import cuda
 
-    for n in (70_000, 140_000):
-        p = Problem(1, 1, 1, 512, n, 64, 64, "float16", Settings(rank="mean", causal=False, segment=512))
+    for levels in (1024, 5000):
+        chosen = Settings(rank="mean", causal=False, segment=512, cap=cap, rank_levels=levels)
+        p = Problem(1, 1, 1, 512, n, 64, 64, "float16", chosen)
         q, k, _ = map(cupy.asarray, arrays(p))
         scores, offsets = cuda.score(p, q, k, p.whole), p.offsets(p.whole)
         order = cupy.full(int(offsets[-1, -1]), -7, np.int32)
         cuda.remap(p, scores, p.whole, cupy.asarray(offsets), order)
-        expected = reference.remap(scores.data.get()[:n], n, p.settings.rank_levels)
+        expected = reference.remap(scores.data.get()[:n], int(p.listed[0]), p.settings.rank_levels)
         np.testing.assert_array_equal(order.get(), expected)
 
 
