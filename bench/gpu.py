@@ -160,7 +160,10 @@ def crossover(n: int) -> dict:
             [partial(backend.attend, p, *arrays, p.whole, order, offsets, None, pooled, result)]
         )
         found[f"{name} density"] = _pairs(p, result)[0]
+    found["randn call"] = on_device([partial(s2o.attention, *arrays, backend="cuda", **BASE)])
+    found["randn share"] = (found["randn call"].median - found["randn plan"].median) / found["randn dense"].median
     _say("crossover", *(f"{key} {value}" for key, value in found.items()))
+    _say(f"randn, {n}: a call costs the plan and {found['randn share']:.2f} times dense (target: at most 1.25)")
     return found
 
 
