@@ -23,8 +23,9 @@ __device__ __forceinline__ float to_float(score_t x) { return x; }
 #endif
 
 constexpr int MAX_WARPS = 16;
-constexpr int AHEAD = 8;           // scores a lane loads before it deals the first of their keys out
+constexpr int AHEAD = 4;           // scores a lane loads before it deals the first of their keys out
 constexpr int GROUP = 32 * AHEAD;  // keys of a warp's step
+constexpr int AT_ONCE = 4;         // words of places that a warp writes at once
 
 struct Scale {
     float high, factor;  // level = (high - score) * factor
@@ -47,24 +48,25 @@ __device__ __forceinline__ unsigned int exact_key(float x) {
     return ~(bits & 0x80000000u ? ~bits : bits | 0x80000000u);
 }
 
-// Adds 1 to a counter in shared memory.
-__device__ __forceinline__ void add_one(int* counters, int i) {
+// Adds to a counter in shared memory.
+__device__ __forceinline__ void add(unsigned int* counters, int i, unsigned int x) {
 #ifdef S2O_EMULATION
-    ++counters[i];
+    counters[i] += x;
 #else
-    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i) : "memory");
+    asm volatile("red.shared.add.u32 [%0], %1;" ::"r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i), "r"(x) : "memory");
 #endif
 }
 
-// What a counter in shared memory held before 1 was added.
-__device__ __forceinline__ int take_one(int* counters, int i) {
+// What a counter in shared memory held before it was added to.
+__device__ __forceinline__ unsigned int take(unsigned int* counters, int i, unsigned int x) {
 #ifdef S2O_EMULATION
-    return counters[i]++;
+    const unsigned int before = counters[i];
+    counters[i] += x;
 #else
-    int place;
-    asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(place) : "r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i) : "memory");
-    return place;
+    unsigned int before;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i), "r"(x) : "memory");
 #endif
+    return before;
 }
 
 // Exclusive scan of `x` over the block, in thread order.
@@ -178,9 +180,10 @@ __device__ Scale scale_of(const score_t* scores, int n, int levels) {
 // or before it. Equal keys of one instruction come out in order where the hardware serves lanes in order, which nothing
 // promises: what is written is checked on the way, and sorted where need be, so no answer depends on it.
 // Bins that start past the keys wanted are counted once and dealt never.
-// shared memory (warps + 2) * bins * 4 + chunk / 4 + chunk * 2 bytes; bins = levels + 2, warps even
-//   chunk   a multiple of 32, at most 65536
-struct Heads {
+// Counters are 16 bits, two warps a word. A place 65536 carries into the other half where no key is left to be placed.
+// shared memory (warps / 2 + 2) * bins * 4 + chunk / 4 + chunk * 2 bytes; bins = levels + 2; warps a multiple of 4
+//   chunk   a multiple of 128, from 2 * bins + 2 to 65536
+struct __align__(8) Heads {
     unsigned int bits;  // of 32 places, those where a bin starts
     int before;         // bins that start before them
 };
@@ -200,17 +203,19 @@ __device__ __forceinline__ void choose(bool special, bool all, Use use) {
 // Counts `bins` of the scores [first, last) that are `most` or less.
 template <bool SPECIAL, bool ALL>
 __device__ __forceinline__ void count_bins(
-    const score_t* scores, int first, int last, int thread, int threads, const Scale& scale, int most, int* bins) {
+    const score_t* scores, int first, int last, int thread, int threads, const Scale& scale, int most, unsigned int* bins,
+    unsigned int one) {
     for_each_score(scores, first, last, thread, threads, [&](float x) {
         const int bin = bin_of<SPECIAL>(x, scale);
-        if (ALL || bin <= most) add_one(bins, bin);
+        if (ALL || bin <= most) add(bins, bin, one);
     });
 }
 
 // Deals the keys [first, last) whose bin is `most` or less out to their places, by the warp that owns `next_place`.
 template <bool SPECIAL, bool ALL>
 __device__ __forceinline__ void deal(
-    const score_t* scores, int first, int last, const Scale& scale, int most, int* next_place, int base, unsigned short* places) {
+    const score_t* scores, int first, int last, const Scale& scale, int most, unsigned int* next_place,
+    int odd, int base, unsigned short* places) {
     const int lane = threadIdx.x % 32, whole = first + (last - first) / GROUP * GROUP;
     auto group = [&](const float (&x)[AHEAD], int start, auto active) {
         int bin[AHEAD], place[AHEAD];
@@ -218,7 +223,7 @@ __device__ __forceinline__ void deal(
         for (int j = 0; j < AHEAD; ++j) bin[j] = bin_of<SPECIAL>(x[j], scale);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j)
-            if (active(j, bin[j])) place[j] = take_one(next_place, bin[j]);
+            if (active(j, bin[j])) place[j] = take(next_place, bin[j], odd ? 0x10000u : 1u) >> 16 * odd & 0xffff;
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j)
             if (active(j, bin[j])) places[place[j]] = (unsigned short)(start - base + 32 * j);
@@ -246,7 +251,7 @@ __device__ __forceinline__ void deal(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2) remap(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int segments,
     int levels, int chunk) {
@@ -254,18 +259,20 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     __shared__ int last_wanted, dealt_end;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
     const int s = segments - 1 - blockIdx.x;  // the longest lists first
-    const int n = history[s], bins = levels + 2, words = chunk / 32;
+    const int n = history[s], bins = levels + 2, rows = warps / 2, words = chunk / 32;
     const long long* offsets = kv_offsets + blockIdx.y * offsets_stride + s;
     const int wanted = (int)(offsets[1] - offsets[0]);
     if (n == 0 || wanted == 0) return;
     scores += blockIdx.y * starts[segments] + starts[s];
     int* const out = kv_order + offsets[0];
-    int* const counts = shared;                          // [warps][bins]
-    int* const next = counts + warps * bins;             // [bins] where a bin's next key goes in the list
+    unsigned int* const counts = (unsigned int*)shared;  // [rows][bins]
+    int* const next = (int*)(counts + rows * bins);      // [bins] where a bin's next key goes in the list
     int* const shifts = next + bins;                     // [bins that have keys] from a place in the chunk to the list
     Heads* const heads = (Heads*)(shifts + bins);        // [words]
     unsigned short* const places = (unsigned short*)(heads + words);  // [chunk]
-    int* const mine = counts + warp * bins;
+    int* const bin_starts = (int*)places;                // [bins + 1] in the chunk, before anything is dealt
+    unsigned int* const mine = counts + warp / 2 * bins;
+    const unsigned int one = warp % 2 ? 0x10000u : 1u;
     const int per_thread = (bins + threads - 1) / threads;
     const int bin_first = min((int)threadIdx.x * per_thread, bins), bin_last = min(bin_first + per_thread, bins);
     const int words_each = (words + threads - 1) / threads;
@@ -277,29 +284,38 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     for (int base = 0; base < n; base += chunk) {
         const int size = min(chunk, n - base), run = (size + warps * GROUP - 1) / (warps * GROUP) * GROUP;
         const int first = base + min(warp * run, size), last = min(first + run, base + size);
-        for (int i = threadIdx.x; i < warps * bins; i += threads) counts[i] = 0;
+        for (int i = threadIdx.x; i < rows * bins / 2; i += threads) ((unsigned long long*)counts)[i] = 0;
         for (int i = threadIdx.x; i < words; i += threads) heads[i].bits = 0;
         __syncthreads();
         const int most = base == 0 ? bins : last_wanted;
         auto count = [&](auto special, auto all) {
-            count_bins<special(), all()>(scores, first, last, lane, 32, scale, most, mine);
-            if (base == 0) count_bins<special(), true>(scores, size, n, threadIdx.x, threads, scale, most, next);
+            count_bins<special(), all()>(scores, first, last, lane, 32, scale, most, mine, one);
+            if (base == 0)
+                count_bins<special(), true>(scores, size, n, threadIdx.x, threads, scale, most, (unsigned int*)next, 1u);
         };
         choose(scale.special, most >= levels + 1, count);
         __syncthreads();
 
         int here = 0, all = 0;
         for (int b = bin_first; b < bin_last; ++b) {
-            for (int w = 0; w < warps; ++w) here += counts[w * bins + b];
+            unsigned int both = 0;
+#pragma unroll
+            for (int r = 0; r < MAX_WARPS / 2; ++r)
+                if (r < rows) both += counts[r * bins + b];
+            here += (both & 0xffff) + (both >> 16);
             all += next[b];
         }
         int place = scan_block(here), list_place = base == 0 ? scan_block(here + all) : 0;
         for (int b = bin_first; b < bin_last; ++b) {
             const int start = place;
-            for (int w = 0; w < warps; ++w) {
-                const int count = counts[w * bins + b];
-                counts[w * bins + b] = place;
-                place += count;
+            unsigned int both[MAX_WARPS / 2];
+#pragma unroll
+            for (int r = 0; r < MAX_WARPS / 2; ++r) both[r] = r < rows ? counts[r * bins + b] : 0;
+#pragma unroll
+            for (int r = 0; r < MAX_WARPS / 2; ++r) {
+                const int even = place, odd = even + (both[r] & 0xffff);
+                place = odd + (both[r] >> 16);
+                if (r < rows) counts[r * bins + b] = (even & 0xffff) | odd << 16;
             }
             if (base == 0) {
                 const int count = place - start + next[b];
@@ -307,6 +323,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
                 if (list_place < wanted && list_place + count >= wanted) last_wanted = b;
                 list_place += count;
             }
+            bin_starts[b] = start;
+            if (b == bins - 1) bin_starts[bins] = place;
             if (place > start) atomicOr(&heads[start / 32].bits, 1u << start % 32);
         }
         __syncthreads();
@@ -317,7 +335,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
         for (int i = word_first; i < word_last; ++i) heads[i].before = bits, bits += __popc(heads[i].bits);
         __syncthreads();
         for (int b = bin_first; b < min(bin_last, last_bin + 1); ++b) {
-            const int start = counts[b], end = b + 1 < bins ? counts[b + 1] : size;
+            const int start = bin_starts[b], end = bin_starts[b + 1];
             if (b == last_bin) dealt_end = end;
             if (start == end) continue;
             const Heads& head = heads[start / 32];
@@ -325,26 +343,38 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
             next[b] += end - start;
         }
         __syncthreads();
-
         const int dealt = dealt_end;
         choose(scale.special, last_bin >= levels + 1, [&](auto special, auto all) {
-            deal<special(), all()>(scores, first, last, scale, last_bin, mine, base, places);
+            deal<special(), all()>(scores, first, last, scale, last_bin, mine, warp % 2, base, places);
         });
         __syncthreads();
 
         for (bool sorted = false; !sorted;) {
-            bool ordered = true;
-#pragma unroll 4
-            for (int i = warp; i < (dealt + 31) / 32; i += warps) {
-                const int at = 32 * i + lane;
-                if (at >= dealt) continue;
-                const Heads head = heads[i];
-                const int key = places[at], bin = head.before + __popc(head.bits & ((2u << lane) - 1)) - 1;
-                ordered = ordered && (head.bits >> lane & 1 || places[at - 1] < key);
-                const int to = at + shifts[bin];
-                if (to < wanted) out[to] = base + key;
+            bool disordered = false;
+            auto write = [&](int first_place, auto whole) {  // AT_ONCE words of places
+                const Heads* const here = heads + first_place / 32;
+                const unsigned short* const from = places + first_place + lane;
+                int key[AT_ONCE], shift[AT_ONCE];
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; ++j) {
+                    const Heads head = here[j];
+                    key[j] = from[32 * j];
+                    const bool inside = whole() || first_place + 32 * j + lane < dealt;
+                    disordered |= from[32 * j - 1] >= key[j] && !(head.bits & 1u << lane) && inside;
+                    shift[j] = shifts[head.before + __popc(head.bits & (2u << lane) - 1) - 1];
+                    if (!inside) shift[j] = wanted;
+                }
+#pragma unroll
+                for (int j = 0; j < AT_ONCE; ++j) {
+                    const int to = first_place + lane + 32 * j + shift[j];
+                    if (to < wanted) out[to] = base + key[j];
+                }
+            };
+            for (int i = 32 * AT_ONCE * warp; i < dealt; i += 32 * AT_ONCE * warps) {
+                if (i + 32 * AT_ONCE <= dealt) write(i, Flag<true>());
+                else write(i, Flag<false>());
             }
-            sorted = !__syncthreads_or(!ordered);
+            sorted = !__syncthreads_or(disordered);
             for (bool moved = !sorted; moved;) {  // odd-even transposition inside the bins
                 moved = false;
                 for (int odd = 0; odd < 2; ++odd) {

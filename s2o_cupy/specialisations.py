@@ -117,11 +117,12 @@ def remap_macros(dtype: str) -> dict:
 @functools.lru_cache(maxsize=256)
 def remap_fit(levels: int, arch: str) -> tuple[int, int, int] | None:
     """Warps, keys of a chunk and bytes of shared memory of remap.cu's kernel by levels; None where they do not fit."""
-    room = shared_limit(arch) - 1024
-    for warps in (16, 8):
-        chunk = min((room - 4 * (warps + 2) * (levels + 2)) * 4 // 9 // 32 * 32, 2**16)
-        if levels and chunk >= 2**14:
-            return warps, chunk, 4 * (warps + 2) * (levels + 2) + chunk // 4 + 2 * chunk
+    bins = levels + 2
+    for blocks in (2, 1):
+        room = (shared_limit(arch) + 1024) // blocks - 1024 - 512  # a block takes 1 KiB more, and some of its own
+        chunk = min((room - 4 * (16 // 2 + 2) * bins) * 4 // 9 // 128 * 128, 2**16)
+        if levels and chunk >= max(2**14, 2 * bins + 2):
+            return 16, chunk, 4 * (16 // 2 + 2) * bins + chunk // 4 + 2 * chunk
     return None
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
-def remap(lists, listed, levels, *, half=True, warps=4, chunk=256, reverse=False, edit=None):
+def remap(lists, listed, levels, *, half=True, warps=4, chunk=4096, reverse=False, edit=None):
     """Orders `lists` (one head, a list a segment), keeping the first `listed` of each."""
     starts = np.concatenate([[0], np.cumsum([-(-len(x) // 8) * 8 for x in lists])]).astype(np.int64)
     scores = np.full(starts[-1], np.nan, np.float16 if half else np.float32)
@@ -24,7 +24,7 @@ def remap(lists, listed, levels, *, half=True, warps=4, chunk=256, reverse=False
     order = np.full(offsets[-1] + 4, -7, np.int32)
     arguments = (scores, starts, history, offsets, len(offsets), order)
     if levels and levels < 3000:
-        entry, shared = "remap", 4 * (warps + 2) * (levels + 2) + chunk // 4 + 2 * chunk
+        entry, shared = "remap", 4 * (warps // 2 + 2) * (levels + 2) + chunk // 4 + 2 * chunk
         arguments = (*arguments, len(lists), levels, chunk)
     else:
         bins, passes = 256, 3 if levels else 4
@@ -65,7 +65,7 @@ def test_remap_is_the_reference_order(levels, half, reverse):
 
 @ORDERS
 @pytest.mark.parametrize("share", [0.02, 0.25, 1])
-@pytest.mark.parametrize("chunk", [32, 512, 4096])
+@pytest.mark.parametrize("chunk", [640, 1024, 4096])
 def test_remap_by_any_chunks(chunk, share, reverse):
     lists = awkward_lists(True)
     listed = [-(-int(len(x) * share) // 1) or 1 for x in lists]
