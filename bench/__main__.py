@@ -1,48 +1,66 @@
-"""`python -m bench NAME`: measurements, one module each."""
+"""`python -m bench NAME`: measurements, one module each; every one prints its machine first and can write JSON."""
 
 from __future__ import annotations
 
 import argparse
 
-import s2o_cupy as s2o
-from bench import cpu, gpu, knobs, quality
+import numba
+
+from bench import cpu, gpu, kernels, knobs, peers, quality, report, scaling, timing
+from bench.record import Record
 from s2o_cupy import backends
-from s2o_cupy.files import save_json
+
+ON_GPU = {
+    "gpu": (gpu, "speed of the CUDA backend, beside PyTorch's kernels"),
+    "peers": (peers, "every other method on the same GPU, at the same error"),
+    "scaling": (scaling, "time, stages and memory from 1K to 1M tokens, at a fixed error"),
+    "kernels": (kernels, "every kernel alone, beside its floor"),
+}
+ON_CPU = {
+    "cpu": (cpu, "speed and memory of the CPU backend"),
+    "quality": (quality, "density against error beside other methods"),
+    "knobs": (knobs, "what one change of each setting does to the error"),
+}
 
 
 def main() -> None:
     """Run one benchmark; print it, and write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", metavar="FILE", help="write every number here")
+    common.add_argument("--json", metavar="FILE", help="write every number here, again after each case")
     benches = parser.add_subparsers(dest="bench", required=True)
-    sub = benches.add_parser("cpu", parents=[common], help="speed and memory of the CPU backend")
-    sub.add_argument("--threads", type=int, metavar="N", help="threads for ours and for torch (default: Numba's)")
-    sub.set_defaults(run=cpu.main)
-    sub = benches.add_parser("gpu", parents=[common], help="speed of the CUDA backend, beside PyTorch's kernels")
-    gpu.arguments(sub)
-    sub.set_defaults(run=gpu.main)
-    heads = argparse.ArgumentParser(add_help=False)
-    heads.add_argument("files", nargs="*", metavar="FILE.npz", help="more heads: an npz with q, k, v")
-    heads.add_argument("--settings", metavar="FILE", help="settings to measure (JSON)")
-    heads.add_argument("--precise", action="store_true", help="measure Settings.precise()")
-    sub = benches.add_parser("quality", parents=[common, heads], help="density against error beside other methods")
-    sub.add_argument("--plots", metavar="DIR", help="write one PNG a file there")
-    sub.set_defaults(run=quality.main)
-    sub = benches.add_parser("knobs", parents=[common, heads], help="what one change of each setting does to the error")
-    sub.set_defaults(run=knobs.main)
+    for name, (module, text) in (ON_CPU | ON_GPU).items():
+        module.arguments(benches.add_parser(name, parents=[common], help=text, description=module.__doc__))
+    report.arguments(benches.add_parser("report", help="a page with plots from JSON", description=report.__doc__))
     options = parser.parse_args()
-    if "precise" in options:
-        base = s2o.Settings.precise() if options.precise else s2o.Settings()
-        options.settings = s2o.Settings.load(options.settings) if options.settings else base
     try:
-        if options.bench == "gpu":
-            backends.require_cuda()
-        report = options.run(options)
+        raise SystemExit(run(options))
     except (ValueError, RuntimeError, OSError) as error:
         raise SystemExit(f"bench: error: {error}") from None
-    if options.json:
-        save_json(options.json, report)
+
+
+def run(options) -> int:
+    """The benchmark asked for; 130 where it was interrupted, with what was measured kept."""
+    if options.bench == "report":
+        report.main(options)
+        return 0
+    if options.bench in ON_GPU:
+        backends.require_cuda()
+        machine = timing.machine()
+    else:
+        if getattr(options, "threads", None):
+            numba.config.NUMBA_NUM_THREADS = options.threads
+        machine = cpu.machine()
+    record = Record(options.bench, machine, options.json)
+    module, _ = (ON_CPU | ON_GPU)[options.bench]
+    try:
+        module.main(options, record)
+    except KeyboardInterrupt:
+        record.put(interrupted=True)
+        kept = f"; {options.json} holds what was measured" if options.json else ""
+        print(f"\nbench: interrupted after {len(record.report['cases'])} cases{kept}")
+        return 130
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ import numba
 import numpy as np
 
 import s2o_cupy as s2o
+from bench.ours import causal_pairs, shape_text
+from bench.record import Record
+from bench.timing import Timing, commit
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 7
@@ -52,16 +55,16 @@ print((kib("VmHWM") - before - out.nbytes / 1024) / 1024)
 """
 
 
-def main(options) -> dict:
-    """Measure, print as it goes, and return what JSON holds."""
-    if options.threads:
-        numba.config.NUMBA_NUM_THREADS = options.threads
-    report = {"machine": machine(), "repeats": REPEATS}
-    print("\n".join(f"{key}: {value}" for key, value in report["machine"].items()), flush=True)
-    report["dense"] = dense()
-    report["sparse"] = sparse()
-    report["first_call"] = first_call()
-    return report
+def arguments(parser) -> None:
+    """Adds the options that `main` reads."""
+    parser.add_argument("--threads", type=int, metavar="N", help="threads for ours and for torch (default: Numba's)")
+
+
+def main(options, record: Record) -> None:
+    """Dense beside PyTorch, sparse beside dense, and first calls."""
+    dense(record)
+    sparse(record)
+    first_call(record)
 
 
 def machine() -> dict:
@@ -70,103 +73,87 @@ def machine() -> dict:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    git = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": f"{cpu}, LLVM target {numba.core.codegen.ll.get_host_cpu_name()}",
         "cores": cores,
         "threads": numba.config.NUMBA_NUM_THREADS,
         "versions": f"Python {platform.python_version()}, NumPy {np.__version__}, Numba {numba.__version__}",
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 
-def dense(heads_q: int = 8, heads_kv: int = 2, n: int = 4096, dim: int = 64) -> dict:
+def dense(record: Record, heads_q: int = 8, heads_kv: int = 2, n: int = 4096, dim: int = 64) -> None:
     """`dense_attention` and torch's SDPA in turn, float32 causal; torch gets K and V expanded before the clock runs."""
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, heads_q, n, dim), np.float32)
     k, v = rng.standard_normal((2, 1, heads_kv, n, dim), np.float32)
-    error = relative_error(s2o.dense_attention(q, k, v)[0], q[0], k[0], v[0])
-    if error > 1e-5:
-        raise RuntimeError(f"dense_attention is {error:.1e} from float64; allowed: 1e-5")
-    runs, name = {"ours": lambda: s2o.dense_attention(q, k, v)}, "torch"
+    where = (shape_text(n, heads_q, heads_kv, dim), "float32")
+    error = _exact(s2o.dense_attention(q, k, v)[0], q[0], k[0], v[0])
+    runs = {"dense_attention": lambda: s2o.dense_attention(q, k, v)}
     try:
         import torch
     except ImportError:
-        print("torch is not installed: no comparison (pip install torch)")
+        record.case("torch SDPA", *where, note="not measured: torch is not installed (pip install torch)")
     else:
         torch.set_num_threads(numba.config.NUMBA_NUM_THREADS)
-        name = f"torch {torch.__version__} SDPA"
         expanded = (q, *(np.repeat(x, heads_q // heads_kv, axis=1) for x in (k, v)))
         tensors = [torch.from_numpy(x) for x in expanded]
+        name = f"torch {torch.__version__} SDPA"
         runs[name] = lambda: torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=True)
-    seconds = in_turn(runs)
-    work = gigaflop(heads_q, n, dim)
-    print(f"\ndense, float32, Hq={heads_q} Hkv={heads_kv} N={n} D={dim}, causal; error against float64 {error:.1e}")
-    for key, t in seconds.items():
-        print(f"  {key:24} {1e3 * t:8.1f} ms  {work / t:6.1f} GFLOP/s  {seconds['ours'] / t:5.2f} of ours", flush=True)
-    return {"error": error, "seconds": seconds, "gigaflops": {key: work / t for key, t in seconds.items()}}
+    times, work = in_turn(runs), flop(heads_q, n, dim)
+    for name, t in times.items():
+        numbers = {"error": error if name == "dense_attention" else None, "density": 1.0, "tflops": t.rate(work)}
+        record.case(name, *where, time=t, ratio=times["dense_attention"].median / t.median, **numbers)
 
 
-def sparse() -> dict:
+def sparse(record: Record) -> None:
     """`attention` on the shipped code sample against `dense_attention`, ranking included."""
     q, k, v, _ = s2o.load_sample("smollm2_code_l14")
     heads, n, dim = q.shape
     exact = s2o.dense_attention(*(x.astype(np.float32) for x in (q, k, v))).astype(np.float64)
-    error = relative_error(exact, q, k, v)
-    if error > 1e-5:
-        raise RuntimeError(f"dense_attention is {error:.1e} from float64; allowed: 1e-5")
-    shape = f"Hq={heads} Hkv={len(k)} N={n} D={dim}"
-    print(f"\nsparse, smollm2_code_l14: {q.dtype}, {shape}; errors against exact attention", flush=True)
-    print(
-        "  case        density  error  worst head     ms  GFLOP/s  times faster  ranking  MiB beyond inputs and answer"
-    )
-    return {name: _case(name, s2o.Settings(**changes), q, k, v, exact) for name, changes in CASES}
+    _exact(exact, q, k, v)
+    where = (shape_text(n, heads, len(k), dim), str(q.dtype))
+    for name, changes in CASES:
+        settings = s2o.Settings(**changes)
+        result = s2o.attention(q, k, v, settings, full_output=True)
+        gap = np.linalg.norm(result.out - exact, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))
+        times = in_turn(
+            {
+                "dense": lambda: s2o.dense_attention(q, k, v),
+                "sparse": lambda settings=settings: s2o.attention(q, k, v, settings),
+                "ranking": lambda settings=settings: s2o.plan(q, k, settings),
+            }
+        )
+        t, density = times["sparse"], result.stats.density
+        numbers = {"ratio": times["dense"].median / t.median, "tflops": t.rate(density * flop(heads, n, dim))}
+        numbers |= {"density": density, "error": float(np.linalg.norm(result.out - exact) / np.linalg.norm(exact))}
+        more = {"settings": settings.as_dict(), "worst_head": float(gap.max()), "peak_mib": peak_mib(settings)}
+        more |= {"ranking": times["ranking"].median / t.median, "dense": times["dense"]}
+        peak = "" if more["peak_mib"] is None else f", {more['peak_mib']:.1f} MiB beyond inputs and answer"
+        note = f"worst head {gap.max():.4f}, ranking {more['ranking']:.0%}{peak}"
+        record.case(f"attention, {name}", *where, time=t, note=note, **numbers, **more)
 
 
-def _case(name: str, settings: s2o.Settings, q, k, v, exact) -> dict:
-    result = s2o.attention(q, k, v, settings, full_output=True)
-    gap = np.linalg.norm(result.out - exact, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))
-    seconds = in_turn(
-        {
-            "dense": lambda: s2o.dense_attention(q, k, v),
-            "sparse": lambda: s2o.attention(q, k, v, settings),
-            "ranking": lambda: s2o.plan(q, k, settings),
-        }
-    )
-    row = {
-        "settings": settings.as_dict(),
-        "density": result.stats.density,
-        "error": float(np.linalg.norm(result.out - exact) / np.linalg.norm(exact)),
-        "worst_head": float(gap.max()),
-        "seconds": seconds,
-        "gigaflops": gigaflop(len(q), q.shape[1], q.shape[2]) / seconds["sparse"],
-        "faster": seconds["dense"] / seconds["sparse"],
-        "ranking": seconds["ranking"] / seconds["sparse"],
-        "peak_mib": peak_mib(settings),
-    }
-    peak = "?" if row["peak_mib"] is None else f"{row['peak_mib']:.1f}"
-    speed = f"{1e3 * seconds['sparse']:6.0f} {row['gigaflops']:8.1f} {row['faster']:13.2f} {row['ranking']:8.0%}"
-    print(
-        f"  {name:10} {row['density']:8.3f} {row['error']:6.4f} {row['worst_head']:11.4f} {speed} {peak:>6}",
-        flush=True,
-    )
-    return row
-
-
-def first_call() -> dict:
+def first_call(record: Record) -> None:
     """Import, first dense and first sparse call in new processes: an empty Numba cache, then a filled one."""
-    report = {}
-    print("\nfirst calls in a new process, float32 (cache: NUMBA_CACHE_DIR, else __pycache__ beside the sources)")
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"NUMBA_CACHE_DIR": folder, "PYTHONPATH": str(ROOT)}
-        for name in ("fresh cache", "warm cache"):
+        for name in ("empty", "filled"):
             command = [sys.executable, "-c", FIRST_CALL]
             done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
-            parts = [float(x) for x in done.stdout.split()]
-            report[name] = dict(zip(("import", "dense_attention", "attention"), parts, strict=True))
-            print(f"  {name}: {sum(parts):.1f} s (" + ", ".join(f"{k} {t:.1f}" for k, t in report[name].items()) + ")")
-    return report
+            parts = dict(zip(("import", "dense_attention", "attention"), map(float, done.stdout.split()), strict=True))
+            note = f"{sum(parts.values()):.1f} s: " + ", ".join(f"{k} {t:.1f}" for k, t in parts.items())
+            record.case(f"first calls, {name} Numba cache", note=note, seconds=parts)
+
+
+def _exact(out, q, k, v) -> float:
+    """The relative error of dense attention, refused where it is no rounding."""
+    error = relative_error(out, q, k, v)
+    if error > 1e-5:
+        raise RuntimeError(f"dense_attention is {error:.1e} from float64; allowed: 1e-5")
+    return error
 
 
 def relative_error(out: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> float:
@@ -184,20 +171,20 @@ def relative_error(out: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray)
     return worst
 
 
-def in_turn(runs: dict, repeats: int = REPEATS) -> dict:
-    """Median seconds of each function, run one after the other, `repeats` times after a first that does not count."""
-    seconds = {name: [] for name in runs}
+def in_turn(runs: dict, repeats: int = REPEATS) -> dict[str, Timing]:
+    """Times of each function, run one after the other, `repeats` times after a first that does not count."""
+    found = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+            found[name].append(1e3 * (time.perf_counter() - start))
+    return {name: Timing.of(times[1:]) for name, times in found.items()}
 
 
-def gigaflop(heads: int, n: int, dim: int) -> float:
-    """Causal-useful work: 2 D for the logit and 2 D for the value of every pair that a head may see, in 1e9."""
-    return 4 * dim * heads * n * (n + 1) / 2 / 1e9
+def flop(heads: int, n: int, dim: int) -> float:
+    """Causal-useful work: 2 D for the logit and 2 D for the value of every pair that a head may see."""
+    return 4 * dim * causal_pairs(n, heads)
 
 
 def peak_mib(settings: s2o.Settings) -> float | None:

@@ -10,19 +10,21 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_M, BLOCK_N = 128, 128
-TIERS, BINS, RATIO = 16, 512, 1.5  # a tier holds RATIO times as many keys as all tiers before it
+from bench.baselines import BLOCK
+
+BLOCK_M = BLOCK_N = BLOCK
+TIERS, BINS = 16, 512
 LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
 def _tile(q, keys, values, acc, high, mass, seen, scale, MASKED: tl.constexpr):
     """One key tile into the online softmax: accumulator (rows, D), greatest logit and mass of each row, base 2."""
-    logit = tl.dot(q, tl.trans(tl.load(keys))) * scale
+    logit = tl.dot(q, tl.trans(tl.load(keys)))
     if MASKED:
         logit = tl.where(seen, logit, float("-inf"))
-    above = tl.maximum(high, tl.max(logit, 1))
-    weight = tl.math.exp2(logit - above[:, None])
+    above = tl.maximum(high, tl.max(logit, 1) * scale)
+    weight = tl.math.exp2(logit * scale - above[:, None])
     shrink = tl.math.exp2(high - above)
     mass = mass * shrink + tl.sum(weight, 1)
     loaded = tl.load(values)
@@ -125,10 +127,15 @@ def attend(q, k, v, lists, starts, depths, scale, *, segment, tau=None, chunk=0,
 
 
 @triton.jit
-def _tier_cuts(score, cuts, n, SEGMENT: tl.constexpr, C: tl.constexpr, BINS: tl.constexpr, TIERS: tl.constexpr):
-    """The scores that part each list into tiers, from a histogram between its least and its greatest."""
+def _tier_cuts(
+    score, edges, cuts, begins, n, SEGMENT: tl.constexpr, C: tl.constexpr, BINS: tl.constexpr, TIERS: tl.constexpr
+):
+    """Parts each list into tiers by a histogram between its greatest and its least score.
+
+    edges gets the greatest score and a bin's width, cuts each tier's last bin, begins how many keys come before it.
+    """
     segments = tl.num_programs(0)
-    segment = segments - 1 - tl.program_id(0)
+    segment = segments - 1 - tl.program_id(0)  # the longest first
     row = tl.program_id(1).to(tl.int64) * segments + segment
     history = segment * SEGMENT
     score += row * n
@@ -143,47 +150,69 @@ def _tier_cuts(score, cuts, n, SEGMENT: tl.constexpr, C: tl.constexpr, BINS: tl.
     for start in range(0, history, C):
         x = tl.load(score + start + keys).to(tl.float32)
         counts += tl.histogram(tl.minimum(((most - x) / width).to(tl.int32), BINS - 1), BINS)
-    reached = tl.cumsum(counts, 0).to(tl.float32)
+    reached = tl.cumsum(counts, 0)
     tiers = tl.arange(0, TIERS)
     wanted = history * tl.math.exp2((tiers - (TIERS - 1)) * 0.5849625)  # log2(1.5)
-    bins = tl.sum((reached[:, None] < wanted[None, :]).to(tl.int32), 0)
-    tl.store(cuts + row * TIERS + tiers, tl.where(tiers < TIERS - 1, most - (bins + 1) * width, float("-inf")))
+    last = tl.sum((reached[:, None] < wanted[None, :]).to(tl.int32), 0)  # the bin that reaches what a tier wants
+    last = tl.where(tiers < TIERS - 1, last, BINS)
+    before = tl.sum(tl.where(tl.arange(0, BINS)[:, None] <= last[None, :], counts[:, None], 0), 0)  # with its own
+    tl.store(edges + row * 2, most)
+    tl.store(edges + row * 2 + 1, width)
+    tl.store(cuts + row * TIERS + tiers, last)
+    tl.store(begins + row * TIERS + tiers + 1, before, mask=tiers < TIERS - 1)
+    tl.store(begins + row * TIERS, 0)
 
 
 @triton.jit
-def _tier_deal(score, cuts, order, starts, n, SEGMENT: tl.constexpr, C: tl.constexpr, TIERS: tl.constexpr):
-    """Writes each list tier by tier, by position inside a tier: a counting pass for where tiers begin, then a deal."""
+def _tier_deal(
+    score,
+    edges,
+    cuts,
+    begins,
+    order,
+    starts,
+    n,
+    SEGMENT: tl.constexpr,
+    C: tl.constexpr,
+    BINS: tl.constexpr,
+    TIERS: tl.constexpr,
+    FIELDS: tl.constexpr,  # counters of 10 bits in a word: C is at most 512
+):
+    """Writes each list tier by tier, by position inside a tier: keys of a chunk are counted by a scan of packed words."""
     segments = tl.num_programs(0)
     segment = segments - 1 - tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * segments + segment
-    history = segment * SEGMENT
     score += row * n
     order += tl.load(starts + row)
+    most, width = tl.load(edges + row * 2), tl.load(edges + row * 2 + 1)
     tiers, keys = tl.arange(0, TIERS), tl.arange(0, C)
-    cut = tl.load(cuts + row * TIERS + tiers)
-    passed = tl.zeros([TIERS], tl.int32)
-    for start in range(0, history, C):
+    place = tl.load(begins + row * TIERS + tiers)
+    for start in range(0, segment * SEGMENT, C):
         x = tl.load(score + start + keys).to(tl.float32)
-        passed += tl.sum((x[:, None] >= cut[None, :]).to(tl.int32), 0)
-    place = tl.sum(tl.where(tiers[:, None] == tiers[None, :] - 1, passed[:, None], 0), 0)  # where each tier goes on
-    for start in range(0, history, C):
-        x = tl.load(score + start + keys).to(tl.float32)
-        tier = tl.sum((x[:, None] < cut[None, :]).to(tl.int32), 1)
-        inside = (tier[:, None] == tiers[None, :]).to(tl.int32)
-        upto = tl.cumsum(inside, 0)
-        at = tl.sum(inside * (upto - 1 + place[None, :]), 1)
-        tl.store(order + at, start + keys)
-        place += tl.sum(inside, 0)
+        at = tl.minimum(((most - x) / width).to(tl.int32), BINS - 1)
+        tier = tl.zeros([C], tl.int32)
+        for t in tl.static_range(TIERS - 1):
+            tier += (at > tl.load(cuts + row * TIERS + t)).to(tl.int32)
+        upto = tl.zeros([C], tl.int64)
+        for word in tl.static_range((TIERS + FIELDS - 1) // FIELDS):
+            field = (tier - word * FIELDS).to(tl.int64)
+            inside = (field >= 0) & (field < FIELDS)
+            shift = tl.where(inside, field, 0) * 10
+            scanned = tl.cumsum(tl.where(inside, tl.full([C], 1, tl.int64) << shift, 0), 0)
+            upto = tl.where(inside, (scanned >> shift) & 1023, upto)
+        tl.store(order + tl.gather(place, tier, 0) + upto - 1, start + keys)
+        place += tl.histogram(tier, TIERS)
 
 
-def rank_in_tiers(score, starts, segment: int, order):
+def rank_in_tiers(score, starts, segment: int, order) -> None:
     """Keys of each history in tiers of falling score, into int32 `order` at `starts`; no order inside a tier.
 
-    score (Hq, segments, N) of any float type, read up to each segment's first key; starts int64 (Hq, segments).
+    Each tier and those before it hold 1.5 times what those before it hold. score (Hq, segments, N) of any float type,
+    read up to each segment's first key; starts int64 (Hq, segments).
     """
     heads, segments, n = score.shape
-    cuts = torch.empty(heads, segments, TIERS, device=score.device)
-    grid = (segments, heads)
-    _tier_cuts[grid](score, cuts, n, SEGMENT=segment, C=min(segment, 1024), BINS=BINS, TIERS=TIERS, num_warps=4)
-    _tier_deal[grid](score, cuts, order, starts, n, SEGMENT=segment, C=min(segment, 512), TIERS=TIERS, num_warps=4)
-    return order
+    edges = torch.empty(heads, segments, 2, device=score.device)
+    cuts, begins = (torch.empty(heads, segments, TIERS, dtype=torch.int32, device=score.device) for _ in range(2))
+    sizes, grid = {"SEGMENT": segment, "BINS": BINS, "TIERS": TIERS, "num_warps": 4}, (segments, heads)
+    _tier_cuts[grid](score, edges, cuts, begins, n, C=min(segment, 1024), **sizes)
+    _tier_deal[grid](score, edges, cuts, begins, order, starts, n, C=min(segment, 512), FIELDS=6, **sizes)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from bench import quality
 from bench.baselines import Points
 from bench.quality import HIGH, LOW, ours, read_files
+from bench.record import Record
 from s2o_cupy.exact import exact_rows, sample_rows
 from s2o_cupy.progress import Bar
 from s2o_cupy.quality import checked
@@ -28,7 +30,12 @@ TAUS = tuple(float(t) for t in np.geomspace(0.5, 1e-4, 16))
 GRID = np.linspace(LOW, HIGH, 15)
 
 
-def main(options) -> dict:
+def arguments(parser) -> None:
+    """Adds the options that `main` reads."""
+    quality.arguments(parser, plots=False)
+
+
+def main(options, record: Record | None = None) -> dict:
     """Measure every change on every file; print and return MSE of the base over MSE with the change."""
     files = read_files(options.files)
     changes = [(name, value) for name, values in KNOBS.items() for value in values]
@@ -53,6 +60,8 @@ def main(options) -> dict:
         label = f"{change[0]} {change[1]}"
         print(f"{label:22}" + "".join(f"{m:22.2f}" for m in means) + f"{whole:8.2f}{worst:8.2f}")
         report["mse_ratio"].append({"change": label, "files": means, "all": whole, "worst": worst})
+    if record:
+        record.put(**report)
     return report
 
 

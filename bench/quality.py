@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 import s2o_cupy as s2o
 from bench import baselines
 from bench.baselines import Points
+from bench.record import Record
 from s2o_cupy.exact import ExactRows, compare_rows, exact_rows, sample_rows
 from s2o_cupy.files import load_arrays
 from s2o_cupy.progress import Bar
@@ -20,7 +22,24 @@ LOW, HIGH = 0.12, 0.4  # densities that methods are compared at
 METHODS = ("ours", "no tail", "paper", "PBS-Attn", "block top-CDF", "oracle")
 
 
-def main(options) -> dict:
+def arguments(parser, plots: bool = True) -> None:
+    """Adds the options that `main` reads."""
+    parser.add_argument("files", nargs="*", metavar="FILE.npz", help="more heads: an npz with q, k, v")
+    parser.add_argument(
+        "--settings", type=_settings, default=s2o.Settings(), metavar="FILE", help="settings to measure (JSON)"
+    )
+    parser.add_argument(
+        "--precise",
+        action="store_const",
+        dest="settings",
+        const=s2o.Settings.precise(),
+        help="measure Settings.precise()",
+    )
+    if plots:
+        parser.add_argument("--plots", metavar="DIR", help="write one PNG a file there")
+
+
+def main(options, record: Record | None = None) -> dict:
     """Measure every file, print the table, and return what JSON holds."""
     files = read_files(options.files)
     if not options.settings.causal:
@@ -29,8 +48,12 @@ def main(options) -> dict:
     with Bar("quality", sum(len(METHODS) for _ in files)) as bar:
         for name, q, k, v in files:
             report["files"][name] = _file(q, k, v, options.settings, bar)
+            if record:
+                record.put(**report)
     _summary(report)
     _print(report)
+    if record:
+        record.put(**report)
     if options.plots:
         _plots(report, Path(options.plots))
     return report
@@ -44,6 +67,13 @@ def read_files(paths: list[str]) -> list[tuple]:
         name = next(name for name in (stem, *(f"{stem}_{i}" for i in range(2, 9999))) if name not in taken)
         files.append((name, *load_arrays(path, ("q", "k", "v")).values()))
     return files
+
+
+def _settings(path: str):
+    try:
+        return s2o.Settings.load(path)
+    except (OSError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def ours(q, k, v, settings, exact: ExactRows, taus=TAUS) -> list[Points]:

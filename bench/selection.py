@@ -6,6 +6,8 @@ states the block rules in NumPy, and the tests hold these to it.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from bench.baselines import BLOCK, PBS_SEGMENT
@@ -22,7 +24,7 @@ class Lists:
     def __init__(self, heads: int, n: int, segment: int, device):
         self.segment, count = segment, n // segment
         bounds = [count * i // SORT_GROUPS for i in range(SORT_GROUPS + 1)]
-        runs = [(a, b, (b - 1) * segment) for a, b in zip(bounds, bounds[1:]) if b > max(a, 1)]
+        runs = [(a, b, (b - 1) * segment) for a, b in itertools.pairwise(bounds) if b > max(a, 1)]
         self.starts = torch.zeros(heads, count, dtype=torch.int64, device=device)
         self.runs, total = [], 0
         for first, last, longest in runs:
@@ -42,9 +44,9 @@ class Lists:
             self.order[start : start + ranked.numel()].view_as(ranked).copy_(ranked)
 
 
-def tile_depths(heads: int, n: int, segment: int, block_m: int, block_n: int, device, share: float = 1.0):
-    """Key tiles of each row tile's history, int32 (heads, N / block_m): a share of it, rounded up."""
-    history = torch.arange(0, n, block_m, device=device) // segment * segment / block_n
+def tile_depths(heads: int, n: int, segment: int, block: int, device, share: float = 1.0):
+    """Key tiles of each row tile's history, int32 (heads, N / block): a share of it, rounded up."""
+    history = torch.arange(0, n, block, device=device) // segment * segment / block
     return torch.ceil(history * share).to(torch.int32).expand(heads, -1).contiguous()
 
 
@@ -62,18 +64,21 @@ def permute_keys(q, k, v, scale: float):
     """
     heads, n, dim = q.shape
     group = heads // len(k)
-    future = torch.arange(n, device=q.device) > torch.arange(n - BLOCK, n, device=q.device)[:, None]
-    order = torch.empty(heads, n, dtype=torch.int64, device=q.device)
+    future = torch.arange(BLOCK, device=q.device) > torch.arange(BLOCK, device=q.device)[:, None]
+    starts = torch.arange(0, n, PBS_SEGMENT, device=q.device)[:, None]
+    moved_k, moved_v = torch.empty_like(q), torch.empty(heads, n, v.shape[2], dtype=v.dtype, device=v.device)
+    first = torch.empty(heads, dtype=torch.int64, device=q.device)
     for kv in range(len(k)):  # a K/V head at a time: its logits are what takes memory
         part = slice(kv * group, (kv + 1) * group)
-        logit = torch.matmul(q[part, -BLOCK:], k[kv].T).float() * scale
-        received = logit.masked_fill_(future, float("-inf")).softmax(-1).mean(1)
+        logit = torch.baddbmm(q.new_empty(()), q[part, -BLOCK:], k[kv].T.expand(group, -1, -1), beta=0, alpha=scale)
+        logit[..., -BLOCK:].masked_fill_(future, float("-inf"))
+        received = logit.softmax(-1, dtype=torch.float32).mean(1)
         within = received.view(group, -1, PBS_SEGMENT).argsort(dim=-1, descending=True, stable=True)
-        starts = torch.arange(0, n, PBS_SEGMENT, device=q.device)[:, None]
-        order[part] = (within + starts).view(group, n)
-    rows = order.view(len(k), -1, 1).expand(-1, -1, dim)
-    first = (order[:, :PBS_SEGMENT] == 0).int().argmax(1)
-    return k.gather(1, rows).view(heads, n, dim), v.gather(1, rows).view(heads, n, dim), first
+        first[part] = (within[:, 0] == 0).int().argmax(1)
+        order = (within + starts).view(-1)
+        torch.index_select(k[kv], 0, order, out=moved_k[part].view(-1, dim))
+        torch.index_select(v[kv], 0, order, out=moved_v[part].view(-1, v.shape[2]))
+    return moved_k, moved_v, first
 
 
 def top_cdf_blocks(q, k, segment: int, scale: float, first, share: float):

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +21,11 @@ class Timing:
     p10: float
     p90: float
     repeats: int
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Timing:
+        """The median and the deciles of some times."""
+        return cls(*np.percentile(times, [50, 10, 90]).tolist(), len(times))
 
     def __str__(self) -> str:
         return f"{self.median:.3f} ms ({self.p10:.3f} to {self.p90:.3f})"
@@ -44,7 +50,7 @@ def on_device(calls: Sequence[Callable[[], object]], repeats: int = 10, warmup: 
         stop.record()
         stop.synchronize()
         times.append(cupy.cuda.get_elapsed_time(start, stop))
-    return Timing(*np.percentile(times, [50, 10, 90]).tolist(), repeats)
+    return Timing.of(times)
 
 
 def on_host(call: Callable[[], object], repeats: int = 30, warmup: int = 5) -> Timing:
@@ -59,7 +65,7 @@ def on_host(call: Callable[[], object], repeats: int = 30, warmup: int = 5) -> T
         if i >= warmup:
             times.append(1e3 * (time.perf_counter() - start))
     cupy.cuda.runtime.deviceSynchronize()
-    return Timing(*np.percentile(times, [50, 10, 90]).tolist(), repeats)
+    return Timing.of(times)
 
 
 def noise(calls: Sequence[Callable[[], object]], repeats: int = 10) -> float:
@@ -74,19 +80,43 @@ def machine() -> dict:
 
     device = cupy.cuda.Device()
     properties = cupy.cuda.runtime.getDeviceProperties(device.id)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    commit = os.environ.get("S2O_COMMIT") or _output(["git", "rev-parse", "--short", "HEAD"])
-    return {
+    cuda = cupy.cuda.runtime.driverGetVersion()
+    query = "--query-gpu=driver_version,clocks.max.sm,utilization.gpu,memory.used"
+    state = _output(["nvidia-smi", query, f"--id={device.pci_bus_id}", "--format=csv,noheader,nounits"])
+    driver, clock, *load = [x.strip() for x in state.split(",")] if state.count(",") == 3 else ["unknown"] * 2
+    found = {
         "gpu": properties["name"].decode(),
-        "driver": _output(query).splitlines()[0] if _output(query) else "unknown",
+        "driver": f"{driver}, CUDA {cuda // 1000}.{cuda % 1000 // 10}",
         "multiprocessors": properties["multiProcessorCount"],
+        "clock_mhz": clock,
         "l2_mib": properties["l2CacheSize"] / 2**20,
         "memory_gib": round(properties["totalGlobalMem"] / 2**30, 1),
         "cupy": cupy.__version__,
         "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
-        "commit": commit or "unknown",
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
+    if note := busy(*load):
+        found["busy"] = note
+    return found
+
+
+def busy(utilisation: str = "", used_mib: str = "") -> str:
+    """What nvidia-smi's two numbers say against timing now; empty where nothing does, or they are not known."""
+    notes = []
+    if utilisation.isdigit() and int(utilisation) > 5:
+        notes.append(f"{utilisation} % utilisation")
+    if used_mib.isdigit() and int(used_mib) > 2048:
+        notes.append(f"{used_mib} MiB in use")
+    return f"the GPU is busy ({', '.join(notes)} before this run): its timings are not to be relied on" if notes else ""
+
+
+def commit() -> str:
+    """The checkout's commit; ``S2O_COMMIT`` names it where the sources travelled without their history."""
+    folder = str(Path(__file__).resolve().parents[1])
+    return (
+        os.environ.get("S2O_COMMIT") or _output(["git", "-C", folder, "describe", "--always", "--dirty"]) or "unknown"
+    )
 
 
 def _output(command: list[str]) -> str:

@@ -1,0 +1,95 @@
+"""What every benchmark prints and writes: the machine first, one aligned line a case, and JSON after each case."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from bench.timing import Timing, as_json
+from s2o_cupy.files import save_json, writable
+
+FORMAT = 1
+_HEAD = f"{'case':34} {'dtype':8} {'shape':26} {'density':>7} {'error':>7} {'ms':>9} {'p10':>9} {'p90':>9}"
+_HEAD += f" {'TFLOP/s':>7} {'ratio':>6}  note"
+
+
+class Record:
+    """The report of one run; `path` (or None) is written again, whole, whenever something is added."""
+
+    def __init__(self, bench: str, machine: dict, path: str | None = None):
+        self.path = writable(path) if path else None  # refused now, not after the work
+        self.report = {"bench": bench, "format": FORMAT, "arguments": sys.argv[1:], "machine": machine, "cases": []}
+        self._headed = False
+        print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
+        self.save()
+
+    def case(self, name: str, shape="", dtype="", *, time: Timing | None = None, note: str = "", **numbers) -> dict:
+        """Add one case and print its line. `numbers` goes to JSON; density, error, tflops and ratio are printed too.
+
+        `ratio` is the baseline's time over this one's: above 1 is faster than the baseline.
+        """
+        if not self._headed:
+            print(_HEAD, flush=True)
+            self._headed = True
+        case = {"name": name, "shape": shape, "dtype": dtype, "time": time, "note": note, **numbers}
+        self.report["cases"].append(as_json(case))
+        print(line(case), flush=True)
+        self.save()
+        return case
+
+    def put(self, **parts) -> None:
+        """Add parts of the report that are no case."""
+        self.report.update(as_json(parts))
+        self.save()
+
+    def save(self) -> None:
+        if self.path:
+            save_json(self.path, self.report)
+
+    @contextmanager
+    def attempt(self, name: str, shape="", dtype="", catch: tuple = ()) -> Iterator[None]:
+        """Running out of memory in here, or failing in a way of `catch`, becomes this case's line; the rest runs."""
+        try:
+            yield
+        except Exception as error:
+            if not (is_out_of_memory(error) or isinstance(error, catch)):
+                raise
+            what = "out of memory" if is_out_of_memory(error) else type(error).__name__
+            text = (str(error).strip() or "no message").splitlines()[0][:160]
+            self.case(name, shape, dtype, note=f"not measured: {what}: {text}")
+            error.__traceback__ = None  # it holds the arrays
+        free_memory()
+
+
+def line(case: dict) -> str:
+    """One case, in the columns of the header; what it lacks is a dash."""
+
+    def number(value, width, digits):
+        return f"{value:{width}.{digits}f}" if value is not None else f"{'-':>{width}}"
+
+    time = case.get("time")
+    columns = [f"{case['name']:34} {case['dtype']:8} {case['shape']:26}"]
+    columns += [number(case.get("density"), 7, 4), number(case.get("error"), 7, 4)]
+    columns += [number(x, 9, 3) for x in ((time.median, time.p10, time.p90) if time else (None, None, None))]
+    columns += [_rate(case.get("tflops")), number(case.get("ratio"), 6, 2)]
+    return f"{' '.join(columns)}  {case['note']}".rstrip()
+
+
+def _rate(tflops: float | None) -> str:
+    return f"{'-':>7}" if tflops is None else f"{tflops:7.0f}" if tflops >= 10 else f"{tflops:7.3f}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host, of CuPy or of PyTorch."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def free_memory() -> None:
+    """Give the device what CuPy and PyTorch keep of it, where they are in use."""
+    gc.collect()
+    if "cupy" in sys.modules:
+        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()

@@ -1,0 +1,188 @@
+"""`python -m bench scaling`: one error, from 1K to 1M tokens: time, density, shares of the stages, memory, crossover.
+
+A whole call of ours at each length and error, its `tau` found by a sweep on sampled rows; beside it our dense attention
+and cuDNN's through PyTorch, as far as the time allowed (``--seconds``) goes. A ratio is our dense time over the call's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+
+import s2o_cupy as s2o
+from bench import ours
+from bench.record import Record
+from bench.sweep import Sweep
+from bench.timing import on_device
+from s2o_cupy.exact import exact_rows, sample_rows
+from s2o_cupy.problem import make_problem
+from s2o_cupy.settings import Settings
+
+LENGTHS = tuple(2**power for power in range(10, 21))
+ERRORS = (0.05, 0.02)
+STAGES = ("score", "remap", "pool", "attend", "dense")
+ROWS = 256
+GROWTH = 4.5  # of a length's cost where it doubles
+DENSE_UPTO = 2**18  # keys that dense attention is timed at
+
+
+def arguments(parser) -> None:
+    """Adds the options that `main` reads."""
+    parser.add_argument("--length", type=int, nargs="+", default=list(LENGTHS), metavar="N", help="sequence lengths")
+    parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
+    parser.add_argument("--seconds", type=float, default=150, metavar="S", help="begin no length that would end later")
+
+
+def main(options, record: Record) -> None:
+    """Every length that the time allows, shortest first, then where sparse beats dense."""
+    start, cost, taus = time.perf_counter(), 0.0, dict.fromkeys(ERRORS, 1e-2)
+    for n in sorted(options.length):
+        left = options.seconds - (time.perf_counter() - start)
+        if GROWTH * cost > left:
+            note = f"not measured: about {GROWTH * cost:.0f} s, with {left:.0f} of {options.seconds:.0f} left (--seconds)"
+            record.case("scaling", ours.shape_text(n), note=note, n=n)
+            continue
+        began = time.perf_counter()
+        with record.attempt("scaling", ours.shape_text(n)):
+            one_length(options.preset, n, taus, record)
+        cost = time.perf_counter() - began
+    crossings = {}
+    for wanted in ERRORS:
+        cases = [case for case in record.report["cases"] if case.get("wanted") == wanted and case.get("time")]
+        for rival in ("dense", "cudnn"):
+            pairs = [(case["n"], case[rival] / case["time"]["median"]) for case in cases if case.get(rival)]
+            crossings[f"{rival}, error {wanted}"] = crossing(pairs)
+    record.put(crossings=crossings)
+    print("\nlength from which the whole call is faster, interpolated between measured ones")
+    for name, n in crossings.items():
+        print(f"  than {name}: {'not reached' if n is None else f'{n:.0f}'}")
+
+
+def one_length(preset: str, n: int, taus: dict[float, float], record: Record) -> None:
+    """Both errors at one length; `taus` goes in with the last length's knobs, and out with this one's."""
+    arrays = ours.inputs(preset, n)
+    p = make_problem(*arrays, Settings(**ours.BASE))
+    where, repeats = (ours.shape_text(n), p.dtype), 10 if n <= 2**16 else 3
+    rows = sample_rows(n, ROWS, 0)
+    exact = exact_rows(p, *arrays, rows).out[0].astype(np.float64)
+    rivals = {"dense": None, "cudnn": None}
+    if n <= DENSE_UPTO:
+        rivals = {
+            "dense": on_device([partial(s2o.dense_attention, *arrays, backend="cuda")], repeats, 1).median,
+            "cudnn": cudnn(arrays, p.scale, repeats, record, where),
+        }
+        for name, ms in rivals.items():
+            if ms:
+                rate = 4 * p.dim_qk * ours.causal_pairs(n) / ms / 1e9
+                record.case(f"{name} alone", *where, tflops=rate, ratio=rivals["dense"] / ms, n=n, ms=ms)
+
+    def measure(tau):
+        found = s2o.attention(*arrays, tau=tau, backend="cuda", full_output=True, **ours.BASE)
+        return ours.rows_error(found.out, rows, exact), (found.stats.density, found.stats.path)
+
+    for wanted in ERRORS:
+        sweep = Sweep(measure, 1e-5, 1.0, start=taus[wanted])
+        met = sweep.meet(wanted)
+        if met is None:
+            record.case("attention()", *where, note=f"cannot reach error {wanted}: {sweep.least_error:.4f}", n=n)
+            continue
+        tau, error, (density, path) = met
+        taus[wanted] = tau
+        call = partial(s2o.attention, *arrays, tau=tau, backend="cuda", **ours.BASE)
+        timed, memory = on_device([call], repeats, 1), held(call)
+        shares = stage_shares(call)
+        note = f"error {wanted}: {path}, " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        note += f", {memory / 2**30:.2f} GiB" + (f", {rivals['cudnn'] / timed.median:.2f} of cuDNN" if rivals["cudnn"] else "")
+        record.case(
+            "attention()", *where, time=timed, note=note, density=density, error=error, n=n, wanted=wanted, tau=tau,
+            tflops=timed.rate(4 * p.dim_qk * density * ours.causal_pairs(n)), shares=shares, bytes=memory, path=path,
+            ratio=rivals["dense"] / timed.median if rivals["dense"] else None, **rivals,
+        )  # fmt: skip
+
+
+def cudnn(arrays, scale: float, repeats: int, record: Record, where: tuple) -> float | None:
+    """Milliseconds of cuDNN through PyTorch; None, and a line, where it is missing."""
+    name = "cuDNN (PyTorch SDPA)"
+    with record.attempt(name, *where, catch=(Exception,)):
+        import torch
+
+        from bench import rivals
+
+        call = rivals.dense_peers(*(torch.from_dlpack(x[0]) for x in arrays), scale)[name]()
+        return on_device([call], repeats, 1).median
+    return None
+
+
+def held(call) -> int:
+    """Bytes that CuPy's pool takes from the device during a call, its answer included."""
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    call()
+    return pool.total_bytes() - before
+
+
+def stage_shares(call) -> dict[str, float]:
+    """Share of a call's device time that each of the backend's stages takes, and what lies between them."""
+    import cupy
+
+    with timed_stages() as spans:
+        start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+    whole = cupy.cuda.get_elapsed_time(start, stop)
+    parts = dict.fromkeys(STAGES, 0.0)
+    for name, first, last in spans:
+        parts[name] += cupy.cuda.get_elapsed_time(first, last) / whole
+    return {name: part for name, part in parts.items() if part} | {"between": 1 - sum(parts.values())}
+
+
+@contextmanager
+def timed_stages() -> Iterator[list]:
+    """Within, every stage of the CUDA backend leaves (name, event before, event after) in the list."""
+    import cupy
+
+    from s2o_cupy.backends import cuda
+
+    spans, stages = [], {name: getattr(cuda, name) for name in STAGES}
+
+    def timed(name):
+        def run(*arguments, **options):
+            first, last = cupy.cuda.Event(), cupy.cuda.Event()
+            first.record()
+            answer = stages[name](*arguments, **options)
+            last.record()
+            spans.append((name, first, last))
+            return answer
+
+        return run
+
+    try:
+        for name in stages:
+            setattr(cuda, name, timed(name))
+        yield spans
+    finally:
+        for name, stage in stages.items():
+            setattr(cuda, name, stage)
+
+
+def crossing(points: Sequence[tuple[int, float]]) -> float | None:
+    """The length from which the ratio stays above 1, log-linear between the lengths measured; None: it never does."""
+    points = sorted(points)
+    if not points or points[-1][1] <= 1:
+        return None
+    last = next((i for i in reversed(range(len(points))) if points[i][1] <= 1), None)
+    if last is None:
+        return float(points[0][0])
+    (a, low), (b, high) = points[last], points[last + 1]
+    share = math.log(1 / low) / math.log(high / low)
+    return a * (b / a) ** share
