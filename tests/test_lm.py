@@ -291,14 +291,30 @@ def test_the_needle_s_probability_is_the_model_s(llama, story):
             assert report["found"][name][i] == (y[places - 1].argmax(axis=1) == prompt[places]).all()
 
 
+def test_the_last_rows_of_a_prompt_may_be_dense(llama, story):
+    model = Model(llama)
+    planted = Needle.make(model, text.encode(model, story, 2304), "the cue", " ab")
+    settings = {layer: s2o.Settings(tau=1.0, tail=None, rank="mean") for layer in range(model.layers)}
+    sparse, last, most = (needle(model, planted, settings, 1, rows) for rows in (0, 60, 2303))
+    exact = last["probability"]["dense"][0]
+    assert abs(last["probability"]["sparse"][0] - exact) < abs(sparse["probability"]["sparse"][0] - exact)
+    assert most["probability"]["sparse"][0] == pytest.approx(exact, rel=1e-3)
+    assert sparse["mean_density"] < last["mean_density"] < sparse["mean_density"] + 2 * 60 / 2304
+    assert most["mean_density"] == 1
+
+
 def test_needles_that_cannot_be(llama):
     model = Model(llama)
     with pytest.raises(ValueError, match=r"the text has 10 tokens; wanted: \d+ or more for this needle"):
         Needle.make(model, np.zeros(10, np.int64), "the cue", " ab")
     with pytest.raises(ValueError, match="answer is ''; allowed: a text of one token or more"):
         Needle.make(model, np.zeros(100, np.int64), "the cue", "")
+    planted, settings = Needle.make(model, np.zeros(200, np.int64)), dict.fromkeys(range(2), s2o.Settings())
     with pytest.raises(ValueError, match="depths is 0; allowed: 1 or more"):
-        needle(model, Needle.make(model, np.zeros(200, np.int64)), {}, depths=0)
+        needle(model, planted, settings, depths=0)
+    for rows in (-1, 200):
+        with pytest.raises(ValueError, match=f"dense_rows is {rows}; allowed: 0 to 199"):
+            needle(model, planted, settings, dense_rows=rows)
 
 
 def test_needle_reports(llama, story, tmp_path, capsys):

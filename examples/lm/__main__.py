@@ -82,7 +82,7 @@ def run_needle(options) -> None:
     planted = Needle.make(model, ids, options.cue, options.answer)
     settings, report = _calibrated(options, model, xp.asarray(ids))
     report |= {"cue": options.cue, "answer": options.answer}
-    report |= needle(model, planted, settings, options.depths, xp)
+    report |= needle(model, planted, settings, options.depths, options.dense_rows, xp)
     print(json.dumps(report, indent=1) if options.json else _needle_table(report))
 
 
@@ -154,7 +154,7 @@ def _needle_table(r: dict) -> str:
     """The needle's report for people."""
     lines = [
         *_heading(r),
-        f"{r['cue']!r} then {r['answer']!r}, {r['answer_tokens']} tokens",
+        f"{r['cue']!r} then {r['answer']!r}, {r['answer_tokens']} tokens; the last {r['dense_rows']} rows dense",
         "  depth     dense    sparse",
     ]
     for depth, *pair in zip(r["depth"], *r["probability"].values()):
@@ -216,6 +216,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("needle", parents=[common, sparse], help="a planted fact's probability, dense and sparse")
     sub.add_argument(
         "--depths", type=_count, default=DEPTHS, metavar="K", help="places of the fact (default %(default)s)"
+    )
+    sub.add_argument(
+        "--dense-rows", type=int, default=0, metavar="R", help="rows at the end that stay dense (default 0)"
     )
     sub.add_argument("--cue", default=CUE, help="start of the fact, and the prompt's end (default: %(default)s)")
     sub.add_argument("--answer", default=ANSWER, help="what follows it (default: %(default)r)")

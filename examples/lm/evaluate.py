@@ -37,9 +37,13 @@ class Calibration:
 
 @dataclass
 class Attention:
-    """An `attend` for `prefill` that keeps the seconds of each layer; sparse where it has settings."""
+    """An `attend` for `prefill` that keeps the seconds of each layer; sparse where it has settings.
+
+    The last `dense_rows` rows are dense: of a prompt, those that the answer is read from, at a cost of N a row.
+    """
 
     settings: dict[int, s2o.Settings] | None = None
+    dense_rows: int = 0
     seconds: dict[int, float] = field(default_factory=dict)
     density: dict[int, list[float]] = field(default_factory=dict)
     paths: set[str] = field(default_factory=set)
@@ -50,14 +54,26 @@ class Attention:
         if self.settings is None:
             out = dense(layer, q, k, v)
         else:
-            result = s2o.attention(q, k, v, self.settings[layer], full_output=True)
-            out = result.out
+            out, stats = self._sparse(q, k, v, self.settings[layer])
         _wait(out)
         self.seconds[layer] = time.perf_counter() - start
         if self.settings is not None:
-            self.density[layer] = result.stats.head_density.reshape(-1).tolist()
-            self.paths.add(result.stats.path)
+            pairs, n = stats.problem.allowed_pairs, q.shape[1]
+            skipped = pairs * (1 - stats.head_density.reshape(-1))
+            self.density[layer] = (1 - skipped / (n * (n + 1) // 2)).tolist()
+            self.paths.add(stats.path)
         return out
+
+    def _sparse(self, q, k, v, settings: s2o.Settings):
+        """The answer, and the stats of the rows before the dense ones."""
+        rows = q.shape[1] - self.dense_rows
+        if not 0 < rows <= q.shape[1]:
+            raise ValueError(f"dense_rows is {self.dense_rows}; allowed: 0 to {q.shape[1] - 1}")
+        result = s2o.attention(q[:, :rows], k[:, :rows], v[:, :rows], settings, full_output=True)
+        if not self.dense_rows:
+            return result.out, result.stats
+        last = s2o.dense_attention(q[:, rows:], k, v)
+        return namespace(q).concatenate([result.out, last], axis=1), result.stats
 
 
 def calibrate_layers(

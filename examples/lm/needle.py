@@ -62,7 +62,9 @@ class Needle:
         return np.concatenate([self.text[:place], self.fact, self.text[place:], self.cue, self.answer])
 
 
-def needle(model: Model, planted: Needle, settings: dict[int, s2o.Settings], depths: int = DEPTHS, xp=np) -> dict:
+def needle(
+    model: Model, planted: Needle, settings: dict[int, s2o.Settings], depths: int = DEPTHS, dense_rows: int = 0, xp=np
+) -> dict:
     """Probability of the right continuation, dense and sparse, with the fact at each of some depths.
 
     Parameters
@@ -73,6 +75,8 @@ def needle(model: Model, planted: Needle, settings: dict[int, s2o.Settings], dep
         Settings of every global layer.
     depths : int
         Evenly from 0 to 1.
+    dense_rows : int
+        Rows at the prompt's end whose attention is dense in the sparse pass too.
     xp : module
         Of the model's arrays.
 
@@ -90,7 +94,7 @@ def needle(model: Model, planted: Needle, settings: dict[int, s2o.Settings], dep
         for depth in at:
             ids = xp.asarray(planted.prompt(depth))
             for name in probability:
-                attend = Attention(None if name == "dense" else settings)
+                attend = Attention(None if name == "dense" else settings, dense_rows)
                 chance, likeliest = _answer(model, ids, len(planted.answer), prefill(model, ids, attend, step=bar.step))
                 probability[name].append(chance)
                 found[name].append(likeliest)
@@ -98,6 +102,7 @@ def needle(model: Model, planted: Needle, settings: dict[int, s2o.Settings], dep
     return {
         "tokens": len(ids),
         "answer_tokens": len(planted.answer),
+        "dense_rows": dense_rows,
         "depth": at.tolist(),
         "probability": probability,
         "found": found,
