@@ -19,6 +19,7 @@ from examples.lm.evaluate import calibrate_layers, evaluate
 from examples.lm.model import dense, logits, prefill
 from examples.lm.needle import Needle, needle
 from examples.lm.weights import Model
+from s2o_cupy import backends
 
 HIDDEN, HEADS, KV_HEADS, DIM, FEED, CONTEXT, WINDOW = 32, 4, 2, 16, 64, 4096, 8
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -225,6 +226,20 @@ def test_attention_in_float16_is_near(tmp_path):
     assert found.dtype == np.float32
     off = np.linalg.norm(found - exact) / np.linalg.norm(exact)
     assert 1e-6 < off < 0.05
+
+
+def test_numbers_beyond_float16_are_refused(llama):
+    model = Model(llama, dtype=np.float16)
+    model.blocks[1]["attn_v"] = model.blocks[1]["attn_v"] * np.float32(1e6)
+    with pytest.raises(ValueError, match=r"layer 1 holds .*, beyond float16; allowed: bfloat16, float32"):
+        prefill(model, np.arange(40))
+
+
+def test_a_device_that_is_missing(llama, story, capsys, monkeypatch):
+    monkeypatch.setattr(backends, "_cuda_status", lambda: (False, "no CUDA device"))
+    code, line = refused(capsys, "eval", llama, "--text", story, "--error", 0.1, "--device", "cuda")
+    assert code == 1
+    assert "backend 'cuda' cannot run: no CUDA device" in line
 
 
 @pytest.mark.gpu

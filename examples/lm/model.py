@@ -60,7 +60,7 @@ def prefill(
         if m.gemma:
             q, k = rms(q, w["attn_q_norm"], m.eps), rms(k, w["attn_k_norm"], m.eps)
         q, k = rotate(q, m.rope_base(layer)), rotate(k, m.rope_base(layer))
-        q, k, v = (xp.ascontiguousarray(x, m.dtype) for x in (q, k, v))
+        q, k, v = (_narrowed(m, layer, x) for x in (q, k, v))
         if watch is not None:
             watch(layer, q, k, v)
         if layer == stop:
@@ -93,6 +93,18 @@ def rotate(x, base: float):
     cos, sin = xp.asarray(np.cos(angle), np.float32), xp.asarray(np.sin(angle), np.float32)
     a, b = x[..., :half], x[..., half:]
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _narrowed(m: Model, layer: int, x):
+    """x in the type that attention takes; what that type cannot hold is refused."""
+    xp = namespace(x)
+    with np.errstate(over="ignore"):
+        y = xp.ascontiguousarray(x, m.dtype)
+    if m.dtype == np.float16 and not bool(xp.isfinite(y).all()):
+        raise ValueError(
+            f"layer {layer} holds {float(xp.abs(x).max()):.4g}, beyond float16; allowed: bfloat16, float32"
+        )
+    return y
 
 
 def _heads(x, dim: int):
