@@ -36,9 +36,7 @@ def arguments(parser) -> None:
     """Adds the options that `main` reads."""
     parser.add_argument("--length", type=_lengths, default=[32768, 131072], metavar="N,N", help="sequence lengths")
     parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
-    parser.add_argument(
-        "--rows", type=int, default=1024, metavar="N", help="query rows a head, for errors"
-    )
+    parser.add_argument("--rows", type=int, default=1024, metavar="N", help="query rows a head, for errors")
     parser.add_argument("--quick", action="store_true", help="the first length, two errors, the main peers")
 
 

@@ -44,7 +44,9 @@ def main(options, record: Record) -> None:
     for n in sorted(options.length):
         left = options.seconds - (time.perf_counter() - start)
         if GROWTH * cost > left:
-            note = f"not measured: about {GROWTH * cost:.0f} s, with {left:.0f} of {options.seconds:.0f} left (--seconds)"
+            note = (
+                f"not measured: about {GROWTH * cost:.0f} s, with {left:.0f} of {options.seconds:.0f} left (--seconds)"
+            )
             record.case("scaling", ours.shape_text(n), note=note, n=n)
             continue
         began = time.perf_counter()
@@ -97,7 +99,9 @@ def one_length(preset: str, n: int, taus: dict[float, float], record: Record) ->
         timed, memory = on_device([call], repeats, 1), held(call)
         shares = stage_shares(call)
         note = f"error {wanted}: {path}, " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        note += f", {memory / 2**30:.2f} GiB" + (f", {rivals['cudnn'] / timed.median:.2f} of cuDNN" if rivals["cudnn"] else "")
+        note += f", {memory / 2**30:.2f} GiB" + (
+            f", {rivals['cudnn'] / timed.median:.2f} of cuDNN" if rivals["cudnn"] else ""
+        )
         record.case(
             "attention()", *where, time=timed, note=note, density=density, error=error, n=n, wanted=wanted, tau=tau,
             tflops=timed.rate(4 * p.dim_qk * density * ours.causal_pairs(n)), shares=shares, bytes=memory, path=path,

@@ -14,6 +14,7 @@ DTYPE_MACROS = {
     "float64": {"REAL": "double"},
 }
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+SM90_HEAD_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 110: 227, 120: 99, 121: 99}
 
 
@@ -63,6 +64,27 @@ def attend_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
     tiles = 2 * (m * macros["HEAD_DIM"] + 2 * n * (macros["HEAD_DIM"] + macros["HEAD_DIM_V"]))
     rows = m * (4 + 4 + 4 + 8) + n * 4 * (4 + 1)
     return tiles + rows + 4 * pool_blocks + 64
+
+
+def sm90_serves(arch: str, dtype: str, dim_qk: int, dim_v: int, block_q: int, pool: int) -> bool:
+    """Whether attend_sm90.cu serves a call whose rows all start on 16 bytes; attend.cu serves the others."""
+    fits = (dim_qk, dim_v) in SM90_HEAD_DIMS and 64 < block_q <= 128 and pool < 2**16
+    return arch == "sm_90a" and dtype in ("float16", "bfloat16") and fits
+
+
+def sm90_macros(dtype: str, dim_qk: int, dim_v: int, block_k: int) -> dict:
+    """Macros of attend_sm90.cu: steps of 128 keys where key tiles and registers allow, and as many units as fit."""
+    block_n = 64 if block_k % 128 or max(dim_qk, dim_v) > 128 else 128
+    room = shared_limit("sm_90a") - 1024 - 256 * dim_qk - 20 * 1024
+    units = min(room // (2 * block_n * max(dim_qk, dim_v)), 12)
+    return DTYPE_MACROS[dtype] | {"HEAD_DIM": dim_qk, "HEAD_DIM_V": dim_v, "BLOCK_N": block_n, "UNITS": units}
+
+
+def sm90_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
+    """Dynamic shared memory of attend_sm90.cu, with counters for ``pool_blocks``; its own layout."""
+    units, n, dim, dim_v = (macros[name] for name in ("UNITS", "BLOCK_N", "HEAD_DIM", "HEAD_DIM_V"))
+    ring = units * (32 + 4 * n) + 20 * n + 3584
+    return 1024 + 256 * dim + 2 * units * n * max(dim, dim_v) + ring + 4 * pool_blocks
 
 
 def simt_macros(dtype: str, dim_v: int) -> dict:
@@ -147,7 +169,11 @@ def shipped(arch: str) -> list[Specialisation]:
         for dim, dim_v in HEAD_DIMS:
             rows = largest_block_q(dtype, dim, dim_v, arch)
             full = rows == 128 and 96 <= dim_v <= 128  # 32 rows a warp: registers are full, a few values spill
-            add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
+            if sm90_serves(arch, dtype, dim, dim_v, 128, 1):
+                for block_k in (64, 128):
+                    add("attend_sm90", sm90_macros(dtype, dim, dim_v, block_k))
+            else:
+                add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
             add("score", score_macros(dtype, dim, arch))
         add("moments", DTYPE_MACROS[dtype])
         if arch == "sm_90a":

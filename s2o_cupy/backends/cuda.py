@@ -195,29 +195,30 @@ def dense(problem: Problem, q, k, v, result) -> None:
 def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, query_order=None, pooled=None):
     walk = slab is not None
     blocks = problem.pool_blocks if pooled is not None else 0
-    launch = _attend_launch(cp.cuda.runtime.getDevice(), problem, slab, blocks)
+    q, k, v, out = _rows(q), _rows(k), _rows(v), _rows(result.out)
+    aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
+    launch = _attend_launch(cp.cuda.runtime.getDevice(), problem, slab, blocks, aligned == 15)
     if launch is None:
         return
-    kernel, grid, threads, shared, tau, sizes = launch
-    q, k, v, out = _rows(q), _rows(k), _rows(v), _rows(result.out)
+    kernel, grid, threads, shared, tau, sizes, tickets = launch
     taus = _taus(problem.settings.tau) if walk and isinstance(problem.settings.tau, tuple) else None
     stats = (result.tiles, result.tail_blocks, result.tail_mass) if walk else (None, None, None)
     order = (kv_order, kv_offsets, _stride(kv_offsets)) if walk else (None, None, _integer(0))
     pools = (*pooled, pooled[0].shape[1], pooled[0].shape[2], pooled[1].shape[2]) if blocks else (None, None, 0, 0, 0)
-    aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
     arguments = []
     for x in (q, k, v, out):
         arguments += [x, *_strides(x)]
     arguments += [_int(aligned), *pools[:2], *map(_int, pools[2:]), *order, query_order, taus, tau]
-    arguments += [result.lse, *stats, *sizes]
+    arguments += [result.lse, *stats, *sizes, *(cp.zeros(1, np.int32) for _ in range(tickets))]
     kernel(grid, (threads,), tuple(map(_pointer, arguments)), shared_mem=shared)
     if out is not result.out:
         result.out[...] = out
 
 
 @functools.lru_cache(maxsize=1024)
-def _attend_launch(device: int, p: Problem, slab: Slab | None, blocks: int):
-    """What stage 3 launches for a slab (None: dense), apart from arrays: kernel, grid, threads, shared bytes, scalars.
+def _attend_launch(device: int, p: Problem, slab: Slab | None, blocks: int, aligned: bool):
+    """What stage 3 launches for a slab (None: dense), apart from arrays: kernel, grid, threads, shared bytes, scalars,
+    and how many counters that are zero. `aligned`: all rows start on 16 bytes.
 
     None where there is nothing to do.
     """
@@ -239,20 +240,34 @@ def _attend_launch(device: int, p: Problem, slab: Slab | None, blocks: int):
         return None
     if block_q > 128:
         raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
-    if p.dtype in _HALVES:
+    served = aligned and kernels.sm90_serves(arch, p.dtype, p.dim_qk, p.dim_v, block_q, s.pool)
+    if served:
+        kernel, macros = _kernel_on(device, "attend_sm90", p.dtype, p.dim_qk, None, p.dim_v, s.block_k if walk else 128)
+        served = kernels.sm90_shared_bytes(macros, blocks) <= shared_limit(arch)
+    if served:
+        shared, threads = kernels.sm90_shared_bytes(macros, blocks), 384
+    elif p.dtype in _HALVES:
         kernel, macros = _kernel_on(device, "attend", p.dtype, p.dim_qk, None, p.dim_v, block_q)
         shared, threads = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros)
     else:
         kernel, macros = _kernel_on(device, "attend_simt", p.dtype, None, None, p.dim_v, None)
         shared, threads = kernels.simt_shared_bytes(macros, blocks), 256
-    if shared > shared_limit(arch) - 1024:
+    if shared > shared_limit(arch) - (0 if served else 1024):
         raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
     sizes = (p.heads_q, p.heads_kv, p.orders, slab.kv_start, p.n_q, p.n_k, p.dim_qk, p.dim_v)
     shape = (s.causal, p.window, segment, slab.segment_start, tiles_per_segment, tile_start, tile_stop, row_tiles)
     steps = (block_q, s.block_k, s.pool.bit_length() - 1)
     scalars = (*map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E))
     tau = np.float32(s.tau if walk and not isinstance(s.tau, tuple) else 0)
-    return kernel, grid, threads, shared, tau, scalars
+    if served:  # blocks stay, and draw row tiles by a counter
+        scalars = (*scalars, np.int32(grid[1]))
+        grid = (min(grid[0] * grid[1], _processors(device)),)
+    return kernel, grid, threads, shared, tau, scalars, int(served)
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return cp.cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -280,6 +295,8 @@ def _kernel_on(device: int, name: str, dtype: str, dim, entry, dim_v, block_q):
     arch = device_target(device)
     if name == "attend":
         macros = kernels.attend_macros(dtype, dim, dim_v, block_q, arch)
+    elif name == "attend_sm90":
+        macros = kernels.sm90_macros(dtype, dim, dim_v, block_q)
     elif name == "attend_simt":
         macros = kernels.simt_macros(dtype, dim_v)
     elif name == "score":

@@ -62,10 +62,11 @@ def parameters(name, entry):
 @pytest.fixture
 def cuda(monkeypatch):
     """The backend over a stand-in for CuPy, on an H100."""
-    runtime = SimpleNamespace(getDevice=lambda: 0)
+    runtime = SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: {"multiProcessorCount": 132})
     stand_in = SimpleNamespace(
         ndarray=Array,
         empty=Array,
+        zeros=Array,
         asarray=lambda x, dtype=None: Array(np.shape(x), dtype or x.dtype),
         ascontiguousarray=lambda x: Array(x.shape, x.dtype),
         cuda=SimpleNamespace(runtime=runtime, get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None)),
@@ -112,4 +113,6 @@ def test_launches_match_their_kernels(cuda, dtype, settings):
         cuda.remap(p, cuda.score(p, q, k, p.whole), p.whole, offsets, order)
         cuda.attend(p, q, k, v, p.whole, order, offsets, query_order, cuda.pool(p, k, v), result)
         cuda.dense(p, q, k, v, result)
+    if dtype in ("float16", "bfloat16"):
+        assert "attend_sm90" in Kernel.launched
     assert {"remap", *(("centres",) if p.settings.rank == "mixture" else ("factor",))} <= Kernel.launched
