@@ -76,14 +76,14 @@ def sm90_macros(dtype: str, dim_qk: int, dim_v: int, block_k: int) -> dict:
     """Macros of attend_sm90.cu: steps of 128 keys where key tiles and registers allow, and as many units as fit."""
     block_n = 64 if block_k % 128 or max(dim_qk, dim_v) > 128 else 128
     room = shared_limit("sm_90a") - 1024 - 256 * dim_qk - 20 * 1024
-    units = min(room // (2 * block_n * max(dim_qk, dim_v)), 12)
+    units = min(room // (2 * block_n * max(dim_qk, dim_v)), 4 if block_n * dim_qk > 2**13 else 8)
     return DTYPE_MACROS[dtype] | {"HEAD_DIM": dim_qk, "HEAD_DIM_V": dim_v, "BLOCK_N": block_n, "UNITS": units}
 
 
 def sm90_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
     """Dynamic shared memory of attend_sm90.cu, with counters for ``pool_blocks``; its own layout."""
     units, n, dim, dim_v = (macros[name] for name in ("UNITS", "BLOCK_N", "HEAD_DIM", "HEAD_DIM_V"))
-    ring = units * (32 + 4 * n) + 20 * n + 3584
+    ring = units * (32 + 4 * n) + 9 * n + 3584
     return 1024 + 256 * dim + 2 * units * n * max(dim, dim_v) + ring + 4 * pool_blocks
 
 
@@ -171,7 +171,7 @@ def shipped(arch: str) -> list[Specialisation]:
             full = rows == 128 and 96 <= dim_v <= 128  # 32 rows a warp: registers are full, a few values spill
             if sm90_serves(arch, dtype, dim, dim_v, 128, 1):
                 for block_k in (64, 128):
-                    add("attend_sm90", sm90_macros(dtype, dim, dim_v, block_k))
+                    add("attend_sm90", sm90_macros(dtype, dim, dim_v, block_k), no_spills=dim < 256)
             else:
                 add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
             add("score", score_macros(dtype, dim, arch))

@@ -23,6 +23,7 @@ from hypothesis import assume
 
 import s2o_cupy as s2o
 from s2o_cupy import backends, reference
+from s2o_cupy.specialisations import SM90_HEAD_DIMS
 
 # Unit of rounding of what a backend computes from inputs of a dtype. The CPU computes float16 and bfloat16 in
 # float32 and rounds the output once at the end (OUTPUT); tensor cores read P in the input's own type.
@@ -252,9 +253,20 @@ def runs_agree_bitwise(backend, case):
 
 
 def strides_do_not_matter(backend, case):
+    """Bitwise; but on Hopper one kernel serves rows that start on 16 bytes and another the rest: there, to rounding."""
+    p = case.problem
+    if backend.name == "cuda" and (p.dim_qk, p.dim_v) in SM90_HEAD_DIMS and not all(map(on_16_bytes, case.arrays)):
+        return reaches_the_reference(backend, case)
     plain = case.copy()
     assert_same(backend.ranked(case), backend.ranked(plain))
     assert_same(backend.dense(case), backend.dense(plain))
+
+
+def on_16_bytes(x) -> bool:
+    """Whether every row of four axes starts on 16 bytes, counted from where its base starts."""
+    base = x if x.base is None else x.base
+    start = x.__array_interface__["data"][0] - base.__array_interface__["data"][0]
+    return start % 16 == 0 and all(s % 16 == 0 or n == 1 for s, n in zip(x.strides[:3], x.shape[:3]))
 
 
 def reaches_the_reference(backend, case):
