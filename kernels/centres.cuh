@@ -71,8 +71,10 @@ __device__ __forceinline__ void find_centres(
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
     int width, int terms, int per_list, int capacity, real_t scale) {
     __shared__ real_t queries[QUERIES][COLUMNS + 1], centre[CENTRES][COLUMNS + 1];
-    __shared__ real_t near[QUERIES][9], spread[CENTRE_WARPS][256];
+    __shared__ real_t near[QUERIES][9];
+    real_t(*const spread)[256] = (real_t(*)[256])queries;  // [CENTRE_WARPS][256], at the end
     __shared__ int nearest[QUERIES][9], counts[CENTRE_WARPS];
+    __shared__ const element_t* source[QUERIES + CENTRES];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, tx = threadIdx.x % 8, ty = threadIdx.x / 8;
     const int order_head = order_start + blockIdx.y, first = (segment_start + blockIdx.x) * segment;
     const int in_head = min(segment, n_q - first);
@@ -92,13 +94,17 @@ __device__ __forceinline__ void find_centres(
         int best_centre[2] = {0, 0};
         for (int first_centre = 0; first_centre < present; first_centre += CENTRES) {
             real_t x[2][4] = {}, square[4] = {};
+            if (threadIdx.x < QUERIES + CENTRES) {
+                const int r = threadIdx.x, c = first_centre + r - QUERIES;
+                source[r] = r < QUERIES ? (first_query + r < n ? row_at(kept[first_query + r]) : nullptr) : c < present ? start_of(c) : nullptr;
+            }
             for (int column = 0; column < dim; column += COLUMNS) {
                 __syncthreads();
+#pragma unroll 4
                 for (int i = threadIdx.x; i < (QUERIES + CENTRES) * COLUMNS; i += CENTRE_THREADS) {
-                    const int r = i / COLUMNS, d = column + i % COLUMNS, c = first_centre + r - QUERIES;
-                    const bool query = r < QUERIES, inside = d < dim && (query ? first_query + r < n : c < present);
-                    const real_t value = !inside ? 0 : to_real(query ? row_at(kept[first_query + r])[d] : start_of(c)[d]);
-                    if (query) queries[r][i % COLUMNS] = value;
+                    const int r = i / COLUMNS, d = column + i % COLUMNS;
+                    const real_t value = source[r] != nullptr && d < dim ? to_real(source[r][d]) : 0;
+                    if (r < QUERIES) queries[r][i % COLUMNS] = value;
                     else centre[r - QUERIES][i % COLUMNS] = value;
                 }
                 __syncthreads();
@@ -134,6 +140,7 @@ __device__ __forceinline__ void find_centres(
     }
     __syncthreads();
 
+    static_assert(sizeof(queries) >= CENTRE_WARPS * 256 * sizeof(real_t), "spread fits where the queries were");
     // Means of the groups, a warp each, its members in order; then how far they lie from it.
     real_t around[MOST_COLUMNS] = {};
     for (int c = warp; c < per_list; c += CENTRE_WARPS) {

@@ -15,6 +15,7 @@ from s2o_cupy.specialisations import DTYPE_MACROS, shared_limit
 
 # Keys of the longest history from which ranking pays (docs/kernels.md: between N=4096 and 8192 on an H100).
 RANKING_PAYS_FROM = 4096
+PART_KEYS = 4096  # of a list, that one block sums up for the mixture rank; a multiple of 64
 SCORE_BYTES = 2**28  # a slab's scores, counted at 4 bytes each; 16-bit inputs keep 2
 _LOG2_E = 1.4426950408889634
 _HALVES = ("float16", "bfloat16")
@@ -140,8 +141,14 @@ def _score_mixture(p: Problem, q, k, slab: Slab) -> Scores:
     grid = (-(-longest // block), *heads)
     square(grid, (block,), (*keys, variance, _pointer(None), *lengths, *sizes), shared_mem=shared)
     kernel, _ = _kernel("score", p.dtype, p.dim_qk, "normalise")
-    tiles = -(-segments * per_list // block)
-    kernel((tiles, *heads), (block,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
+    tiles, parts, part_keys = -(-segments * per_list // block), -(-longest // PART_KEYS), np.int32(PART_KEYS)
+    partial = cp.empty((lists // segments, parts, segments * per_list, 2), np.float32)
+    kernel(
+        (tiles * parts, *heads), (block,), (*keys, rows, partial, *lengths, *sizes, *last, part_keys), shared_mem=shared
+    )
+    kernel, _ = _kernel("score", p.dtype, p.dim_qk, "join_parts")
+    grid_rows = (-(-segments * per_list // 256), lists // segments)
+    kernel(grid_rows, (256,), (partial, offset, history, np.int32(parts), np.int32(segments), last[0], part_keys))
     kernel, _ = _kernel("score", p.dtype, p.dim_qk, "score_mixture")
     kernel(grid, (block,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
     return Scores(scores, starts, history, longest)
