@@ -7,8 +7,10 @@
 // T and W are REAL; or T is float16 or bfloat16 (IS_BF16) and W bfloat16, whose range holds the product with a squared
 // key. A list is one segment's queries of one query head, or of a K/V head's (share_order): `members` of them. The step
 // starts at the finite queries floor(c n / R) + floor(n / 2R); a query joins the nearest centre, the smaller at a tie.
+// tiled: rows lie as tiled.cuh says, and share follows them; then per_list counts for whole chunks of an order head.
 // grid (segments of the slab, order heads of the slab)   block 256
 #pragma once
+#include "tiled.cuh"
 #ifdef REAL
 typedef REAL element_t;
 typedef REAL real_t;
@@ -69,7 +71,7 @@ __device__ __forceinline__ void find_centres(
     const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     element_t* __restrict__ rows, real_t* __restrict__ share, element_t* __restrict__ variance, int* __restrict__ place,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
-    int width, int terms, int per_list, int capacity, real_t scale) {
+    int width, int terms, int per_list, int capacity, int tiled, real_t scale) {
     __shared__ real_t queries[QUERIES][COLUMNS + 1], centre[CENTRES][COLUMNS + 1];
     __shared__ real_t near[QUERIES][9];
     real_t(*const spread)[256] = (real_t(*)[256])queries;  // [CENTRE_WARPS][256], at the end
@@ -80,7 +82,8 @@ __device__ __forceinline__ void find_centres(
     const int in_head = min(segment, n_q - first);
     const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;
     q += order_head / heads_order * q_batch + order_head % heads_order * members * q_head + first * q_row;
-    rows += list * per_list * width, share += list * per_list, variance += list * width;
+    const long long first_row = tiled ? (long long)blockIdx.y * tiled_rows(gridDim.x, per_list) + blockIdx.x * per_list : list * per_list;
+    share += first_row, variance += list * width;
     int* const kept = place + list * 2 * capacity;
     int* const group = kept + capacity;
     auto row_at = [&](int r) { return q + r / in_head * q_head + r % in_head * q_row; };
@@ -165,7 +168,7 @@ __device__ __forceinline__ void find_centres(
                 for (int j = 0; j < MOST_COLUMNS; ++j) mean[j] /= size;
         }
         for (int j = 0; j < MOST_COLUMNS; ++j)
-            if (lane + 32 * j < width) rows[(long long)c * width + lane + 32 * j] = to_element(mean[j]);
+            if (lane + 32 * j < width) rows[tiled ? tiled_place(first_row + c, lane + 32 * j, width) : (first_row + c) * width + lane + 32 * j] = to_element(mean[j]);
         // Without a finite query there is one centre, 0.
         if (lane == 0) share[c] = n == 0 && c == 0 ? 0 : size ? log_2((real_t)size / n) : NEGATIVE_INFINITY;
     }

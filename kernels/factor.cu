@@ -5,8 +5,7 @@
 //   moment  [lists, width, width]  float  sum of q q^T (raw), or the covariance itself (`centred`); null: mean rank
 //   rows    [lists, terms_rows, width]  T   the answer; rows past 1 + terms are zero
 //   mean    [lists, width]         float  scale * mean, written when `full`
-// tiled: how many segments an order head has; its rows then lie in chunks of 64 as score_sm90.cu's shared memory holds
-// them: 64 columns after 64, rows of 128 bytes whose 16-byte pieces are permuted by row % 8. 0: row after row.
+// tiled: how many segments an order head has, whose rows then lie as tiled.cuh says; 0: row after row.
 // full: the answer is scale^2 / 2 times the covariance, width rows (score = sum_i (row_i . k + mean_i) k_i).
 // Else one step of subspace iteration from the `terms` axes of largest variance: basis = orth(cov[:, axes]), by the
 // Gram matrix of those columns, and a Cholesky factor of basis^T cov basis (any square root of it gives the same scores
@@ -15,6 +14,7 @@
 // with one barrier a step, and all else is a number a thread.
 // T is float16 or bfloat16 (IS_BF16), or REAL.
 // grid lists   block 256   shared memory: layout below; specialisations.factor_shared_bytes   macros IS_BF16 or REAL
+#include "tiled.cuh"
 #ifdef REAL
 typedef REAL element_t;
 __device__ __forceinline__ element_t to_element(float x) { return (element_t)x; }
@@ -89,10 +89,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
     };
 
     const int own_row = tiled ? (int)(list % tiled) * terms_rows : 0;
-    rows += tiled ? list / tiled * ((tiled * terms_rows + 63) / 64 * 64) * width : list * terms_rows * width;
+    rows += (tiled ? list / tiled * tiled_rows(tiled, terms_rows) : list * terms_rows) * width;
     auto write = [&](int r, int d, float x) {
-        const int row = own_row + r, turned = row % 64 * 64 + (d % 64 / 8 ^ row % 8) * 8 + d % 8;
-        rows[tiled ? (row / 64 * (width / 64) + d / 64) * 4096ll + turned : (long long)row * width + d] = to_element(x);
+        rows[tiled ? tiled_place(own_row + r, d, width) : (long long)r * width + d] = to_element(x);
     };
 
     if (full) {

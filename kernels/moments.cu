@@ -152,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
     const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     half_t* __restrict__ rows, float* __restrict__ share, half_t* __restrict__ variance, int* __restrict__ place,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
-    int width, int terms, int per_list, int capacity, float scale) {
+    int width, int terms, int per_list, int capacity, int tiled, float scale) {
     find_centres(q, q_batch, q_head, q_row, rows, share, variance, place, heads_order, members, order_start, n_q, dim,
-                 segment, segment_start, width, terms, per_list, capacity, scale);
+                 segment, segment_start, width, terms, per_list, capacity, tiled, scale);
 }

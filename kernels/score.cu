@@ -21,7 +21,7 @@
 //   join_parts: (rows of a head / 256, order heads of the slab)   block 256
 // shared memory (WARPS * 32 + 2 * 64) * WIDTH * 2 + 512 bytes   macros IS_BF16, WIDTH (64, 128, 256), WARPS
 #include "gather.cuh"
-#include "online_softmax.cuh"
+#include "scores.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int TILE_KEYS = WARPS * 32;
@@ -29,11 +29,6 @@ constexpr int CHUNK_ROWS = 64;
 constexpr int CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
 constexpr int D_STEPS = WIDTH / 16;
 typedef SharedTile<WIDTH> Tile;
-
-__device__ __forceinline__ unsigned short score_bits(float x) {
-    const float clamped = fminf(fmaxf(x, -65504.f), 65504.f);
-    return float_to_score(x - x == 0.f ? clamped : x);  // infinities and NaN stay what they are
-}
 
 enum { FULL = 0, SQUARE = -1 };  // in place of PER_LIST
 
@@ -82,14 +77,6 @@ __device__ __forceinline__ void reduce_quad(float (&u)[LISTS][4]) {
             const float other = LISTS >= 4 ? (quad & 1 ? u[j][i] : u[LISTS / 4 + j][i]) : u[j][i];
             u[j][i] = mine + __shfl_xor_sync(0xffffffffu, other, 1);
         }
-}
-
-// The first list whose history reaches `first_key`: histories grow with the segment.
-__device__ __forceinline__ int first_list_at(const int* history, int segments, int first_key) {
-    int first = 0;
-    for (int step = 1 << 20; step; step /= 2)
-        if (first + step <= segments && history[first + step - 1] <= first_key) first += step;
-    return first;
 }
 
 // Starts the copy of a chunk of 64 factor rows, or centres, to its half of `chunks`.
@@ -245,23 +232,6 @@ SCORE(score_64, 64, 64)
 SCORE(score_full, FULL, 64)
 SCORE(score_square, SQUARE, 128)
 
-// A sum of powers of 2 and the exponent it is scaled by; the exponent starts below any logit, above -inf.
-struct PowerSum {
-    float frame, sum;
-
-    __device__ __forceinline__ void clear() { frame = -1e30f, sum = 0.f; }
-    __device__ __forceinline__ void raise(float top) {
-        sum *= exp2_approx(frame - top);
-        frame = top;
-    }
-    __device__ __forceinline__ void add(float other_frame, float other_sum) {
-        const float top = fmaxf(frame, other_frame);
-        sum = sum * exp2_approx(frame - top) + other_sum * exp2_approx(other_frame - top);
-        frame = top;
-    }
-    __device__ __forceinline__ float log2() const { return frame + log2f(sum); }
-};
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
     const half_t* __restrict__ rows, float2* __restrict__ partial, const int* __restrict__ history,
@@ -352,16 +322,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
 
 extern "C" __global__ void __launch_bounds__(256) join_parts(
     const float2* __restrict__ partial, float* __restrict__ offset, const int* __restrict__ history, int parts,
-    int segments, int per_list, int part_keys) {
-    const int row = blockIdx.x * 256 + threadIdx.x, rows = segments * per_list;
-    if (row >= rows) return;
-    partial += (long long)blockIdx.y * parts * rows + row;
-    offset += (long long)blockIdx.y * rows + row;
+    int segments, int per_list, int head_rows, int part_keys) {
+    const int row = blockIdx.x * 256 + threadIdx.x;
+    if (row >= segments * per_list) return;
+    partial += (long long)blockIdx.y * parts * head_rows + row;
+    offset += (long long)blockIdx.y * head_rows + row;
     if (*offset == NEGATIVE_INFINITY) return;  // a centre without queries
     PowerSum sum;
     sum.clear();
     for (int part = 0; part * part_keys < history[row / per_list]; ++part) {
-        const float2 x = partial[(long long)part * rows];
+        const float2 x = partial[(long long)part * head_rows];
         sum.add(x.x, x.y);
     }
     *offset -= 2.f * sum.log2();

@@ -157,9 +157,9 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
     const real_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     real_t* __restrict__ rows, real_t* __restrict__ share, real_t* __restrict__ variance, int* __restrict__ place,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
-    int width, int terms, int per_list, int capacity, real_t scale) {
+    int width, int terms, int per_list, int capacity, int tiled, real_t scale) {
     find_centres(q, q_batch, q_head, q_row, rows, share, variance, place, heads_order, members, order_start, n_q, dim,
-                 segment, segment_start, width, terms, per_list, capacity, scale);
+                 segment, segment_start, width, terms, per_list, capacity, tiled, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256) normalise(

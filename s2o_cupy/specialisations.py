@@ -127,8 +127,8 @@ def score_shared_bytes(macros: dict) -> int:
 
 
 def score_sm90_shared_bytes(width: int) -> int:
-    """Dynamic shared memory of score_sm90.cu: 128 keys, and four chunks of 64 rows with their barriers."""
-    return 1024 + (128 + 4 * 64) * width * 2 + 16 * 4
+    """Dynamic shared memory of score_sm90.cu: 128 keys, and four chunks of 64 rows with their offsets and barriers."""
+    return 1024 + (128 + 4 * 64) * width * 2 + 4 * (256 + 16)
 
 
 def remap_macros(dtype: str) -> dict:

@@ -111,14 +111,16 @@ def _score_mixture(p: Problem, q, k, slab: Slab) -> Scores:
     if not longest:
         return Scores(scores, starts, history, longest)
 
-    rows = cp.empty((lists, per_list, width), np.uint16 if halves else p.dtype)
+    hopper = halves and device_target() == "sm_90a" and width <= 128
+    head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
+    rows = cp.empty((heads, head_rows, width), np.uint16 if halves else p.dtype)
     variance = cp.empty((lists, width), rows.dtype)
-    offset = cp.empty((lists, per_list), p.compute_dtype)
+    offset = cp.empty((heads, head_rows), p.compute_dtype)
     members, order_start, real = p.group // p.orders, slab.kv_start * p.orders, p.compute_dtype.type
     capacity = members * min(p.settings.segment, p.n_q)
     arrays = (q, *_strides(q), rows, offset, variance, cp.empty((lists, 2, capacity), np.int32))
     sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
-    sizes = (*sizes, width, p.terms, per_list, capacity)
+    sizes = (*sizes, width, p.terms, per_list, capacity, hopper)
     kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="centres")
     kernel((segments, heads), (256,), (*arrays, *map(np.int32, sizes), real(p.scale)))
 
@@ -133,24 +135,36 @@ def _score_mixture(p: Problem, q, k, slab: Slab) -> Scores:
         grid = (-(-longest // 32), segments, heads)
         kernel(grid, (256,), (*arrays, starts, scores, *sizes, unit), shared_mem=shared)
         return Scores(scores, starts, history, longest)
-    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
+
     keys, lengths = (k, *_strides(k), np.int32(_aligned(k))), (history, starts, scores)
-    last = (np.int32(per_list), unit)
-    square, macros = _kernel("score", p.dtype, p.dim_qk, "score_square")
-    block, shared, heads = 32 * macros["WARPS"], kernels.score_shared_bytes(macros), (p.orders, heads // p.orders)
-    grid = (-(-longest // block), *heads)
-    square(grid, (block,), (*keys, variance, _pointer(None), *lengths, *sizes), shared_mem=shared)
-    kernel, _ = _kernel("score", p.dtype, p.dim_qk, "normalise")
-    tiles, parts, part_keys = -(-segments * per_list // block), -(-longest // PART_KEYS), np.int32(PART_KEYS)
-    partial = cp.empty((lists // segments, parts, segments * per_list, 2), np.float32)
-    kernel(
-        (tiles * parts, *heads), (block,), (*keys, rows, partial, *lengths, *sizes, *last, part_keys), shared_mem=shared
-    )
+    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
+    kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_square")
+    block, shared, kv_heads = 32 * macros["WARPS"], kernels.score_shared_bytes(macros), heads // p.orders
+    grid = (-(-longest // block), p.orders, kv_heads)
+    kernel(grid, (block,), (*keys, variance, _pointer(None), *lengths, *sizes), shared_mem=shared)
+
+    last, parts, part_keys = (np.int32(per_list), unit), -(-longest // PART_KEYS), np.int32(PART_KEYS)
+    partial = cp.empty((heads, parts, head_rows, 2), np.float32)
+    if hopper:
+        chunks, block, threads, shared = -(-longest // 64), 128, 288, kernels.score_sm90_shared_bytes(width)
+        tiles = cp.empty((kv_heads, chunks, 64, width), np.uint16)
+        kernel, _ = _kernel("score_sm90", p.dtype, entry="tile_keys")
+        kernel((chunks, kv_heads), (256,), (*keys, tiles, *sizes[:4], np.int32(width)))
+        kernel, _ = _kernel("score_sm90", p.dtype, entry=f"normalise_{width}")
+        arguments = (tiles, rows, partial, *lengths, np.int32(chunks), sizes[4], *last, part_keys)
+        final, _ = _kernel("score_sm90", p.dtype, entry=f"score_mixture_{width}")
+    else:
+        threads = block
+        kernel, _ = _kernel("score", p.dtype, p.dim_qk, "normalise")
+        arguments = (*keys, rows, partial, *lengths, *sizes, *last, part_keys)
+        final, _ = _kernel("score", p.dtype, p.dim_qk, "score_mixture")
+    row_tiles = -(-head_rows // block)
+    kernel((row_tiles * parts, p.orders, kv_heads), (threads,), arguments, shared_mem=shared)
     kernel, _ = _kernel("score", p.dtype, p.dim_qk, "join_parts")
-    grid_rows = (-(-segments * per_list // 256), lists // segments)
-    kernel(grid_rows, (256,), (partial, offset, history, np.int32(parts), np.int32(segments), last[0], part_keys))
-    kernel, _ = _kernel("score", p.dtype, p.dim_qk, "score_mixture")
-    kernel(grid, (block,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
+    counts = (np.int32(parts), np.int32(segments), np.int32(per_list), np.int32(head_rows), part_keys)
+    kernel((-(-segments * per_list // 256), heads), (256,), (partial, offset, history, *counts))
+    grid = (-(-longest // block), p.orders, kv_heads)
+    final(grid, (threads,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
     return Scores(scores, starts, history, longest)
 
 

@@ -29,6 +29,8 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint2 make_uint2(unsigned int x, unsigned int y) { return {x, y}; }
 
+static inline uint4 make_uint4(unsigned int x, unsigned int y, unsigned int z, unsigned int w) { return {x, y, z, w}; }
+
 namespace s2o_emulation {
 struct Copy {
     unsigned int to;  // in dynamic shared memory

@@ -14,6 +14,8 @@ from s2o_cupy.compile import kernel_source
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 
+from . import run
+
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 SCALARS = {"int": (np.int32,), "long long": (np.int64,), "float": (np.float32,), "real_t": (np.float32, np.float64)}
 
@@ -51,12 +53,8 @@ class Kernel:
 
 
 def parameters(name, entry):
-    """A kernel's parameters from its source; some files declare kernels by a macro."""
-    source = re.sub(r"//[^\n]*", "", kernel_source(name)).replace("\\\n", " ")
-    by_macro = re.search(rf"^[A-Z]+\({entry},", source, re.MULTILINE)
-    start = r"\bNAME\(\s*(const[^{]*)" if by_macro else rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)'
-    inside = re.search(start + r"\) \{", source, re.DOTALL)[1]
-    return [re.sub(r"\s+", " ", part).strip() for part in inside.split(",")]
+    """A kernel's parameters from its source."""
+    return [re.sub(r"\s+", " ", part).strip() for part in run.parameter_list(kernel_source(name), entry).split(",")]
 
 
 @pytest.fixture
