@@ -11,20 +11,7 @@
 // grid (segments of the slab, order heads of the slab)   block 256
 #pragma once
 #include "tiled.cuh"
-#ifdef REAL
-typedef REAL element_t;
-typedef REAL real_t;
-__device__ __forceinline__ element_t to_element(real_t x) { return x; }
-__device__ __forceinline__ element_t to_weight(real_t x) { return x; }
-__device__ __forceinline__ real_t to_real(element_t x) { return x; }
-#else
-#include "half.cuh"
-typedef half_t element_t;
-typedef float real_t;
-__device__ __forceinline__ element_t to_element(float x) { return float_to_half(x); }
-__device__ __forceinline__ element_t to_weight(float x) { return float_to_bfloat16(x); }
-__device__ __forceinline__ float to_real(element_t x) { return half_to_float(x); }
-#endif
+#include "elements.cuh"
 
 #ifndef NEGATIVE_INFINITY
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)

@@ -1,5 +1,5 @@
 // score.cu: stage 1, last part. One score for each (order head, segment, history key): a tensor-core product of the
-// keys with every segment's rows (factor.cu), summed up in registers.
+// keys with every segment's rows (factor.cuh), summed up in registers.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
 //   rows     [order heads of the slab, segments, PER_LIST, WIDTH] T   mean query, then covariance factors
 //   mean     [order heads of the slab, segments, WIDTH]   float  scale * mean query; score_full alone reads it

@@ -105,7 +105,7 @@ def rank_width(dim: int) -> int:
 
 
 def factor_shared_bytes(width: int, terms: int, full: bool) -> int:
-    """Dynamic shared memory of factor.cu: Gram matrix, basis and its image, triangles."""
+    """Dynamic shared memory of factor.cuh: Gram matrix, basis and its image, triangles."""
     if full or not terms:
         return 4 * width
     group, padded, pairs = (8 if terms <= 8 else 16), -(-terms // 8) * 8, terms * (terms + 1) // 2
@@ -184,7 +184,6 @@ def shipped(arch: str) -> list[Specialisation]:
             add("attend_simt", simt_macros(dtype, dim_v), no_spills=False)
     for dtype in DTYPE_MACROS:
         add("pool", DTYPE_MACROS[dtype])
-        add("factor", DTYPE_MACROS[dtype])
         add("remap", remap_macros(dtype))
     return list(found)
 

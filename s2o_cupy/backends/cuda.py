@@ -71,7 +71,8 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
         raise ValueError(f"rank_terms is {terms} at head dim {p.dim_qk}, which needs {shared} bytes of shared memory")
     sizes = (width, p.dim_qk, terms, per_list, not halves, full, segments if hopper else 0)
     arguments = (*map(_pointer, (totals, counts, moment, rows, mean)), *map(np.int32, sizes), np.float32(p.scale))
-    _kernel("factor", p.dtype)[0]((lists,), (256,), arguments, shared_mem=shared)
+    kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="factor")
+    kernel((lists,), (256,), arguments, shared_mem=shared)
 
     scores = cp.empty(heads * total, np.float16 if halves else np.float32)
     if not longest:
