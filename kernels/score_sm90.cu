@@ -112,14 +112,13 @@ struct Layout {
     static constexpr int CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
     unsigned int stages, keys, offsets, full, empty;
 
-    // `arrivals`: bulk copies that fill a stage.
+    // `arrivals`: bulk copies that fill a stage. The block must meet before it uses the barriers.
     __device__ __forceinline__ void set_up(const char* memory, int arrivals) {
         stages = (shared_address(memory) + 1023) & ~1023u;
         keys = stages + STAGES * CHUNK_BYTES, offsets = keys + TILE_KEYS * WIDTH * 2;
         full = offsets + STAGES * CHUNK_ROWS * 4, empty = full + 8 * STAGES;
         if (threadIdx.x == 0)
             for (int s = 0; s < STAGES; ++s) barrier_init(full + 8 * s, arrivals), barrier_init(empty + 8 * s, THREADS / 32);
-        __syncthreads();
     }
     __device__ __forceinline__ unsigned int stage(int turn) const { return stages + turn % STAGES * CHUNK_BYTES; }
     // For the thread that copies: waits until the stage is free.
@@ -128,15 +127,20 @@ struct Layout {
     }
 };
 
-// The warp's 16 keys in registers. Row g of the product is key 2 g, row g + 8 the one after it.
+// Starts the copy of a block's keys. `index` holds TILE_KEYS numbers.
 template <int WIDTH>
-__device__ __forceinline__ void load_keys(unsigned int (&a)[WIDTH / 16][4], unsigned int keys, const Rows& from, int first_key, int n_keys, int* index) {
+__device__ __forceinline__ void fetch_keys(unsigned int keys, const Rows& from, int first_key, int n_keys, int* index) {
+    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
+    __syncthreads();
+    if (threadIdx.x < THREADS) load_rows<WIDTH, TILE_KEYS, THREADS>(keys, from, index);
+    commit_copies();
+}
+
+// The warp's 16 keys in registers, once they came. Row g of the product is key 2 g, row g + 8 the one after it.
+template <int WIDTH>
+__device__ __forceinline__ void load_keys(unsigned int (&a)[WIDTH / 16][4], unsigned int keys) {
     typedef SharedTile<WIDTH> Tile;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
-    multipliers_sync();
-    load_rows<WIDTH, TILE_KEYS, THREADS>(keys, from, index);
-    commit_copies();
     wait_copies<0>();
     multipliers_sync();
 #pragma unroll
@@ -170,11 +174,14 @@ __device__ __forceinline__ void score_tile(
     const int chunk_stop = tiled_rows(segments, PER_LIST) / CHUNK_ROWS;
     rows += (long long)order_head * chunk_stop * CHUNK;
     scores += order_head * starts[segments];
-    const int first_list = first_list_at(history, segments, first_key), first_chunk = first_list / LISTS;
-    if (first_list == segments) return;
-
     Layout<WIDTH> layout;
     layout.set_up(shared_memory, 1);
+    fetch_keys<WIDTH>(layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
+    const int first_list = first_list_at(history, segments, first_key), first_chunk = first_list / LISTS;
+    if (first_list == segments) {
+        wait_copies<0>();
+        return;
+    }
     if (threadIdx.x >= THREADS) {
         if (threadIdx.x == THREADS)
             for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
@@ -185,7 +192,7 @@ __device__ __forceinline__ void score_tile(
         return;
     }
     unsigned int a[WIDTH / 16][4];
-    load_keys<WIDTH>(a, layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
+    load_keys<WIDTH>(a, layout.keys);
 
     const int key = first_key + warp * 16 + 2 * (lane / 4);
     constexpr int EACH = LISTS >= 4 ? LISTS / 4 : 1;  // lists that a lane writes
@@ -245,6 +252,7 @@ __device__ __forceinline__ void normalise_tile(
 
     Layout<WIDTH> layout;
     layout.set_up(shared_memory, 1);
+    __syncthreads();
     if (threadIdx.x >= THREADS) {
         if (threadIdx.x == THREADS)
             for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
@@ -324,11 +332,14 @@ __device__ __forceinline__ void mixture_tile(
     rows += (long long)order_head * chunk_stop * CHUNK;
     offset += (long long)order_head * chunk_stop * CHUNK_ROWS;
     scores += order_head * starts[segments];
-    const int first_list = first_list_at(history, segments, first_key), first_chunk = (int)((long long)first_list * per_list / CHUNK_ROWS);
-    if (first_list == segments) return;
-
     Layout<WIDTH> layout;
     layout.set_up(shared_memory, 2);
+    fetch_keys<WIDTH>(layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
+    const int first_list = first_list_at(history, segments, first_key), first_chunk = (int)((long long)first_list * per_list / CHUNK_ROWS);
+    if (first_list == segments) {
+        wait_copies<0>();
+        return;
+    }
     if (threadIdx.x >= THREADS) {
         if (threadIdx.x == THREADS)
             for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
@@ -341,7 +352,7 @@ __device__ __forceinline__ void mixture_tile(
         return;
     }
     unsigned int a[WIDTH / 16][4];
-    load_keys<WIDTH>(a, layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
+    load_keys<WIDTH>(a, layout.keys);
 
     const int key = first_key + warp * 16 + 2 * (lane / 4) + quad / 2;  // the one that this lane writes, if quad is even
     int list = (int)((long long)first_chunk * CHUNK_ROWS / per_list), row = (int)((long long)first_chunk * CHUNK_ROWS % per_list);

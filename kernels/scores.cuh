@@ -9,11 +9,16 @@ __device__ __forceinline__ unsigned short score_bits(float x) {
     return float_to_score(x - x == 0.f ? clamped : x);  // infinities and NaN stay what they are
 }
 
-// The first list whose history reaches `first_key`: histories grow with the segment.
+// The first list whose history reaches `first_key`, `segments` if none does: histories grow with the segment. The whole
+// block searches: a thread a history, or every few, then those between two of them.
 __device__ __forceinline__ int first_list_at(const int* history, int segments, int first_key) {
     int first = 0;
-    for (int step = 1 << 20; step; step /= 2)
-        if (first + step <= segments && history[first + step - 1] <= first_key) first += step;
+    for (int left = segments, step; left; left = step > 1 ? min(step, left) : 0) {
+        step = (left + (int)blockDim.x - 1) / (int)blockDim.x;
+        const int i = ((int)threadIdx.x + 1) * step - 1;
+        const int before = __syncthreads_count(i < left && history[first + i] <= first_key);
+        first += before * step, left -= before * step;
+    }
     return first;
 }
 

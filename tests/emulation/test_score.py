@@ -100,6 +100,12 @@ def test_slabs_score_alike(monkeypatch, rank, dtype):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_more_lists_than_threads(monkeypatch, arch):
+    p = Problem(1, 1, 1, 330, 360, 16, 16, "float16", Settings(segment=1, pool=1, rank_terms=7))
+    check(emulated(monkeypatch, arch=arch), p, *inputs(p))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize(("dim", "terms"), [(64, 31), (100, 70)])
 def test_sums_in_parts(monkeypatch, dim, terms, arch):
     """The mixture's sums over histories of several parts, some of them of one part only."""
