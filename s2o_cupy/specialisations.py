@@ -137,14 +137,15 @@ def remap_macros(dtype: str) -> dict:
 
 
 @functools.lru_cache(maxsize=256)
-def remap_fit(levels: int, arch: str) -> tuple[int, int, int] | None:
-    """Warps, keys of a chunk and bytes of shared memory of remap.cu's kernel by levels; None where they do not fit."""
-    bins = levels + 2
-    for blocks in (2, 1):
-        room = (shared_limit(arch) + 1024) // blocks - 1024 - 512  # a block takes 1 KiB more, and some of its own
-        chunk = min((room - 4 * (16 // 2 + 2) * bins) * 4 // 9 // 128 * 128, 2**16)
-        if levels and chunk >= max(2**14, 2 * bins + 2):
-            return 16, chunk, 4 * (16 // 2 + 2) * bins + chunk // 4 + 2 * chunk
+def remap_fit(levels: int, longest: int, arch: str) -> tuple[int, int, int, int] | None:
+    """Warps, window, bit planes and shared bytes of remap.cu's kernel by levels; None where it does not fit."""
+    planes = max((longest - 1).bit_length() - 16, 0)
+    for warps in (16, 8):
+        counters = 4 * warps * (levels + 2)
+        room = shared_limit(arch) - 1024 - counters - 4 * 17 * (1 + planes) - 2 * 516
+        window = min(room * 8 // (17 + planes) // 128 * 128, 2**16)
+        if levels and window >= 2**13 and 2**planes <= warps:
+            return warps, window, planes, counters + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 516)
     return None
 
 

@@ -175,11 +175,11 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
         return
     levels, segments, heads = problem.settings.rank_levels or 0, slab.segments, kv_offsets.shape[0]
     lists = (scores.data, scores.starts, scores.history, kv_offsets, _stride(kv_offsets), kv_order)
-    fit = kernels.remap_fit(levels, device_target())
+    fit = kernels.remap_fit(levels, scores.longest, device_target())
     if fit is not None:
-        warps, chunk, shared = fit
+        warps, window, planes, shared = fit
         kernel, _ = _kernel("remap", problem.dtype)
-        arguments = (*lists, *map(_int, (segments, levels, chunk)))
+        arguments = (*lists, *map(_int, (segments, levels, window, planes)))
     else:
         bins, warps, passes = 256, 16, -(-(levels + 1).bit_length() // 8) if levels else 4
         kernel, _ = _kernel("remap", problem.dtype, entry="remap_digits")

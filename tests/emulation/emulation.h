@@ -169,6 +169,8 @@ static inline void __syncwarp() { s2o_emulation::wait_warp(); }
 template <typename T>
 static inline T __shfl_xor_sync(unsigned int, T x, int mask) { return s2o_emulation::exchange(x, s2o_emulation::current->index.x % 32 ^ mask); }
 template <typename T>
+static inline T __shfl_sync(unsigned int, T x, int source) { return s2o_emulation::exchange(x, source); }
+template <typename T>
 static inline T __shfl_up_sync(unsigned int, T x, int step) {
     const int lane = s2o_emulation::current->index.x % 32;
     return s2o_emulation::exchange(x, lane >= step ? lane - step : lane);
