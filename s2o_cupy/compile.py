@@ -13,11 +13,14 @@ import io
 import json
 import os
 import re
+import struct
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from s2o_cupy.specialisations import Specialisation, shared_limit, shipped, target
 
@@ -62,7 +65,48 @@ def options(arch: str, macros: dict) -> tuple[str, ...]:
     return (f"-arch={arch}", "-std=c++17", f"-I{kernel_folder()}", f"-DS2O_HASH=0x{kernels_hash()}", *defines)
 
 
-def get_kernel(name: str, entry: str | None = None, **macros):
+class Kernel:
+    """A compiled kernel on one device, called with a grid, a block and arguments: arrays and NumPy scalars.
+
+    CuPy takes half a microsecond to look at an argument, and there are 40. So the first call of a thread goes through
+    CuPy; the next ones write the arguments where the first one's types said, and launch.
+    """
+
+    def __init__(self, cupy, raw):
+        self.raw, self._cupy, self._thread = raw, cupy, threading.local()
+
+    def __call__(self, grid, block, arguments, shared_mem=0):
+        slots = getattr(self._thread, "slots", None)
+        if slots is None:
+            self.raw(grid, block, arguments, shared_mem=shared_mem)
+            self._thread.slots = _Slots(self._cupy.ndarray, arguments)
+            return
+        slots.fill(arguments)
+        cuda = self._cupy.cuda
+        (x, y, z), (threads, *_) = (*grid, 1, 1)[:3], block
+        stream = cuda.get_current_stream().ptr
+        cuda.driver.launchKernel(self.raw.kernel.ptr, x, y, z, threads, 1, 1, shared_mem, stream, slots.address, 0)
+
+
+class _Slots:
+    """Memory for a kernel's arguments, 8 bytes each, and the array of their addresses that the driver reads."""
+
+    def __init__(self, array_type, arguments):
+        kinds = ("q" if isinstance(x, array_type) else _SLOTS[x.dtype.char] for x in arguments)
+        self._array_type, self._pack = array_type, struct.Struct("=" + "".join(kinds)).pack_into
+        self._values = np.zeros(len(arguments), np.uint64)
+        self._addresses = self._values.ctypes.data + 8 * np.arange(len(arguments), dtype=np.uint64)
+        self.address = self._addresses.ctypes.data
+
+    def fill(self, arguments) -> None:
+        array_type = self._array_type
+        self._pack(self._values, 0, *[x.data.ptr if isinstance(x, array_type) else x for x in arguments])
+
+
+_SLOTS = {"i": "i4x", "l": "q", "q": "q", "f": "f4x", "d": "d"}
+
+
+def get_kernel(name: str, entry: str | None = None, **macros) -> Kernel:
     """The kernel ``entry`` (default: ``name``) of ``kernels/NAME.cu`` for the current CuPy device.
 
     Compiled once for each device and macro set; CuPy keeps the cubin on disk.
@@ -101,7 +145,7 @@ def _build(cupy, device: int, name: str, entry: str, macros: dict):
         raise KernelCompileError(f"kernels/{name}.cu {macros} for {arch}:\n{error}") from None
     if shared_limit(arch) > STATIC_SHARED_BYTES:
         kernel.max_dynamic_shared_size_bytes = shared_limit(arch) - kernel.shared_size_bytes
-    return kernel
+    return Kernel(cupy, kernel)
 
 
 def kernel_resources() -> list[dict]:
@@ -111,10 +155,10 @@ def kernel_resources() -> list[dict]:
             "kernel": f"{name}:{entry}",
             "device": device,
             "macros": dict(macros),
-            "registers": kernel.num_regs,
-            "local_bytes": kernel.local_size_bytes,
-            "static_shared_bytes": kernel.shared_size_bytes,
-            "max_threads": kernel.max_threads_per_block,
+            "registers": kernel.raw.num_regs,
+            "local_bytes": kernel.raw.local_size_bytes,
+            "static_shared_bytes": kernel.raw.shared_size_bytes,
+            "max_threads": kernel.raw.max_threads_per_block,
         }
         for (device, name, entry, *macros), kernel in sorted(_kernels.items(), key=lambda item: str(item[0]))
     ]
