@@ -75,6 +75,10 @@ class Kernel:
     def __init__(self, cupy, raw):
         self.raw, self._cupy, self._thread = raw, cupy, threading.local()
 
+    def __getattr__(self, name):
+        """Its resources, as CuPy knows them."""
+        return getattr(self.raw, name)
+
     def __call__(self, grid, block, arguments, shared_mem=0):
         slots = getattr(self._thread, "slots", None)
         if slots is None:
@@ -155,10 +159,10 @@ def kernel_resources() -> list[dict]:
             "kernel": f"{name}:{entry}",
             "device": device,
             "macros": dict(macros),
-            "registers": kernel.raw.num_regs,
-            "local_bytes": kernel.raw.local_size_bytes,
-            "static_shared_bytes": kernel.raw.shared_size_bytes,
-            "max_threads": kernel.raw.max_threads_per_block,
+            "registers": kernel.num_regs,
+            "local_bytes": kernel.local_size_bytes,
+            "static_shared_bytes": kernel.shared_size_bytes,
+            "max_threads": kernel.max_threads_per_block,
         }
         for (device, name, entry, *macros), kernel in sorted(_kernels.items(), key=lambda item: str(item[0]))
     ]
