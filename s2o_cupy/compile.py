@@ -84,12 +84,13 @@ class Kernel:
         if slots is None:
             self.raw(grid, block, arguments, shared_mem=shared_mem)
             self._thread.slots = _Slots(self._cupy.ndarray, arguments)
+            self._function = self.raw.kernel.ptr
             return
         slots.fill(arguments)
         cuda = self._cupy.cuda
         (x, y, z), (threads, *_) = (*grid, 1, 1)[:3], block
         stream = cuda.get_current_stream().ptr
-        cuda.driver.launchKernel(self.raw.kernel.ptr, x, y, z, threads, 1, 1, shared_mem, stream, slots.address, 0)
+        cuda.driver.launchKernel(self._function, x, y, z, threads, 1, 1, shared_mem, stream, slots.address, 0)
 
 
 class _Slots:
