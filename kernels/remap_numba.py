@@ -5,20 +5,20 @@ bits       the same memory                      uint32
 history    [segments of the slab]               int32    scores of a list
 kv_offsets [lists' heads, segments + 1]         int64    where a list goes
 kv_order   [keys]                               int32    answer: the first offsets[s+1] - offsets[s] keys of a list
-scratch    [2, lists, longest history]          int32    keys on their way from pass to pass
-codes      [lists, longest history]             uint32   what a list is sorted by, ascending
-levels > 0: finite scores are cut into that many equal steps between the list's least and greatest, in float32;
-0: exact. +inf leads, -inf and NaN close, ties go to the smaller key. A stable counting sort, 4 bits a pass: a thread
-counts the digits of its own run of keys, a scan over (digit, thread) gives places, and the thread deals its run out.
-grid (segments, lists' heads)   block at most 128   shared memory 16 * 128 int32 and 2 * 128 float32
+scratch    [2, lists, longest history]          int64    items on their way from pass to pass
+An item is a key, and above its 32 bits the code that it is sorted by, ascending. levels > 0: finite scores are cut into
+that many equal steps between the list's least and greatest, in float32; 0: exact. +inf leads, -inf and NaN close, ties
+go to the smaller key. A stable counting sort, DIGIT_BITS bits a pass: a thread counts the digits of its own run of
+items, a scan over (digit, thread) gives places, and the thread deals its run out.
+grid (segments, lists' heads)   block THREADS at most   shared memory DIGITS * (THREADS + 2) int32, 2 * THREADS float32
 """
 
 from math import inf, isfinite
 
-from numba import cuda, float32, int32, int64, uint32
+from numba import cuda, float32, int32, int64
 
-THREADS = 128
-DIGITS = 16
+THREADS, DIGIT_BITS = 128, 6
+DIGITS, STRIDE = 2**DIGIT_BITS, THREADS + 1  # a digit starts on a bank of its own
 PLUS_ZERO, LAST = 0x7FFFFFFF, 0xFFFFFFFF
 
 
@@ -33,9 +33,8 @@ def run_of_thread(n):
 @cuda.jit(device=True)
 def finite_range(scores, index, n, least, greatest):
     """The least and the greatest finite score of a list; least > greatest where none is finite."""
-    first, stop = run_of_thread(n)
     low, high = float32(inf), float32(-inf)
-    for i in range(first, stop):
+    for i in range(cuda.threadIdx.x, n, cuda.blockDim.x):
         x = scores[index, i]
         if isfinite(x):
             low, high = min(low, x), max(high, x)
@@ -67,79 +66,85 @@ def exact_code(x, bits):
 
 
 @cuda.jit(device=True)
-def write_codes(scores, bits, codes, keys, index, n, levels, low, high):
-    """The codes of a list's scores, and its keys in their own order."""
+def write_items(scores, bits, items, index, n, levels, low, high):
+    """A list's items, in the order of its keys."""
     factor = float32(0)
     if high > low:
         factor = float32(levels) / float32(high - low)
         if not isfinite(factor):
             factor = float32(0)
-    first, stop = run_of_thread(n)
-    for i in range(first, stop):
+    for i in range(cuda.threadIdx.x, n, cuda.blockDim.x):
         x = scores[index, i]
         code = level_code(x, high, factor, levels) if levels else exact_code(x, bits[index, i])
-        codes[index, i] = uint32(code)
-        keys[index, i] = i
+        items[index, i] = (code << 32) + i
+    cuda.syncthreads()
 
 
 @cuda.jit(device=True)
-def digit_of(codes, index, key, shift):
-    return (int64(codes[index, key]) >> shift) & (DIGITS - 1)
+def digit_of(item, shift):
+    return (item >> (32 + shift)) & (DIGITS - 1)
 
 
 @cuda.jit(device=True)
-def count_digits(codes, keys, index, n, shift, places):
-    """How many keys of its run this thread has of each digit."""
+def count_digits(items, index, n, shift, places):
+    """How many items of its run this thread has of each digit."""
     for digit in range(DIGITS):
         places[digit, cuda.threadIdx.x] = 0
     first, stop = run_of_thread(n)
     for i in range(first, stop):
-        places[digit_of(codes, index, keys[index, i], shift), cuda.threadIdx.x] += 1
+        places[digit_of(items[index, i], shift), cuda.threadIdx.x] += 1
+    cuda.syncthreads()
 
 
 @cuda.jit(device=True)
-def scan_counts(places):
-    """Counts to first places, over the digits and within one over the threads; one thread's work."""
+def scan_counts(places, totals):
+    """Counts to first places, over the digits and within one over the threads; a thread does a digit."""
+    for digit in range(cuda.threadIdx.x, DIGITS, cuda.blockDim.x):
+        total = 0
+        for thread in range(cuda.blockDim.x):
+            total += places[digit, thread]
+        totals[digit] = total
     cuda.syncthreads()
-    if cuda.threadIdx.x == 0:
+    for digit in range(cuda.threadIdx.x, DIGITS, cuda.blockDim.x):
         place = 0
-        for digit in range(DIGITS):
-            for thread in range(cuda.blockDim.x):
-                count = places[digit, thread]
-                places[digit, thread] = place
-                place += count
+        for smaller in range(digit):
+            place += totals[smaller]
+        for thread in range(cuda.blockDim.x):
+            count = places[digit, thread]
+            places[digit, thread] = place
+            place += count
     cuda.syncthreads()
 
 
 @cuda.jit(device=True)
-def deal_keys(codes, keys, index, n, shift, places, to, start, room):
-    """Write this thread's run in order, each key at its digit's next place, `room` places at most."""
-    first, stop = run_of_thread(n)
-    for i in range(first, stop):
-        digit = digit_of(codes, index, keys[index, i], shift)
-        place = places[digit, cuda.threadIdx.x]
-        places[digit, cuda.threadIdx.x] = place + 1
-        if place < room:
-            to[start + place] = keys[index, i]
-    cuda.syncthreads()
+def next_place(places, digit):
+    """The next place of this thread's items of a digit."""
+    place = places[digit, cuda.threadIdx.x]
+    places[digit, cuda.threadIdx.x] = place + 1
+    return place
 
 
 @cuda.jit
-def remap(scores, bits, history, kv_offsets, kv_order, scratch, codes, levels, passes):
+def remap(scores, bits, history, kv_offsets, kv_order, scratch, levels, passes):
     least = cuda.shared.array(THREADS, float32)
     greatest = cuda.shared.array(THREADS, float32)
-    places = cuda.shared.array((DIGITS, THREADS), int32)
+    places = cuda.shared.array((DIGITS, STRIDE), int32)
+    totals = cuda.shared.array(DIGITS, int32)
     s, head = cuda.blockIdx.x, cuda.blockIdx.y
     index, n = head * cuda.gridDim.x + s, history[s]
+    start, room = kv_offsets[head, s], kv_offsets[head, s + 1] - kv_offsets[head, s]
     low, high = finite_range(scores, index, n, least, greatest)
-    write_codes(scores, bits, codes, scratch[0], index, n, levels, low, high)
-    cuda.syncthreads()
+    write_items(scores, bits, scratch[0], index, n, levels, low, high)
+    first, stop = run_of_thread(n)
     for i in range(passes):
-        keys = scratch[i % 2]
-        count_digits(codes, keys, index, n, 4 * i, places)
-        scan_counts(places)
-        if i + 1 < passes:
-            deal_keys(codes, keys, index, n, 4 * i, places, scratch[(i + 1) % 2, index], 0, n)
-        else:
-            start = kv_offsets[head, s]
-            deal_keys(codes, keys, index, n, 4 * i, places, kv_order, start, kv_offsets[head, s + 1] - start)
+        items, shift = scratch[i % 2], DIGIT_BITS * i
+        count_digits(items, index, n, shift, places)
+        scan_counts(places, totals)
+        for j in range(first, stop):
+            item = items[index, j]
+            place = next_place(places, digit_of(item, shift))
+            if i + 1 < passes:
+                scratch[(i + 1) % 2, index, place] = item
+            elif place < room:
+                kv_order[start + place] = item & 0xFFFFFFFF
+        cuda.syncthreads()

@@ -7,6 +7,7 @@ queries are linear algebra of the arrays' own module, in float64.
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import numba
 import numpy as np
@@ -15,6 +16,7 @@ from numba import cuda
 from s2o_cupy.arrays import namespace
 from s2o_cupy.kernels.attend_numba import MAX_BLOCKS, MAX_ROWS, attend_kernel
 from s2o_cupy.kernels.pool_numba import pool_kernel
+from s2o_cupy.kernels.remap_numba import DIGIT_BITS
 from s2o_cupy.kernels.remap_numba import remap as remap_kernel
 from s2o_cupy.kernels.score_numba import score_kernel
 from s2o_cupy.problem import Problem, Slab
@@ -25,7 +27,9 @@ SCORE_BYTES = 2**27
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 _WARP = 1 if SIMULATED else 32
 _THREADS = 4 if SIMULATED else 128  # a simulated thread is a Python thread
-_DENSE_ROWS = 4 if SIMULATED else 64
+_DENSE_ROWS = 4 if SIMULATED else 128
+_WIDTHS = (32, 64, 128, 256)
+_PLAIN = (int, tuple, np.floating)  # arguments that are no arrays
 
 
 def score(problem: Problem, q, k, slab: Slab):
@@ -34,58 +38,53 @@ def score(problem: Problem, q, k, slab: Slab):
     if p.settings.rank == "mixture":
         raise ValueError("rank is 'mixture'; the Numba CUDA backend supports 'mean' and 'gaussian'")
     history = p.history[slab.segment_start : slab.segment_stop].astype(np.int32)
-    rows = xp.stack(
-        [_list_rows(p, xp, q, kv, s) for kv in range(slab.kv_start, slab.kv_stop) for s in _segments(slab)]
-    )  # (kv * segments, orders, 1 + terms, D): the kernel's lists have the orders outside the segments
-    rows = rows.reshape(-1, slab.segments, p.orders, *rows.shape[2:]).swapaxes(1, 2).reshape(-1, *rows.shape[2:])
-    rows = xp.ascontiguousarray(rows.astype(p.compute_dtype))
+    rows = xp.concatenate([_list_rows(p, xp, q, kv, slab) for kv in range(slab.kv_start, slab.kv_stop)])
+    rows = xp.ascontiguousarray(rows.reshape(-1, *rows.shape[2:]).astype(p.compute_dtype))
     width = int(history.max(initial=0))
     scores = xp.empty((len(rows), width), np.float32)
     grid = (-(-width // _THREADS), len(rows))
     scale = p.compute_dtype.type(p.scale)
-    _launch(
-        score_kernel(_real(p)), grid, _THREADS, k, rows, xp.asarray(history), scores, slab.kv_start, p.orders, scale
-    )
+    kernel = score_kernel(_real(p), _width(p.dim_qk))
+    _launch(kernel, grid, _THREADS, k, rows, xp.asarray(history), scores, slab.kv_start, p.orders, scale)
     return scores
 
 
-def _segments(slab: Slab) -> range:
-    return range(slab.segment_start, slab.segment_stop)
-
-
-def _list_rows(p: Problem, xp, q, kv: int, s: int):
-    """(orders, 1 + terms, D) float64: the mean query of each list of a K/V head and segment, then its factors.
+def _list_rows(p: Problem, xp, q, kv: int, slab: Slab):
+    """(orders, segments, 1 + terms, D) float64: the mean query of each list of a K/V head, then its factors.
 
     A query that is not finite is left out; a covariance that is not finite counts as none.
     """
     b, h = divmod(kv, p.heads_kv)
-    rows = slice(s * p.settings.segment, (s + 1) * p.settings.segment)
-    x = xp.ascontiguousarray(q[b, h * p.group : (h + 1) * p.group, rows]).astype(np.float64)
-    x = x.reshape(p.orders, -1, p.dim_qk)
+    size = p.settings.segment
+    x = q[b, h * p.group : (h + 1) * p.group, slab.segment_start * size : slab.segment_stop * size]
+    x = xp.ascontiguousarray(x).astype(np.float64)
+    x = xp.pad(x, ((0, 0), (0, slab.segments * size - x.shape[1]), (0, 0)), constant_values=np.nan)
+    x = x.reshape(p.orders, -1, slab.segments, size, p.dim_qk).swapaxes(1, 2)
+    x = x.reshape(p.orders, slab.segments, -1, p.dim_qk)
     keep = xp.isfinite(x).all(axis=-1, keepdims=True)
-    count = xp.maximum(keep.sum(axis=1, keepdims=True), 1)
-    mean = xp.where(keep, x, 0).sum(axis=1, keepdims=True) / count
+    count = xp.maximum(keep.sum(axis=-2, keepdims=True), 1)
+    mean = xp.where(keep, x, 0).sum(axis=-2, keepdims=True) / count
     if not p.terms:
         return mean
     with np.errstate(all="ignore"):
         centred = xp.where(keep, x - mean, 0)
-        covariance = centred.swapaxes(1, 2) @ centred / count
-    covariance = xp.where(xp.isfinite(covariance).all(axis=(1, 2), keepdims=True), covariance, 0)
-    axes = xp.argsort(-xp.diagonal(covariance, axis1=1, axis2=2), axis=-1, kind="stable")[:, : p.terms]
-    basis, _ = xp.linalg.qr(xp.take_along_axis(covariance, axes[:, None], axis=2))
-    values, vectors = xp.linalg.eigh(basis.swapaxes(1, 2) @ covariance @ basis)
-    factors = basis @ vectors * xp.sqrt(xp.maximum(values, 0))[:, None]
-    return xp.concatenate([mean, factors.swapaxes(1, 2)], axis=1)
+        covariance = centred.swapaxes(-1, -2) @ centred / count
+    covariance = xp.where(xp.isfinite(covariance).all(axis=(-1, -2), keepdims=True), covariance, 0)
+    axes = xp.argsort(-xp.diagonal(covariance, axis1=-2, axis2=-1), axis=-1, kind="stable")[..., : p.terms]
+    basis, _ = xp.linalg.qr(xp.take_along_axis(covariance, axes[..., None, :], axis=-1))
+    values, vectors = xp.linalg.eigh(basis.swapaxes(-1, -2) @ covariance @ basis)
+    factors = basis @ vectors * xp.sqrt(xp.maximum(values, 0))[..., None, :]
+    return xp.concatenate([mean, factors.swapaxes(-1, -2)], axis=-2)
 
 
 def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
     """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
     xp, levels = namespace(scores), problem.settings.rank_levels or 0
     history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
-    scratch, codes = xp.empty((2, *scores.shape), np.int32), xp.empty(scores.shape, np.uint32)
-    passes = -(-(levels + 1).bit_length() // 4) if levels else 8
+    scratch = xp.empty((2, *scores.shape), np.int64)
+    passes = -(-((levels + 1).bit_length() if levels else 32) // DIGIT_BITS)
     grid = (slab.segments, kv_offsets.shape[0])
-    arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch, codes)
+    arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch)
     _launch(remap_kernel, grid, _THREADS, *arrays, levels, passes)
 
 
@@ -137,23 +136,49 @@ def _walk(p, xp, arrays, pooled, order, answer, place, sizes, grid) -> None:
     answers = (answer.out, answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass)
     threads = -(-min(sizes[3], p.n_q) // _WARP) * _WARP
     scale = p.compute_dtype.type(p.scale)
-    _launch(attend_kernel(_real(p)), grid, threads, *arrays, *pooled, *order, taus, *answers, place, sizes, scale)
+    kernel = attend_kernel(_real(p), _width(max(p.dim_qk, p.dim_v)))
+    _launch(kernel, grid, threads, *arrays, *pooled, *order, taus, *answers, place, sizes, scale)
 
 
 def _real(p: Problem):
     return numba.float64 if p.dtype == "float64" else numba.float32
 
 
+def _width(dim: int) -> int:
+    """Columns that a kernel is compiled for: few widths on a device, where compiling takes seconds."""
+    return dim if SIMULATED else next(width for width in _WIDTHS if dim <= width)
+
+
 def _launch(kernel, grid, threads: int, *arguments) -> None:
-    """Launch on CuPy's current stream, or run in the simulator; an empty grid is no launch."""
+    """Launch on CuPy's current device and stream, or run in the simulator; an empty grid is no launch."""
     if not all(grid):
         return
-    if not SIMULATED:
-        import cupy
-
-        stream = cuda.external_stream(cupy.cuda.get_current_stream().ptr)
-        kernel[grid, threads, stream](*arguments)
+    if SIMULATED:
+        _simulate(kernel, grid, threads, arguments)
         return
+    import cupy
+
+    with cuda.gpus[cupy.cuda.runtime.getDevice()]:
+        compiled = _compiled(kernel, tuple(map(_type_of, arguments)), cupy.cuda.runtime.getDevice())
+        views = [x if isinstance(x, _PLAIN) else cuda.as_cuda_array(x, sync=False) for x in arguments]
+        compiled[grid, threads, cuda.external_stream(cupy.cuda.get_current_stream().ptr)](*views)
+
+
+@cache
+def _compiled(kernel, types: tuple, device: int):
+    """The kernel for arguments of these types; arrays of any strides share one."""
+    return cuda.jit(types)(kernel.py_func)
+
+
+def _type_of(x):
+    if isinstance(x, _PLAIN):
+        return numba.typeof(x)
+    from numba.cuda.np.numpy_support import from_dtype  # of numba-cuda, which knows bfloat16
+
+    return numba.types.Array(from_dtype(x.dtype), x.ndim, "A")
+
+
+def _simulate(kernel, grid, threads: int, arguments) -> None:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
     wrapped = [FakeCUDAArray(x) if isinstance(x, np.ndarray) else x for x in arguments]
