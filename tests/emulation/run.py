@@ -24,9 +24,12 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False, edit=None, **macros):
-    """Runs ``kernels/NAME.cu``'s kernel on NumPy arrays, in place. `edit` may change the source (to break it)."""
-    function, types = _built(name, entry or name, tuple(sorted(macros.items())), edit)
+def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False, edit=None, source=None, **macros):
+    """Runs ``kernels/NAME.cu``'s kernel on NumPy arrays, in place. `edit` may change the source (to break it).
+
+    `source` is another text than that file's.
+    """
+    function, types = _built(name, entry or name, tuple(sorted(macros.items())), edit, source)
     grid = (*grid, *(1,) * (3 - len(grid)))
     values = []
     for argument, kind in zip(arguments, types, strict=True):
@@ -49,8 +52,8 @@ def parameter_list(source: str, entry: str) -> str:
 
 
 @functools.cache
-def _built(name: str, entry: str, macros: tuple, edit):
-    source = kernel_source(name)
+def _built(name: str, entry: str, macros: tuple, edit, source):
+    source = source or kernel_source(name)
     if edit is not None:
         changed = edit(source)
         assert changed != source, "the edit changes nothing"
