@@ -1,7 +1,7 @@
 """The Numba CUDA backend: what each stage launches, over CuPy arrays, or NumPy arrays in Numba's simulator.
 
-The kernels are the readable twins of the raw ones (``kernels/*_numba.py``). Means and covariance factors of the
-queries are linear algebra of the arrays' own module, in float64.
+The kernels are the readable twins of the raw ones (``kernels/*_numba.py``). Means, covariance factors
+and centres of the queries are linear algebra of the arrays' own module, in float64.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numba import cuda
 
 from s2o_cupy.arrays import namespace
 from s2o_cupy.kernels.attend_numba import MAX_BLOCKS, MAX_ROWS, attend_kernel
+from s2o_cupy.kernels.mixture_numba import mixture_kernel, norm_kernel
 from s2o_cupy.kernels.pool_numba import pool_kernel
 from s2o_cupy.kernels.remap_numba import DIGIT_BITS
 from s2o_cupy.kernels.remap_numba import remap as remap_kernel
@@ -35,46 +36,87 @@ _PLAIN = (int, tuple, np.floating)  # arguments that are no arrays
 def score(problem: Problem, q, k, slab: Slab):
     """Stage 1: (lists of the slab, longest history) float32 scores; beyond a list's history undefined."""
     p, xp = problem, namespace(q)
-    if p.settings.rank == "mixture":
-        raise ValueError("rank is 'mixture'; the Numba CUDA backend supports 'mean' and 'gaussian'")
-    history = p.history[slab.segment_start : slab.segment_stop].astype(np.int32)
-    rows = xp.concatenate([_list_rows(p, xp, q, kv, slab) for kv in range(slab.kv_start, slab.kv_stop)])
-    rows = xp.ascontiguousarray(rows.reshape(-1, *rows.shape[2:]).astype(p.compute_dtype))
-    width = int(history.max(initial=0))
-    scores = xp.empty((len(rows), width), np.float32)
-    grid = (-(-width // _THREADS), len(rows))
-    scale = p.compute_dtype.type(p.scale)
-    kernel = score_kernel(_real(p), _width(p.dim_qk))
-    _launch(kernel, grid, _THREADS, k, rows, xp.asarray(history), scores, slab.kv_start, p.orders, scale)
+    history = xp.asarray(p.history[slab.segment_start : slab.segment_stop].astype(np.int32))
+    lists = (slab.kv_stop - slab.kv_start) * p.orders * slab.segments
+    width = int(p.history[slab.segment_start : slab.segment_stop].max(initial=0))
+    scores = xp.empty((lists, width), np.float32)
+    if not scores.size:
+        return scores
+    blocks, scale = -(-width // _THREADS), p.compute_dtype.type(p.scale)
+    kinds = _real(p), _width(p.dim_qk)
+    describe = _centres if p.settings.rank == "mixture" else _means_and_factors
+    parts = [describe(p, xp, _queries(p, xp, q, kv, slab)) for kv in range(slab.kv_start, slab.kv_stop)]
+    rows, *mixture = (xp.concatenate(part).astype(p.compute_dtype) for part in zip(*parts))
+    if mixture:
+        variance, share = mixture
+        norm = xp.empty(share.shape, p.compute_dtype)
+        given = (k, rows, variance, history)
+        _launch(norm_kernel(*kinds), (rows.shape[1], lists), _THREADS, *given, norm, slab.kv_start, p.orders, scale)
+        weights = share - 2 * norm
+        _launch(
+            mixture_kernel(*kinds), (blocks, lists), _THREADS, *given, weights, scores, slab.kv_start, p.orders, scale
+        )
+    else:
+        _launch(
+            score_kernel(*kinds), (blocks, lists), _THREADS, k, rows, history, scores, slab.kv_start, p.orders, scale
+        )
     return scores
 
 
-def _list_rows(p: Problem, xp, q, kv: int, slab: Slab):
-    """(orders, segments, 1 + terms, D) float64: the mean query of each list of a K/V head, then its factors.
-
-    A query that is not finite is left out; a covariance that is not finite counts as none.
-    """
+def _queries(p: Problem, xp, q, kv: int, slab: Slab):
+    """The queries of each list of a K/V head, (lists, queries, D) float64; NaN rows fill the last segment."""
     b, h = divmod(kv, p.heads_kv)
     size = p.settings.segment
     x = q[b, h * p.group : (h + 1) * p.group, slab.segment_start * size : slab.segment_stop * size]
     x = xp.ascontiguousarray(x).astype(np.float64)
     x = xp.pad(x, ((0, 0), (0, slab.segments * size - x.shape[1]), (0, 0)), constant_values=np.nan)
     x = x.reshape(p.orders, -1, slab.segments, size, p.dim_qk).swapaxes(1, 2)
-    x = x.reshape(p.orders, slab.segments, -1, p.dim_qk)
+    return x.reshape(p.orders * slab.segments, -1, p.dim_qk)
+
+
+def _means_and_factors(p: Problem, xp, x):
+    """(lists, 1 + terms, D): the mean query of each list, then its covariance factors.
+
+    A query that is not finite is left out; a covariance that is not finite counts as none.
+    """
     keep = xp.isfinite(x).all(axis=-1, keepdims=True)
-    count = xp.maximum(keep.sum(axis=-2, keepdims=True), 1)
-    mean = xp.where(keep, x, 0).sum(axis=-2, keepdims=True) / count
+    count = xp.maximum(keep.sum(axis=1, keepdims=True), 1)
+    mean = xp.where(keep, x, 0).sum(axis=1, keepdims=True) / count
     if not p.terms:
-        return mean
+        return (mean,)
     with np.errstate(all="ignore"):
         centred = xp.where(keep, x - mean, 0)
-        covariance = centred.swapaxes(-1, -2) @ centred / count
-    covariance = xp.where(xp.isfinite(covariance).all(axis=(-1, -2), keepdims=True), covariance, 0)
-    axes = xp.argsort(-xp.diagonal(covariance, axis1=-2, axis2=-1), axis=-1, kind="stable")[..., : p.terms]
-    basis, _ = xp.linalg.qr(xp.take_along_axis(covariance, axes[..., None, :], axis=-1))
-    values, vectors = xp.linalg.eigh(basis.swapaxes(-1, -2) @ covariance @ basis)
-    factors = basis @ vectors * xp.sqrt(xp.maximum(values, 0))[..., None, :]
-    return xp.concatenate([mean, factors.swapaxes(-1, -2)], axis=-2)
+        covariance = centred.swapaxes(1, 2) @ centred / count
+    covariance = xp.where(xp.isfinite(covariance).all(axis=(1, 2), keepdims=True), covariance, 0)
+    axes = xp.argsort(-xp.diagonal(covariance, axis1=1, axis2=2), axis=-1, kind="stable")[:, : p.terms]
+    basis, _ = xp.linalg.qr(xp.take_along_axis(covariance, axes[:, None], axis=2))
+    values, vectors = xp.linalg.eigh(basis.swapaxes(1, 2) @ covariance @ basis)
+    factors = basis @ vectors * xp.sqrt(xp.maximum(values, 0))[:, None]
+    return (xp.concatenate([mean, factors.swapaxes(1, 2)], axis=1),)
+
+
+def _centres(p: Problem, xp, x):
+    """Centres (lists, terms, D) of each list's finite queries, their variance (lists, D) and the log of their shares.
+
+    A list with fewer queries than terms has centres of no share; one without queries has a centre at 0.
+    """
+    keep = xp.isfinite(x).all(axis=-1)
+    found = keep.sum(axis=1)[:, None]
+    x = xp.take_along_axis(xp.where(keep[..., None], x, 0), xp.argsort(~keep, axis=1, kind="stable")[..., None], axis=1)
+    c, terms = xp.arange(p.terms)[None], xp.clip(found, 1, p.terms)
+    start = xp.minimum(c * found // terms + found // (2 * terms), x.shape[1] - 1)
+    centres = xp.take_along_axis(x, start[..., None], axis=1)
+    near = x @ centres.swapaxes(1, 2) - (centres**2).sum(axis=2)[:, None] / 2
+    near = xp.where(c[:, None] < terms[..., None], near, -np.inf)
+    member = (near.argmax(axis=2)[..., None] == c[:, None]) & (xp.arange(x.shape[1]) < found)[..., None]
+    count = member.sum(axis=1)
+    member = member.astype(np.float64)
+    means = member.swapaxes(1, 2) @ x / xp.maximum(count, 1)[..., None]
+    centres = xp.where(count[..., None] > 0, means, centres)
+    around = (member.sum(axis=2, keepdims=True) * (x - member @ centres)) ** 2
+    with np.errstate(divide="ignore"):
+        share = xp.log(xp.where(found > 0, count / xp.maximum(found, 1), c == 0))
+    return centres, around.sum(axis=1) / xp.maximum(found, 1), share
 
 
 def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
@@ -158,10 +200,11 @@ def _launch(kernel, grid, threads: int, *arguments) -> None:
         return
     import cupy
 
-    with cuda.gpus[cupy.cuda.runtime.getDevice()]:
-        compiled = _compiled(kernel, tuple(map(_type_of, arguments)), cupy.cuda.runtime.getDevice())
-        views = [x if isinstance(x, _PLAIN) else cuda.as_cuda_array(x, sync=False) for x in arguments]
-        compiled[grid, threads, cuda.external_stream(cupy.cuda.get_current_stream().ptr)](*views)
+    device, stream = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
+    with cuda.gpus[device], warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grid size")  # numba-cuda's advice to launch more blocks
+        compiled = _compiled(kernel, tuple(map(_type_of, arguments)), device)
+        compiled[grid, threads, cuda.external_stream(stream)](*arguments)
 
 
 @cache
