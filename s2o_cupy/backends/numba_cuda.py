@@ -29,7 +29,7 @@ SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 _WARP = 1 if SIMULATED else 32
 _THREADS = 4 if SIMULATED else 128  # a simulated thread is a Python thread
 _DENSE_ROWS = 4 if SIMULATED else 128
-_WIDTHS = (32, 64, 128, 256)
+_WIDTHS = (64, 128, 256)
 _PLAIN = (int, tuple, np.floating)  # arguments that are no arrays
 
 
