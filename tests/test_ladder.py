@@ -57,6 +57,8 @@ def test_steps_on_a_device(rung, dim):
         pytest.skip(why)
     if rung.name in NUMBA_STEPS and not backends.status()["numba"][0]:
         pytest.skip(backends.status()["numba"][1])
+    if missing := rung.missing():
+        pytest.skip(missing)
     import cupy
 
     for n, tau in ((700, 0.15), (300, 0.0)):

@@ -53,6 +53,9 @@ def measure(options) -> dict:
     print(f"{'step':20}{'ms':>10}{'TFLOP/s':>10}{'times':>8}{'error':>10}{'stops':>8}  change")
     before = None
     for rung in RUNGS:
+        if missing := rung.missing():
+            print(f"{rung.name:20}{missing}")
+            continue
         small = small_work(n=600, dim=options.dim, segment=256, block_q=128, block_k=64, pool=64).on_device()
         answer = small.answer(cupy)
         rung.prepare(small, answer)()

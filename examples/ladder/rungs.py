@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from s2o_cupy import specialisations
 from s2o_cupy.compile import device_target, options
 
 HERE = Path(__file__).parent
@@ -22,11 +23,16 @@ RAW = {"step3_tiles": 1, "step4_registers": 2, "step5_tensor_cores": 2}  # threa
 
 @dataclass(frozen=True)
 class Rung:
-    """One step: its name, what it changed, and its launcher."""
+    """One step: its name, what it changed, its launcher, and the architecture that it needs ("" for any)."""
 
     name: str
     change: str
     prepare: Callable
+    arch: str = ""
+
+    def missing(self) -> str:
+        """Why it cannot run on the current device; empty when it can."""
+        return f"needs {self.arch}" if self.arch not in ("", device_target()) else ""
 
 
 # --- Numba ----------------------------------------------------------------------------------------
@@ -90,7 +96,8 @@ def raw_rung(name, work, answer):
 
 
 # --- the package's own ------------------------------------------------------------------------------
-def shipped_rung(work, answer):
+def shipped_rung(hopper, work, answer):
+    """`backends.cuda.attend`; without `hopper` by attend.cu, where a kernel for Hopper alone would serve."""
     import cupy
 
     from s2o_cupy.backends import cuda
@@ -104,18 +111,33 @@ def shipped_rung(work, answer):
         tail_blocks=cupy.empty_like(answer.tiles)[None],
         tail_mass=cupy.empty(rows, np.float32),
     )
-    return functools.partial(cuda.attend, p, *arrays, p.whole, work.order, work.starts, None, None, filled)
+    call = functools.partial(cuda.attend, p, *arrays, p.whole, work.order, work.starts, None, None, filled)
+    if hopper or not HOPPER:
+        return call
+
+    def by_attend_cu():
+        serves, specialisations.sm90_serves = specialisations.sm90_serves, lambda *_: False
+        try:
+            call()
+        finally:
+            specialisations.sm90_serves = serves
+
+    return by_attend_cu
 
 
 def _step(launch, name: str, change: str) -> Rung:
     return Rung(name, change, functools.partial(launch, name))
 
 
+HOPPER = hasattr(specialisations, "sm90_serves")  # whether the package has a kernel for Hopper alone
 RUNGS = [
     _step(numba_rung, "step1_naive", "Numba; a thread a query row, all in global memory"),
     _step(numba_rung, "step2_tiles", "Numba; key tiles in shared memory, a row in registers"),
     _step(raw_rung, "step3_tiles", "CUDA C++; the same"),
     _step(raw_rung, "step4_registers", "4 x 4 logits a thread, eight threads a row"),
     _step(raw_rung, "step5_tensor_cores", "mma.sync on 16-bit tiles"),
-    Rung("attend.cu", "the next tile in flight, 32 rows a warp, rare rescaling", shipped_rung),
+    Rung("attend.cu", "the next tile in flight, rare rescaling", functools.partial(shipped_rung, False)),
 ]
+if HOPPER:
+    change = "wgmma, a warpgroup that gathers for two that multiply"
+    RUNGS.append(Rung("attend_sm90.cu", change, functools.partial(shipped_rung, True), "sm_90a"))
