@@ -5,44 +5,49 @@ bits       the same memory                      uint32
 history    [segments of the slab]               int32    scores of a list
 kv_offsets [lists' heads, segments + 1]         int64    where a list goes
 kv_order   [keys]                               int32    answer: the first offsets[s+1] - offsets[s] keys of a list
-scratch    [2, lists, longest history]          int64    items on their way from pass to pass
+scratch    [2, lists, longest history + THREADS] int64   items on their way from pass to pass
 An item is a key, and above its 32 bits the code that it is sorted by, ascending. levels > 0: finite scores are cut into
 that many equal steps between the list's least and greatest, in float32; 0: exact. +inf leads, -inf and NaN close, ties
 go to the smaller key. A stable counting sort, DIGIT_BITS bits a pass: a thread counts the digits of its own run of
-items, a scan over (digit, thread) gives places, and the thread deals its run out.
-grid (segments, lists' heads)   block THREADS at most   shared memory DIGITS * (THREADS + 2) int32, 2 * THREADS float32
+places, a scan over (digit, thread) turns counts into places, and the thread deals its run out.
+grid (segments, lists' heads)   block THREADS at most
+shared memory DIGITS * (THREADS + 1 + 2 * RUNS) int32, 2 * THREADS float32
 """
 
 from math import inf, isfinite
 
 from numba import cuda, float32, int32, int64
 
-THREADS, DIGIT_BITS = 128, 6
-DIGITS, STRIDE = 2**DIGIT_BITS, THREADS + 1  # a digit starts on a bank of its own
+THREADS, RUNS, DIGIT_BITS = 512, 32, 4
+DIGITS, STRIDE = 2**DIGIT_BITS, THREADS + 1  # the digits of a thread lie in banks of their own
+SUMS = DIGITS * RUNS
 PLUS_ZERO, LAST = 0x7FFFFFFF, 0xFFFFFFFF
 
 
 @cuda.jit(device=True)
-def run_of_thread(n):
-    """The run of a list's places that this thread counts and deals out."""
-    share = (n + cuda.blockDim.x - 1) // cuda.blockDim.x
-    first = min(n, cuda.threadIdx.x * share)
-    return first, min(n, first + share)
+def slot(place, share):
+    """Where in scratch a place lies: the threads, each at its own run of `share` places, read neighbouring slots."""
+    return place % share * cuda.blockDim.x + place // share
 
 
 @cuda.jit(device=True)
 def finite_range(scores, index, n, least, greatest):
     """The least and the greatest finite score of a list; least > greatest where none is finite."""
+    me, span = cuda.threadIdx.x, cuda.blockDim.x
     low, high = float32(inf), float32(-inf)
-    for i in range(cuda.threadIdx.x, n, cuda.blockDim.x):
+    for i in range(me, n, cuda.blockDim.x):
         x = scores[index, i]
         if isfinite(x):
             low, high = min(low, x), max(high, x)
-    least[cuda.threadIdx.x], greatest[cuda.threadIdx.x] = low, high
+    least[me], greatest[me] = low, high
     cuda.syncthreads()
-    for t in range(cuda.blockDim.x):
-        low, high = min(low, least[t]), max(high, greatest[t])
-    return low, high
+    while span > 1:
+        half = (span + 1) // 2
+        if me + half < span:
+            least[me], greatest[me] = min(least[me], least[me + half]), max(greatest[me], greatest[me + half])
+        cuda.syncthreads()
+        span = half
+    return least[0], greatest[0]
 
 
 @cuda.jit(device=True)
@@ -66,7 +71,7 @@ def exact_code(x, bits):
 
 
 @cuda.jit(device=True)
-def write_items(scores, bits, items, index, n, levels, low, high):
+def write_items(scores, bits, items, index, n, share, levels, low, high):
     """A list's items, in the order of its keys."""
     factor = float32(0)
     if high > low:
@@ -76,7 +81,7 @@ def write_items(scores, bits, items, index, n, levels, low, high):
     for i in range(cuda.threadIdx.x, n, cuda.blockDim.x):
         x = scores[index, i]
         code = level_code(x, high, factor, levels) if levels else exact_code(x, bits[index, i])
-        items[index, i] = (code << 32) + i
+        items[slot(i, share)] = (code << 32) + i
     cuda.syncthreads()
 
 
@@ -86,42 +91,31 @@ def digit_of(item, shift):
 
 
 @cuda.jit(device=True)
-def count_digits(items, index, n, shift, places):
-    """How many items of its run this thread has of each digit."""
-    for digit in range(DIGITS):
-        places[digit, cuda.threadIdx.x] = 0
-    first, stop = run_of_thread(n)
-    for i in range(first, stop):
-        places[digit_of(items[index, i], shift), cuda.threadIdx.x] += 1
+def scan_counts(places, sums):
+    """Counts to first places, over the digits and within one over the threads, by runs of threads."""
+    me, threads = cuda.threadIdx.x, cuda.blockDim.x
+    runs = min(RUNS, threads)
+    share, now, step = (threads + runs - 1) // runs, 0, 1
     cuda.syncthreads()
-
-
-@cuda.jit(device=True)
-def scan_counts(places, totals):
-    """Counts to first places, over the digits and within one over the threads; a thread does a digit."""
-    for digit in range(cuda.threadIdx.x, DIGITS, cuda.blockDim.x):
-        total = 0
-        for thread in range(cuda.blockDim.x):
+    for i in range(me, DIGITS * runs, threads):
+        digit, first, total = i % DIGITS, i // DIGITS * share, 0
+        for thread in range(first, min(first + share, threads)):
             total += places[digit, thread]
-        totals[digit] = total
+        sums[0, digit * runs + i // DIGITS] = total
     cuda.syncthreads()
-    for digit in range(cuda.threadIdx.x, DIGITS, cuda.blockDim.x):
-        place = 0
-        for smaller in range(digit):
-            place += totals[smaller]
-        for thread in range(cuda.blockDim.x):
+    while step < DIGITS * runs:  # each sum becomes that of itself and all before it
+        for i in range(me, DIGITS * runs, threads):
+            sums[1 - now, i] = sums[now, i] + (sums[now, i - step] if i >= step else 0)
+        cuda.syncthreads()
+        now, step = 1 - now, 2 * step
+    for i in range(me, DIGITS * runs, threads):
+        digit, first, before = i % DIGITS, i // DIGITS * share, i % DIGITS * runs + i // DIGITS - 1
+        place = sums[now, before] if before >= 0 else 0
+        for thread in range(first, min(first + share, threads)):
             count = places[digit, thread]
             places[digit, thread] = place
             place += count
     cuda.syncthreads()
-
-
-@cuda.jit(device=True)
-def next_place(places, digit):
-    """The next place of this thread's items of a digit."""
-    place = places[digit, cuda.threadIdx.x]
-    places[digit, cuda.threadIdx.x] = place + 1
-    return place
 
 
 @cuda.jit
@@ -129,22 +123,26 @@ def remap(scores, bits, history, kv_offsets, kv_order, scratch, levels, passes):
     least = cuda.shared.array(THREADS, float32)
     greatest = cuda.shared.array(THREADS, float32)
     places = cuda.shared.array((DIGITS, STRIDE), int32)
-    totals = cuda.shared.array(DIGITS, int32)
-    s, head = cuda.blockIdx.x, cuda.blockIdx.y
+    sums = cuda.shared.array((2, SUMS), int32)
+    s, head, me, threads = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x, cuda.blockDim.x
     index, n = head * cuda.gridDim.x + s, history[s]
     start, room = kv_offsets[head, s], kv_offsets[head, s + 1] - kv_offsets[head, s]
+    share = max(1, (n + threads - 1) // threads)
     low, high = finite_range(scores, index, n, least, greatest)
-    write_items(scores, bits, scratch[0], index, n, levels, low, high)
-    first, stop = run_of_thread(n)
+    write_items(scores, bits, scratch[0, index], index, n, share, levels, low, high)
     for i in range(passes):
-        items, shift = scratch[i % 2], DIGIT_BITS * i
-        count_digits(items, index, n, shift, places)
-        scan_counts(places, totals)
-        for j in range(first, stop):
-            item = items[index, j]
-            place = next_place(places, digit_of(item, shift))
+        items, dealt, shift = scratch[i % 2, index], scratch[(i + 1) % 2, index], DIGIT_BITS * i
+        for digit in range(DIGITS):
+            places[digit, me] = 0
+        for j in range(min(share, n - me * share)):
+            places[digit_of(items[j * threads + me], shift), me] += 1
+        scan_counts(places, sums)
+        for j in range(min(share, n - me * share)):
+            item = items[j * threads + me]
+            place = places[digit_of(item, shift), me]
+            places[digit_of(item, shift), me] = place + 1
             if i + 1 < passes:
-                scratch[(i + 1) % 2, index, place] = item
+                dealt[slot(place, share)] = item
             elif place < room:
                 kv_order[start + place] = item & 0xFFFFFFFF
         cuda.syncthreads()

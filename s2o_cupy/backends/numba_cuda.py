@@ -7,7 +7,7 @@ and centres of the queries are linear algebra of the arrays' own module, in floa
 from __future__ import annotations
 
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 
 import numba
 import numpy as np
@@ -18,6 +18,7 @@ from s2o_cupy.kernels.attend_numba import MAX_BLOCKS, MAX_ROWS, attend_kernel
 from s2o_cupy.kernels.mixture_numba import mixture_kernel, norm_kernel
 from s2o_cupy.kernels.pool_numba import pool_kernel
 from s2o_cupy.kernels.remap_numba import DIGIT_BITS
+from s2o_cupy.kernels.remap_numba import THREADS as REMAP_THREADS
 from s2o_cupy.kernels.remap_numba import remap as remap_kernel
 from s2o_cupy.kernels.score_numba import score_kernel
 from s2o_cupy.problem import Problem, Slab
@@ -30,7 +31,6 @@ _WARP = 1 if SIMULATED else 32
 _THREADS = 4 if SIMULATED else 128  # a simulated thread is a Python thread
 _DENSE_ROWS = 4 if SIMULATED else 128
 _WIDTHS = (64, 128, 256)
-_PLAIN = (int, tuple, np.floating)  # arguments that are no arrays
 
 
 def score(problem: Problem, q, k, slab: Slab):
@@ -123,11 +123,11 @@ def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
     """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
     xp, levels = namespace(scores), problem.settings.rank_levels or 0
     history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
-    scratch = xp.empty((2, *scores.shape), np.int64)
+    scratch = xp.empty((2, len(scores), scores.shape[1] + REMAP_THREADS), np.int64)
     passes = -(-((levels + 1).bit_length() if levels else 32) // DIGIT_BITS)
     grid = (slab.segments, kv_offsets.shape[0])
     arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch)
-    _launch(remap_kernel, grid, _THREADS, *arrays, levels, passes)
+    _launch(remap_kernel, grid, _THREADS if SIMULATED else REMAP_THREADS, *arrays, levels, passes)
 
 
 def pool(problem: Problem, k, v):
@@ -201,24 +201,41 @@ def _launch(kernel, grid, threads: int, *arguments) -> None:
     import cupy
 
     device, stream = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
-    with cuda.gpus[device], warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Grid size")  # numba-cuda's advice to launch more blocks
-        compiled = _compiled(kernel, tuple(map(_type_of, arguments)), device)
-        compiled[grid, threads, cuda.external_stream(stream)](*arguments)
+    with cuda.gpus[device]:
+        compiled = _compiled(kernel, tuple(map(_kind, arguments)), device)
+        _configured(compiled, grid, threads, stream)(*arguments)
 
 
 @cache
-def _compiled(kernel, types: tuple, device: int):
-    """The kernel for arguments of these types; arrays of any strides share one."""
-    return cuda.jit(types)(kernel.py_func)
-
-
-def _type_of(x):
-    if isinstance(x, _PLAIN):
-        return numba.typeof(x)
+def _compiled(kernel, kinds: tuple, device: int):
+    """The kernel for arguments of these kinds; arrays of any strides share one."""
     from numba.cuda.np.numpy_support import from_dtype  # of numba-cuda, which knows bfloat16
 
-    return numba.types.Array(from_dtype(x.dtype), x.ndim, "A")
+    def type_of(kind):
+        if kind is int:
+            return numba.int64
+        if isinstance(kind, int):
+            return numba.types.UniTuple(numba.int64, kind)
+        return from_dtype(kind) if isinstance(kind, np.dtype) else numba.types.Array(from_dtype(kind[0]), kind[1], "A")
+
+    return cuda.jit(tuple(map(type_of, kinds)))(kernel.py_func)
+
+
+def _kind(x):
+    """int; the length of a tuple of ints; the dtype of a number; the dtype and axes of an array."""
+    if isinstance(x, int):
+        return int
+    if isinstance(x, tuple):
+        return len(x)
+    return x.dtype if isinstance(x, np.floating) else (x.dtype, x.ndim)
+
+
+@lru_cache(maxsize=1024)
+def _configured(compiled, grid, threads: int, stream: int):
+    """A compiled kernel with its grid, block and stream."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Grid size")  # numba-cuda's advice to launch more blocks
+        return compiled[grid, threads, cuda.external_stream(stream)]
 
 
 def _simulate(kernel, grid, threads: int, arguments) -> None:
