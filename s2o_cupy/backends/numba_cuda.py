@@ -52,7 +52,8 @@ def score(problem: Problem, q, k, slab: Slab):
         norm = xp.empty(share.shape, p.compute_dtype)
         given = (k, rows, variance, history)
         _launch(norm_kernel(*kinds), (rows.shape[1], lists), _THREADS, *given, norm, slab.kv_start, p.orders, scale)
-        weights = share - 2 * norm
+        with np.errstate(all="ignore"):  # a centre whose every key weighs nothing, or a list without keys
+            weights = share - 2 * norm
         _launch(
             mixture_kernel(*kinds), (blocks, lists), _THREADS, *given, weights, scores, slab.kv_start, p.orders, scale
         )
