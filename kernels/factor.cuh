@@ -12,6 +12,7 @@
 // as its eigenvectors). The Gram matrix squares the columns' condition, so it and what is made of it are double.
 // A block waits more than it computes: every loop of one step after another runs over columns of a terms x terms matrix,
 // with one barrier a step, and all else is a number a thread.
+// staged: the moment is read into shared memory first (width a multiple of 4).
 // T is float16 or bfloat16 (IS_BF16), or REAL.
 // grid lists   block 256   shared memory: layout below; specialisations.factor_shared_bytes
 #pragma once
@@ -54,17 +55,23 @@ __device__ __forceinline__ void make_factors(
     double* shared_memory,
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, int tiled, float scale) {
+    int centred, int full, int tiled, int staged, float scale) {
     const int group = terms <= 8 ? 8 : 16, stride = (terms + group - 1) / group * group + 4;
     const int padded = (terms + BLOCK - 1) / BLOCK * BLOCK, pairs = triangle(terms, 0), all_pairs = triangle(padded, 0);
-    double* gram = shared_memory;                        // [all_pairs], later the pivots of its elimination
+    if (staged) {  // the whole matrix comes at once, before anything waits for a part of it
+        float4* to = (float4*)shared_memory;
+        const float4* from = (const float4*)(moment + (long long)blockIdx.x * width * width);
+#pragma unroll 8
+        for (int i = threadIdx.x; i < width * width / 4; i += FACTOR_THREADS) to[i] = from[i];
+    }
+    double* gram = shared_memory + (staged ? width * width / 2 : 0);  // [all_pairs], later the pivots of its elimination
     double* inverse = gram + all_pairs;                  // [all_pairs]: L^-1 of gram = L D L^T
-    float* image = (float*)shared_memory;                // [width][group + 4], once those two are done with
+    float* image = (float*)gram;                         // [width][group + 4], once those two are done with
     float* basis = image + max(4 * all_pairs, width * (group + 4));  // [width][stride]
     float* ritz = basis + width * stride;                // [all_pairs], then its elimination
     float* mean = ritz + all_pairs;                      // [width]
     float* variance = mean + width;                      // [width]
-    float* shift = variance + width;                     // [padded]: the mean times a row of the basis
+    float* shift = variance + width;                     // [padded]: a column's scale; then the mean times a basis row
     float* root = shift + padded;                        // [padded]
     int* axes = (int*)(root + padded);                   // [terms]
     unsigned short* place = (unsigned short*)(axes + terms);  // [pairs]: row and column of a place in a triangle
@@ -73,7 +80,8 @@ __device__ __forceinline__ void make_factors(
     const int n = count[list];
     const float share = n ? 1.f / n : 0.f;
     sum += list * width;
-    if (moment != nullptr) moment += list * width * width;
+    if (staged) moment = (const float*)shared_memory;
+    else if (moment != nullptr) moment += list * width * width;
     if (full || terms == 0) mean = (float*)shared_memory;
     for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) mean[d] = sum[d] * share;
     __syncthreads();
@@ -138,16 +146,19 @@ __device__ __forceinline__ void make_factors(
             if (j + h <= i) gram[triangle(i, j + h)] = c[h];
     }
     __syncthreads();
+    // Columns of length 1: pivots are then shares of what a column was.
     for (int t = threadIdx.x; t < padded; t += FACTOR_THREADS) {
+        const float square = (float)gram[triangle(t, t)];
         inverse[triangle(t, t)] = 1;
-        root[t] = (float)gram[triangle(t, t)];
+        shift[t] = square > 0.f ? rsqrtf(square) : 0.f;
     }
     __syncthreads();
-    // Elimination of gram, the same row operations on the identity. A column that depends on those before it counts
-    // for nothing.
+    for (int p = threadIdx.x; p < pairs; p += FACTOR_THREADS) gram[p] *= (double)shift[place[p] >> 8] * shift[place[p] & 255];
+    __syncthreads();
+    // Elimination, the same row operations on the identity. A column that depends on those before it counts for nothing.
     for (int j = 0; j < terms; ++j) {
-        const double pivot = gram[triangle(j, j)];
-        const double scaled = pivot > 1e-10 * root[j] ? 1 / pivot : 0;
+        const double pivot = gram[triangle(j, j)], near = 1.f / (float)pivot;
+        const double scaled = pivot > 1e-10 ? near * (2 - pivot * near) : 0;
         for (int p = threadIdx.x; p < pairs; p += FACTOR_THREADS) {
             const int i = place[p] >> 8, c = place[p] & 255;
             if (i <= j) continue;
@@ -158,8 +169,8 @@ __device__ __forceinline__ void make_factors(
         __syncthreads();
     }
     for (int t = threadIdx.x; t < padded; t += FACTOR_THREADS) {
-        const double pivot = gram[triangle(t, t)];
-        root[t] = pivot > 1e-10 * root[t] ? (float)(1 / sqrt(pivot)) : 0.f;
+        const float pivot = t < terms ? (float)gram[triangle(t, t)] : 0.f;
+        root[t] = pivot > 1e-10f ? rsqrtf(pivot) : 0.f;
     }
     __syncthreads();
     for (int d = threadIdx.x; d < width; d += FACTOR_THREADS)
@@ -168,7 +179,7 @@ __device__ __forceinline__ void make_factors(
             for (int first = 0; first <= last; first += BLOCK) {
 #pragma unroll 2
                 for (int u = 0; u < BLOCK; ++u) {
-                    const double y = basis[d * stride + first + u];
+                    const double y = (double)basis[d * stride + first + u] * shift[first + u];
 #pragma unroll
                     for (int t = 0; t < BLOCK; ++t)
                         if (first < last || u <= t) x[t] += inverse[triangle(last + t, first + u)] * y;

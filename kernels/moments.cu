@@ -9,14 +9,13 @@
 // the moment and half its columns, and sums of columns are products with a row of ones. A row that is not finite shows
 // in them at the end; only then the block starts again and looks at every number.
 // grid (segments of the slab, order heads of the slab, WIDTH / 128, 1 when moment is null)   block min(WIDTH, 128) * 2
-// shared memory 3 * 64 * WIDTH * 2 bytes
+// shared memory 64 * WIDTH * 2 bytes a stage: 4 stages, 3 at WIDTH 256
 // factor, and centres for the mixture rank: see factor.cuh, centres.cuh   macros IS_BF16
 #include "centres.cuh"
 #include "factor.cuh"
 #include "gather.cuh"
 
 constexpr int CHUNK_ROWS = 64;
-constexpr int STAGES = 3;
 
 // Zeroes the rows of a chunk that are not finite, or past its first `present`; returns how many of the first are not.
 template <int WIDTH, int THREADS>
@@ -41,7 +40,7 @@ __device__ __forceinline__ void add_moments(
     float* __restrict__ sum, int* __restrict__ count, float* __restrict__ moment,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {
     typedef SharedTile<WIDTH> Tile;
-    constexpr int BLOCK_ROWS = WIDTH < 128 ? WIDTH : 128, THREADS = 2 * BLOCK_ROWS, CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
+    constexpr int BLOCK_ROWS = WIDTH < 128 ? WIDTH : 128, THREADS = 2 * BLOCK_ROWS, STAGES = WIDTH < 256 ? 4 : 3, CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
     constexpr int DOWN = BLOCK_ROWS / 32;       // warps over the rows of the moment, two over its columns
     constexpr int N_TILES = WIDTH / 16;         // of a warp
     constexpr int SUM_TILES = N_TILES / DOWN;   // of those, the ones whose columns the warp sums
@@ -158,11 +157,11 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
                  segment, segment_start, width, terms, per_list, capacity, tiled, scale);
 }
 
-extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 4) factor(
+extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 3) factor(
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, int tiled, float scale) {
+    int centred, int full, int tiled, int staged, float scale) {
     extern __shared__ __align__(128) char shared_memory[];
     make_factors((double*)shared_memory, sum, count, moment, rows, mean_out, width, dim, terms, terms_rows, centred, full,
-                 tiled, scale);
+                 tiled, staged, scale);
 }

@@ -149,7 +149,7 @@ __device__ __forceinline__ void score_tile(
     rows += (long long)order_head * segments * ROWS * WIDTH;
     scores += order_head * starts[segments];
 
-    const int first_list = first_list_at(history, segments, first_key);
+    const int first_list = first_list_at<THREADS>(history, segments, first_key);
     const int total_rows = segments * ROWS, chunk_stop = (total_rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
     int chunk = (int)((long long)first_list * ROWS / CHUNK_ROWS);
     if (first_list == segments) return;
@@ -229,7 +229,7 @@ SCORE(score_8, 8, 64)
 SCORE(score_16, 16, 128)
 SCORE(score_32, 32, 64)
 SCORE(score_64, 64, 64)
-SCORE(score_full, FULL, 64)
+SCORE(score_full, FULL, 0)
 SCORE(score_square, SQUARE, 128)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
@@ -354,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) score_mixture(
     rows += (long long)order_head * total_rows * WIDTH;
     offset += (long long)order_head * total_rows;
     scores += order_head * starts[segments];
-    const int first_list = first_list_at(history, segments, first_key);
+    const int first_list = first_list_at<THREADS>(history, segments, first_key);
     if (first_list == segments) return;
 
     auto fetch = [&](int chunk) {

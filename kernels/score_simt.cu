@@ -226,10 +226,11 @@ extern "C" __global__ void __launch_bounds__(256) score_mixture(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 4) factor(
+extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 3) factor(
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, int tiled, float scale) {
+    int centred, int full, int tiled, int staged, float scale) {
     extern __shared__ double shared_memory[];
-    make_factors(shared_memory, sum, count, moment, rows, mean_out, width, dim, terms, terms_rows, centred, full, tiled, scale);
+    make_factors(shared_memory, sum, count, moment, rows, mean_out, width, dim, terms, terms_rows, centred, full, tiled,
+                 staged, scale);
 }

@@ -177,7 +177,7 @@ __device__ __forceinline__ void score_tile(
     Layout<WIDTH> layout;
     layout.set_up(shared_memory, 1);
     fetch_keys<WIDTH>(layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
-    const int first_list = first_list_at(history, segments, first_key), first_chunk = first_list / LISTS;
+    const int first_list = first_list_at<THREADS + 32>(history, segments, first_key), first_chunk = first_list / LISTS;
     if (first_list == segments) {
         wait_copies<0>();
         return;
@@ -335,7 +335,7 @@ __device__ __forceinline__ void mixture_tile(
     Layout<WIDTH> layout;
     layout.set_up(shared_memory, 2);
     fetch_keys<WIDTH>(layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
-    const int first_list = first_list_at(history, segments, first_key), first_chunk = (int)((long long)first_list * per_list / CHUNK_ROWS);
+    const int first_list = first_list_at<THREADS + 32>(history, segments, first_key), first_chunk = (int)((long long)first_list * per_list / CHUNK_ROWS);
     if (first_list == segments) {
         wait_copies<0>();
         return;
@@ -359,21 +359,32 @@ __device__ __forceinline__ void mixture_tile(
     PowerSum sums[2];  // of the lane's two keys, over its columns of a list
     for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
         const int turn = chunk - first_chunk;
+        unsigned short* to[2];  // where the lists that end with a half of the chunk want the lane's key; null: nowhere
+        unsigned short quadratic[2];
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {  // read long before they are needed
+            const int ended = (row + 32 * part) / per_list, at = list + ended;
+            const bool ends = (row + 32 * part + 32) % per_list == 0;
+            to[part] = ends && quad % 2 == 0 && at < segments && key < history[at] ? scores + starts[at] + key : nullptr;
+            quadratic[part] = to[part] != nullptr ? *to[part] : 0;
+        }
         float c[32];
         multiply<WIDTH>(c, a, layout, turn);
-        float2 shift[8];
-#pragma unroll
-        for (int n = 0; n < 8; ++n) shift[n] = load_shared_pair(layout.offsets + (turn % STAGES * CHUNK_ROWS + 8 * n + 2 * quad) * 4);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
 #pragma unroll
         for (int part = 0; part < 8; part += 4) {  // n-tiles, 32 rows
+            float2 shift[4];
+#pragma unroll
+            for (int n = 0; n < 4; ++n) shift[n] = load_shared_pair(layout.offsets + (turn % STAGES * CHUNK_ROWS + 8 * (part + n) + 2 * quad) * 4);
+            if (part) {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
+            }
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float top = -1e30f, sum = 0.f;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    const float2 bias = shift[part + i / 2];
+                    const float2 bias = shift[i / 2];
                     float& x = c[4 * (part + i / 2) + 2 * h + i % 2];
                     x = fmaf(x, 2.f * unit, i % 2 ? bias.y : bias.x);
                     top = fmaxf(top, x);
@@ -394,10 +405,7 @@ __device__ __forceinline__ void mixture_tile(
             sum.add(other_frame, other_sum);
             const float half_frame = __shfl_xor_sync(0xffffffffu, sum.frame, 1), half_sum = __shfl_xor_sync(0xffffffffu, sum.sum, 1);
             sum.add(half_frame, half_sum);
-            if (quad % 2 == 0 && list < segments && key < history[list]) {
-                unsigned short* to = scores + starts[list] + key;
-                *to = score_bits(score_to_float(*to) + 0.5f * LN_2 * sum.log2());
-            }
+            if (to[part / 4] != nullptr) *to[part / 4] = score_bits(score_to_float(quadratic[part / 4]) + 0.5f * LN_2 * sum.log2());
             row = 0, ++list;
         }
     }

@@ -11,10 +11,11 @@ __device__ __forceinline__ unsigned short score_bits(float x) {
 
 // The first list whose history reaches `first_key`, `segments` if none does: histories grow with the segment. The whole
 // block searches: a thread a history, or every few, then those between two of them.
+template <int THREADS>
 __device__ __forceinline__ int first_list_at(const int* history, int segments, int first_key) {
     int first = 0;
     for (int left = segments, step; left; left = step > 1 ? min(step, left) : 0) {
-        step = (left + (int)blockDim.x - 1) / (int)blockDim.x;
+        step = (left + THREADS - 1) / THREADS;
         const int i = ((int)threadIdx.x + 1) * step - 1;
         const int before = __syncthreads_count(i < left && history[first + i] <= first_key);
         first += before * step, left -= before * step;

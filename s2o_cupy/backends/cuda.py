@@ -57,7 +57,7 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
     if halves:
         grid, block = (segments, heads, max(width // 128, 1) if terms else 1), 2 * min(width, 128)
         kernel, _ = _kernel("moments", p.dtype, entry=f"moments_{width}")
-        kernel(grid, (block,), arguments, shared_mem=3 * 64 * width * 2)
+        kernel(grid, (block,), arguments, shared_mem=kernels.moments_shared_bytes(width))
     else:
         grid = (segments, heads, (-(-width // 32)) ** 2 if terms else 1)
         _kernel("score_simt", p.dtype, entry="moments")[0](grid, (256,), arguments)
@@ -66,10 +66,14 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
     head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
     rows = cp.empty((heads, head_rows, width), np.uint16 if halves else p.dtype)
     mean = cp.empty((lists, width), np.float32) if full else None
-    shared = kernels.factor_shared_bytes(width, terms, full)
-    if shared > shared_limit(device_target()):
+    room = shared_limit(device_target())
+    staged = (
+        halves and terms > 0 and not full and 2 * kernels.factor_shared_bytes(width, terms, full, True) + 4096 <= room
+    )
+    shared = kernels.factor_shared_bytes(width, terms, full, staged)
+    if shared > room:
         raise ValueError(f"rank_terms is {terms} at head dim {p.dim_qk}, which needs {shared} bytes of shared memory")
-    sizes = (width, p.dim_qk, terms, per_list, not halves, full, segments if hopper else 0)
+    sizes = (width, p.dim_qk, terms, per_list, not halves, full, segments if hopper else 0, staged)
     arguments = (*map(_pointer, (totals, counts, moment, rows, mean)), *map(np.int32, sizes), np.float32(p.scale))
     kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="factor")
     kernel((lists,), (256,), arguments, shared_mem=shared)
