@@ -80,13 +80,12 @@ __device__ __forceinline__ void make_factors(
     const int n = count[list];
     const float share = n ? 1.f / n : 0.f;
     sum += list * width;
-    if (staged) moment = (const float*)shared_memory;
-    else if (moment != nullptr) moment += list * width * width;
+    const float* matrix = staged ? (const float*)shared_memory : moment + list * width * width;  // not restrict: written here
     if (full || terms == 0) mean = (float*)shared_memory;
     for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) mean[d] = sum[d] * share;
     __syncthreads();
     auto covariance = [&](int i, int j) {
-        const float raw = moment[(long long)i * width + j];
+        const float raw = matrix[(long long)i * width + j];
         return centred ? raw : raw * share - mean[i] * mean[j];
     };
 
@@ -203,7 +202,7 @@ __device__ __forceinline__ void make_factors(
         // The covariance times some rows of the basis, eight to a thread.
         for (int i = threadIdx.x; i < width * (group / BLOCK); i += FACTOR_THREADS) {
             const int d = i % width, t0 = i / width * BLOCK;
-            const float* column = moment + d;
+            const float* column = matrix + d;
             const float* row = basis + first + t0;
             float x[BLOCK] = {};
 #pragma unroll 4
