@@ -194,26 +194,28 @@ struct Window {
 };
 
 // Deals out those of a warp's keys [first, last) that the window takes (ALL: every key): each to its place less the
-// window's base, as its number less `origin`. `next_place` is where each bin's next key of this warp goes.
+// window's base, as its number less `origin`. `next_place` is where each bin's next key of this warp goes; a key that is
+// not taken counts at `nowhere`, a counter of its lane, because a branch around an atomic costs more than the atomic.
 template <bool SPECIAL, bool ALL>
 __device__ __forceinline__ void deal(
-    const score_t* scores, int first, int last, const Scale& scale, const Window& window, int* next_place, int origin,
-    unsigned short* places) {
+    const score_t* scores, int first, int last, const Scale& scale, const Window& window, int* next_place, int nowhere,
+    int origin, unsigned short* places) {
     const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
     const unsigned int bins = window.last_bin - window.first_bin;
     auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
-        int bin[AHEAD], place[AHEAD];
-#pragma unroll
-        for (int j = 0; j < AHEAD; ++j) bin[j] = bin_of<SPECIAL>(x[j], scale);
+        bool taken[AHEAD];
+        int place[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            place[j] = -1;
-            if (inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) <= bins))
-                place[j] = take_one(next_place, bin[j]) - window.base + STEP;
+            const int bin = bin_of<SPECIAL>(x[j], scale);
+            taken[j] = inside(j) && (ALL || (unsigned int)(bin - window.first_bin) <= bins);
+            place[j] = taken[j] ? bin : nowhere;
         }
 #pragma unroll
+        for (int j = 0; j < AHEAD; ++j) place[j] = take_one(next_place, place[j]) - window.base + STEP;
+#pragma unroll
         for (int j = 0; j < AHEAD; ++j)
-            if (inside(j) && (ALL || (unsigned int)place[j] < (unsigned int)window.size + 2 * STEP))
+            if (taken[j] && (ALL || (unsigned int)place[j] < (unsigned int)window.size + 2 * STEP))
                 places[place[j]] = (unsigned short)(start - origin + 32 * j);
         __syncwarp();
     };
@@ -255,14 +257,14 @@ __device__ __forceinline__ void set_bits(unsigned int* words, int from, int to) 
 // A key is kept in 16 bits, less the first of its group of warps; the group's number lies in bit planes.
 // Equal keys of one instruction come out in order where the hardware serves lanes in order, which nothing promises:
 // what is written is checked on the way, and sorted where need be, so no answer depends on it.
-// shared memory warps * bins * 4 + (1 + planes) * words * 4 + (window + 516) * 2 bytes; bins = levels + 2,
+// shared memory warps * (bins + 32) * 4 + (1 + most_planes) * words * 4 + (window + 520) * 2 bytes; bins = levels + 2,
 //   words = window / 32 + 17
 //   window   a multiple of 128, at most 65536
-//   planes   2^planes divides the warps; a list has at most 65536 * 2^planes keys
+//   most_planes   2^most_planes divides the warps; a list has at most 65536 * 2^most_planes keys
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int segments,
-    int levels, int window_size, int planes) {
+    int levels, int window_size, int most_planes) {
     extern __shared__ int shared[];
     __shared__ int first_bin, last_bin, before, behind;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
@@ -273,18 +275,21 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     if (n == 0 || wanted == 0) return;
     scores += blockIdx.y * starts[segments] + starts[s];
     int* const out = kv_order + offsets[0];
-    const int skew = STEP + (int)((size_t)out / sizeof(int) % 4);  // to where 16 bytes of the answer start
-    unsigned short* const places = (unsigned short*)shared;  // [window_size + 2 * STEP + 4]
-    unsigned int* const heads = (unsigned int*)(places + window_size + 2 * STEP + 4);  // [words] where a bin or group starts
+    const int skew = STEP + (int)((size_t)out / sizeof(int) % 8);  // to where a sector of the answer starts
+    unsigned short* const places = (unsigned short*)shared;  // [window_size + 2 * STEP + 8]
+    unsigned int* const heads = (unsigned int*)(places + window_size + 2 * STEP + 8);  // [words] where a bin or group starts
     unsigned int* const tops = heads + words;           // [planes][words] bits of a place's group
-    int* const counts = (int*)(tops + planes * words);  // [warps][bins]
+    int* const counts = (int*)(tops + most_planes * words);  // [warps][bins], then [threads]
     int* const mine = counts + warp * bins;
+    const int nowhere = (warps - warp) * bins + threadIdx.x;
     const int per_thread = (bins + threads - 1) / threads;
     const int bin_first = min((int)threadIdx.x * per_thread, bins), bin_stop = min(bin_first + per_thread, bins);
+    int planes = 0;  // 65536 keys a group
+    while (n > 65536 << planes) ++planes;
     const int run = (n + warps * STEP - 1) / (warps * STEP) * STEP, group_warps = warps >> planes;
     const int first = min(warp * run, n), last = min(first + run, n), group_keys = group_warps * run;
 
-    for (int i = threadIdx.x; i < (1 + planes) * words + warps * bins; i += threads) heads[i] = 0;
+    for (int i = threadIdx.x; i < (1 + most_planes) * words + warps * bins; i += threads) heads[i] = 0;
     const Scale scale = scale_of(scores, n, levels);
     auto count = [&](auto special) {
         constexpr bool SPECIAL = special();
@@ -325,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
                 const int to = g + 1 < 1 << planes ? counts[(g + 1) * group_warps * bins + b] - base : end;
                 if (from == to || to <= -STEP || from >= size + STEP) continue;
                 const int left = skew + max(from, -STEP), right = skew + min(to, size + STEP);
-                set_bits(heads, left, left + 1);
+                atomicOr(heads + left / 32, 1u << left % 32);
                 for (int plane = 0; plane < planes; ++plane)
                     if (g >> plane & 1) set_bits(tops + plane * words, left, right);
             }
@@ -333,37 +338,45 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
         __syncthreads();
         const Window window = {base, size, first_bin, last_bin};
         choose(scale.special, size == n, [&](auto special, auto all) {
-            deal<special(), all()>(scores, first, last, scale, window, mine, warp / group_warps * group_keys, places + skew - STEP);
+            deal<special(), all()>(scores, first, last, scale, window, mine, nowhere, warp / group_warps * group_keys, places + skew - STEP);
         });
         __syncthreads();
 
         for (bool sorted = false; !sorted;) {
             bool disordered = false;
-            for (int i = (skew + before) / 4 * 4 + 4 * threadIdx.x; i < skew + behind; i += 4 * threads) {
-                const uint2 both = *(const uint2*)(places + i);
-                const unsigned int starting = heads[i / 32] >> i % 32;
-                const bool whole = i >= skew && i + 4 <= skew + size;
-                int previous = places[max(i - 1, 0)];
-                int key[4] = {(int)(both.x & 0xffff), (int)(both.x >> 16), (int)(both.y & 0xffff), (int)(both.y >> 16)};
+            auto write = [&](unsigned int i, auto whole) {  // 8 places, all of them in the window where `whole`
+                const uint4 packed = *(const uint4*)(places + i);
+                const unsigned int pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+                const unsigned int starting = ((const unsigned char*)heads)[i / 8];
+                const int from = whole() ? 0 : skew + before - (int)i, to = whole() ? 8 : skew + behind - (int)i;
+                int key[9] = {places[i ? i - 1 : 0]}, falls = 0;  // negative where a key is smaller than the one before it
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const bool dealt = whole || (i + j >= skew + before && i + j < skew + behind);
-                    disordered |= previous > key[j] && !(starting >> j & 1) && dealt;
-                    previous = key[j];
+                for (int j = 0; j < 8; ++j) {
+                    key[j + 1] = (int)(pairs[j / 2] >> 16 * (j % 2) & 0xffff);
+                    const int fall = key[j + 1] - key[j] & ~(starting << 31 - j);
+                    if (whole() || (j >= from && j < to)) falls |= fall;
                 }
+                disordered |= falls < 0;
+#pragma unroll 1
                 for (int plane = 0; plane < planes; ++plane) {
-                    const unsigned int top = tops[plane * words + i / 32] >> i % 32;
+                    const unsigned int top = ((const unsigned char*)(tops + plane * words))[i / 8];
+                    const int more = group_keys << plane;
 #pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        if (top >> j & 1) key[j] += group_keys << plane;
+                    for (int j = 0; j < 8; ++j)
+                        if (top & 1u << j) key[j + 1] += more;
                 }
-                int* const to = out + base + i - skew;
-                if (whole) {
-                    *(uint4*)to = {(unsigned int)key[0], (unsigned int)key[1], (unsigned int)key[2], (unsigned int)key[3]};
+                int* const at = out + base + ((int)i - skew);
+                if (whole()) {
+                    *(uint4*)at = {(unsigned int)key[1], (unsigned int)key[2], (unsigned int)key[3], (unsigned int)key[4]};
+                    *(uint4*)(at + 4) = {(unsigned int)key[5], (unsigned int)key[6], (unsigned int)key[7], (unsigned int)key[8]};
                 } else {
-                    for (int j = 0; j < 4; ++j)
-                        if (i + j >= skew && i + j < skew + size) to[j] = key[j];
+                    for (int j = 0; j < 8; ++j)
+                        if ((int)i + j >= skew && (int)i + j < skew + size) at[j] = key[j + 1];
                 }
+            };
+            for (int i = (skew + before) / 8 * 8 + 8 * threadIdx.x; i < skew + behind; i += 8 * threads) {
+                if (i >= skew && i + 8 <= skew + size) write(i, Flag<true>());
+                else write(i, Flag<false>());
             }
             sorted = !__syncthreads_or(disordered);
             for (bool moved = !sorted; moved;) {  // odd-even transposition inside the bins
