@@ -52,7 +52,8 @@ __device__ __forceinline__ void add_one(int* counters, int i) {
 #ifdef S2O_EMULATION
     ++counters[i];
 #else
-    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i) : "memory");
+    const unsigned int address = (unsigned int)__cvta_generic_to_shared(counters) + 4 * i;
+    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
 #endif
 }
 
@@ -61,8 +62,9 @@ __device__ __forceinline__ int take_one(int* counters, int i) {
 #ifdef S2O_EMULATION
     return counters[i]++;
 #else
+    const unsigned int address = (unsigned int)__cvta_generic_to_shared(counters) + 4 * i;
     int before;
-    asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i) : "memory");
+    asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(address) : "memory");
     return before;
 #endif
 }
@@ -87,10 +89,11 @@ __device__ int scan_block(int x) {
     return (warp ? base : 0) + sum - x;
 }
 
-// Calls `use` with each of the scores [first, last), `threads` of them sharing the work 16 bytes at a time. `first` is a
-// multiple of 32 past an address on 16 bytes.
+// Calls `use` with each of the scores [first, last), `threads` of them sharing the work 16 bytes at a time. `first` is
+// a multiple of 32 past an address on 16 bytes.
 template <typename Use>
-__device__ __forceinline__ void for_each_score(const score_t* scores, int first, int last, int thread, int threads, Use use) {
+__device__ __forceinline__ void for_each_score(
+    const score_t* scores, int first, int last, int thread, int threads, Use use) {
     constexpr int EACH = 16 / sizeof(score_t);
     const int whole = last / EACH * EACH;
 #pragma unroll 2
@@ -116,7 +119,9 @@ __device__ __forceinline__ unsigned int min_halves(unsigned int x, unsigned int 
 }
 __device__ __forceinline__ unsigned int max_halves(unsigned int x, unsigned int y) {
 #ifdef S2O_EMULATION
-    auto greatest = [](score_t a, score_t b) { return to_float(a) > to_float(b) || to_float(a) != to_float(a) ? a : b; };
+    auto greatest = [](score_t a, score_t b) {
+        return to_float(a) > to_float(b) || to_float(a) != to_float(a) ? a : b;
+    };
     return greatest((score_t)x, (score_t)y) | greatest((score_t)(x >> 16), (score_t)(y >> 16)) << 16;
 #else
     asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
@@ -124,8 +129,8 @@ __device__ __forceinline__ unsigned int max_halves(unsigned int x, unsigned int 
 #endif
 }
 
-// The least and the greatest of n scores, pairs at a time, as far as this thread's share goes; false where some score is
-// not finite.
+// The least and the greatest of n scores, pairs at a time, as far as this thread's share goes; false where some score
+// is not finite.
 __device__ __forceinline__ bool half_range(const score_t* scores, int n, float& low, float& high) {
     unsigned int least = 0x7c007c00u, greatest = 0xfc00fc00u;  // infinities
 #pragma unroll 8
@@ -187,35 +192,34 @@ __device__ __forceinline__ void choose(bool special, bool all, Use use) {
     else use(Flag<false>(), Flag<false>());
 }
 
-// What of a list is dealt out at a time: the places [base, base + size), which belong to the bins [first_bin, last_bin],
-// and a step more of the first bin before and of the last bin behind, so that the sorted keys are the right ones.
+// What of a list is dealt out at a time: the places [base, base + size), which belong to the bins [first_bin,
+// last_bin], and a step more of the first bin before and of the last bin behind, so that the sorted keys are the right
+// ones.
 struct Window {
     int base, size, first_bin, last_bin;
 };
 
 // Deals out those of a warp's keys [first, last) that the window takes (ALL: every key): each to its place less the
-// window's base, as its number less `origin`. `next_place` is where each bin's next key of this warp goes; a key that is
-// not taken counts at `nowhere`, a counter of its lane, because a branch around an atomic costs more than the atomic.
+// window's base, as its number less `origin`. `next_place` is where each bin's next key of this warp goes.
 template <bool SPECIAL, bool ALL>
 __device__ __forceinline__ void deal(
-    const score_t* scores, int first, int last, const Scale& scale, const Window& window, int* next_place, int nowhere,
-    int origin, unsigned short* places) {
+    const score_t* scores, int first, int last, const Scale& scale, const Window& window, int* next_place, int origin,
+    unsigned short* places) {
     const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
     const unsigned int bins = window.last_bin - window.first_bin;
     auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
-        bool taken[AHEAD];
-        int place[AHEAD];
+        int bin[AHEAD], place[AHEAD];
+#pragma unroll
+        for (int j = 0; j < AHEAD; ++j) bin[j] = bin_of<SPECIAL>(x[j], scale);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            const int bin = bin_of<SPECIAL>(x[j], scale);
-            taken[j] = inside(j) && (ALL || (unsigned int)(bin - window.first_bin) <= bins);
-            place[j] = taken[j] ? bin : nowhere;
+            place[j] = -1;
+            if (inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) <= bins))
+                place[j] = take_one(next_place, bin[j]) - window.base + STEP;
         }
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j) place[j] = take_one(next_place, place[j]) - window.base + STEP;
-#pragma unroll
         for (int j = 0; j < AHEAD; ++j)
-            if (taken[j] && (ALL || (unsigned int)place[j] < (unsigned int)window.size + 2 * STEP))
+            if (inside(j) && (ALL || (unsigned int)place[j] < (unsigned int)window.size + 2 * STEP))
                 places[place[j]] = (unsigned short)(start - origin + 32 * j);
         __syncwarp();
     };
@@ -251,13 +255,13 @@ __device__ __forceinline__ void set_bits(unsigned int* words, int from, int to) 
     }
 }
 
-// `remap`: each warp counts the bins of its run of a list; a scan over (bin, warp) gives places; a window of places at a
-// time, the warps deal their keys out into shared memory, by atomics on their own counters, 32 keys an instruction, and
-// the block writes them in whole sectors.
+// `remap`: each warp counts the bins of its run of a list; a scan over (bin, warp) gives places; a window of places at
+// a time, the warps deal their keys out into shared memory, by atomics on their own counters, 32 keys an instruction,
+// and the block writes them in whole sectors.
 // A key is kept in 16 bits, less the first of its group of warps; the group's number lies in bit planes.
 // Equal keys of one instruction come out in order where the hardware serves lanes in order, which nothing promises:
 // what is written is checked on the way, and sorted where need be, so no answer depends on it.
-// shared memory warps * (bins + 32) * 4 + (1 + most_planes) * words * 4 + (window + 520) * 2 bytes; bins = levels + 2,
+// shared memory warps * bins * 4 + (1 + most_planes) * words * 4 + (window + 520) * 2 bytes; bins = levels + 2,
 //   words = window / 32 + 17
 //   window   a multiple of 128, at most 65536
 //   most_planes   2^most_planes divides the warps; a list has at most 65536 * 2^most_planes keys
@@ -277,11 +281,11 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     int* const out = kv_order + offsets[0];
     const int skew = STEP + (int)((size_t)out / sizeof(int) % 8);  // to where a sector of the answer starts
     unsigned short* const places = (unsigned short*)shared;  // [window_size + 2 * STEP + 8]
-    unsigned int* const heads = (unsigned int*)(places + window_size + 2 * STEP + 8);  // [words] where a bin or group starts
-    unsigned int* const tops = heads + words;           // [planes][words] bits of a place's group
-    int* const counts = (int*)(tops + most_planes * words);  // [warps][bins], then [threads]
+    // [words] bits of the places where a bin or group starts, and [planes][words] bits of a place's group
+    unsigned int* const heads = (unsigned int*)(places + window_size + 2 * STEP + 8);
+    unsigned int* const tops = heads + words;
+    int* const counts = (int*)(tops + most_planes * words);  // [warps][bins]
     int* const mine = counts + warp * bins;
-    const int nowhere = (warps - warp) * bins + threadIdx.x;
     const int per_thread = (bins + threads - 1) / threads;
     const int bin_first = min((int)threadIdx.x * per_thread, bins), bin_stop = min(bin_first + per_thread, bins);
     int planes = 0;  // 65536 keys a group
@@ -338,7 +342,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
         __syncthreads();
         const Window window = {base, size, first_bin, last_bin};
         choose(scale.special, size == n, [&](auto special, auto all) {
-            deal<special(), all()>(scores, first, last, scale, window, mine, nowhere, warp / group_warps * group_keys, places + skew - STEP);
+            const int origin = warp / group_warps * group_keys;
+            deal<special(), all()>(scores, first, last, scale, window, mine, origin, places + skew - STEP);
         });
         __syncthreads();
 
@@ -349,7 +354,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
                 const unsigned int pairs[4] = {packed.x, packed.y, packed.z, packed.w};
                 const unsigned int starting = ((const unsigned char*)heads)[i / 8];
                 const int from = whole() ? 0 : skew + before - (int)i, to = whole() ? 8 : skew + behind - (int)i;
-                int key[9] = {places[i ? i - 1 : 0]}, falls = 0;  // negative where a key is smaller than the one before it
+                int key[9] = {places[i ? i - 1 : 0]};
+                int falls = 0;  // negative where a key is smaller than the one before it
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
                     key[j + 1] = (int)(pairs[j / 2] >> 16 * (j % 2) & 0xffff);
@@ -367,8 +373,11 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
                 }
                 int* const at = out + base + ((int)i - skew);
                 if (whole()) {
-                    *(uint4*)at = {(unsigned int)key[1], (unsigned int)key[2], (unsigned int)key[3], (unsigned int)key[4]};
-                    *(uint4*)(at + 4) = {(unsigned int)key[5], (unsigned int)key[6], (unsigned int)key[7], (unsigned int)key[8]};
+#pragma unroll
+                    for (int j = 0; j < 8; j += 4) {
+                        const unsigned int a = key[j + 1], b = key[j + 2], c = key[j + 3], d = key[j + 4];
+                        *(uint4*)(at + j) = {a, b, c, d};
+                    }
                 } else {
                     for (int j = 0; j < 8; ++j)
                         if ((int)i + j >= skew && (int)i + j < skew + size) at[j] = key[j + 1];
@@ -394,8 +403,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
         }
         if (base + size == wanted) return;
         // The last bin goes on in the next window: back to where its counters started.
-        int restored = 0;
-        if (lane == 0) restored = warp ? counts[(warp - 1) * bins + last_bin] : last_bin ? counts[(warps - 1) * bins + last_bin - 1] : 0;
+        const int start_of_bin = last_bin ? counts[(warps - 1) * bins + last_bin - 1] : 0;
+        const int restored = warp ? counts[(warp - 1) * bins + last_bin] : start_of_bin;
         __syncthreads();
         if (lane == 0) mine[last_bin] = restored;
         for (int i = threadIdx.x; i < (1 + planes) * words; i += threads) heads[i] = 0;

@@ -24,7 +24,7 @@ def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, r
     order = np.full(offsets[-1] + 4, -7, np.int32)
     arguments = (scores, starts, history, offsets, len(offsets), order)
     if levels and levels < 3000:
-        shared = 4 * warps * (levels + 34) + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 520)
+        shared = 4 * warps * (levels + 2) + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 520)
         entry, arguments = "remap", (*arguments, len(lists), levels, window, planes)
     else:
         bins, passes = 256, 3 if levels else 4
