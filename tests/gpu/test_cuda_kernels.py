@@ -264,7 +264,7 @@ def test_a_whole_call_in_a_graph():
 
 @pytest.mark.parametrize("cap", [1.0, 0.2])
 @pytest.mark.parametrize("n", [70_000, 140_000])
-def test_long_lists_in_several_chunks(n, cap):
+def test_long_lists_in_several_windows(n, cap):
     """Lists beyond 2^16 and 2^17 keys."""
     from s2o_cupy.backends import cuda
 
