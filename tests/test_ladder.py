@@ -61,8 +61,8 @@ def test_steps_on_a_device(rung, dim):
         pytest.skip(missing)
     import cupy
 
-    for n, tau in ((700, 0.15), (300, 0.0)):
-        work = small_work(n=n, dim=dim, tau=tau, segment=256, block_q=128, block_k=64, pool=64)
+    for n, tau, block_k in ((700, 0.15, 128), (300, 0.0, 64)):
+        work = small_work(n=n, dim=dim, tau=tau, segment=256, block_q=128, block_k=block_k, pool=64)
         on_device = work.on_device()
         answer = on_device.answer(cupy)
         rung.prepare(on_device, answer)()

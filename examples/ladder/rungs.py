@@ -7,6 +7,7 @@ A rung is `Rung(name, change, prepare)`: `prepare(work, answer)` compiles it and
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,11 @@ def numba_rung(name, work, answer):
     arrays = (work.q, work.k, work.v, work.order, work.starts, answer.out, answer.tiles)
     views = [cuda.as_cuda_array(x, sync=False) for x in arrays]
     kernel = numba_kernel(name, work.problem.dim_qk)
-    grid = (work.row_tiles, work.problem.heads_q)
-    return functools.partial(kernel[grid, work.problem.settings.block_q], *views, *work.numbers())
+    grid, block = (work.row_tiles, work.problem.heads_q), work.problem.settings.block_q
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Grid size")  # numba-cuda's advice to launch more blocks
+        configured = kernel[grid, block]
+    return functools.partial(configured, *views, *work.numbers())
 
 
 # --- raw CUDA -------------------------------------------------------------------------------------

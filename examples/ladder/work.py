@@ -74,8 +74,8 @@ def small_work(n=60, heads=(4, 2), dim=32, seed=0, **settings) -> Work:
     return Work(problem, q[0], k[0], v[0], order, offsets[0])
 
 
-def check(work: Work, answer, tolerance: float = 2e-3) -> None:
-    """Refuse an answer (NumPy) that is not the reference's: the same stops, and `out` to float16's rounding."""
+def check(work: Work, answer, tolerance: float = 4e-3) -> None:
+    """Refuse an answer (NumPy) that is not the reference's: the same stops, `out` to weights rounded to float16."""
     from s2o_cupy import reference
 
     arrays = (x[None] for x in (work.q, work.k, work.v))
