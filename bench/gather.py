@@ -178,7 +178,7 @@ def _tier_deal(
     TIERS: tl.constexpr,
     FIELDS: tl.constexpr,  # counters of 10 bits in a word: C is at most 512
 ):
-    """Writes each list tier by tier, by position inside a tier: keys of a chunk are counted by a scan of packed words."""
+    """Writes each list tier by tier, by position inside a tier: a scan of packed words counts the keys of a chunk."""
     segments = tl.num_programs(0)
     segment = segments - 1 - tl.program_id(0)
     row = tl.program_id(1).to(tl.int64) * segments + segment

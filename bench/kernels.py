@@ -207,9 +207,8 @@ def say(name: str, n: int, p: Problem, launched, work, gemm: float, copy: float,
         numbers |= {"operations": operations, "bytes": moved, "floor_ms": floors[limit], "floor": limit}
         numbers["ratio"] = floors[limit] / time.median
         parts.append(f"{numbers['tbytes']:.2f} TB/s, floor {floors[limit]:.3f} ms ({limit})")
-    parts.append(
-        f"{held['registers']} registers, {held['blocks']} x {held['threads']} threads ({held['occupancy']:.0%})"
-    )
+    parts.append(f"{held['registers']} registers")
+    parts.append(f"{held['blocks']} x {held['threads']} threads a multiprocessor ({held['occupancy']:.0%})")
     parts += [f"{held['local_bytes']} B local"] if held["local_bytes"] else []
     parts += [f"{launches} launches"] if launches > 1 else []
     record.case(name, ours.shape_text(n), p.dtype, time=time, note=", ".join(parts), **numbers)

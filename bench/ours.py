@@ -81,7 +81,7 @@ def gap(out, exact) -> float:
 
 
 def rows_error(out, rows: np.ndarray, exact) -> float:
-    """Relative L2 error over all heads of sampled rows: out (.., Hq, N, Dv), CuPy's or PyTorch's; exact (Hq, rows, Dv)."""
+    """Relative L2 error over all heads of sampled rows, out (.., Hq, N, Dv) and exact (Hq, rows, Dv)."""
     import cupy
 
     out = out if isinstance(out, cupy.ndarray) else cupy.from_dlpack(out.detach())

@@ -57,7 +57,7 @@ class Record:
             if not (is_out_of_memory(error) or isinstance(error, catch)):
                 raise
             what = "out of memory" if is_out_of_memory(error) else type(error).__name__
-            text = (str(error).strip() or "no message").splitlines()[0][:160]
+            text = (str(error).strip() or "no message").splitlines()[0][:100]
             self.case(name, shape, dtype, note=f"not measured: {what}: {text}")
             error.__traceback__ = None  # it holds the arrays
         free_memory()

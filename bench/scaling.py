@@ -6,6 +6,7 @@ and cuDNN's through PyTorch, as far as the time allowed (``--seconds``) goes. A 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,8 @@ LENGTHS = tuple(2**power for power in range(10, 21))
 ERRORS = (0.05, 0.02)
 STAGES = ("score", "remap", "pool", "attend", "dense")
 ROWS = 256
-GROWTH = 4.5  # of a length's cost where it doubles
+CUDNN = "cuDNN (PyTorch SDPA)"
+SETTINGS = {"attention()": Settings(), "attention(), S=512": Settings(**ours.BASE)}  # the better one goes with length
 DENSE_UPTO = 2**18  # keys that dense attention is timed at
 
 
@@ -40,24 +42,24 @@ def arguments(parser) -> None:
 
 def main(options, record: Record) -> None:
     """Every length that the time allows, shortest first, then where sparse beats dense."""
-    start, cost, taus = time.perf_counter(), 0.0, dict.fromkeys(ERRORS, 1e-2)
+    start, last, taus = time.perf_counter(), None, {}
     for n in sorted(options.length):
         left = options.seconds - (time.perf_counter() - start)
-        if GROWTH * cost > left:
-            note = (
-                f"not measured: about {GROWTH * cost:.0f} s, with {left:.0f} of {options.seconds:.0f} left (--seconds)"
-            )
+        needed = last[1] * (n / last[0]) ** 2 if last else 0.0
+        if needed > left:
+            note = f"not measured: about {needed:.0f} s, {left:.0f} of --seconds {options.seconds:.0f} left"
             record.case("scaling", ours.shape_text(n), note=note, n=n)
             continue
         began = time.perf_counter()
         with record.attempt("scaling", ours.shape_text(n)):
             one_length(options.preset, n, taus, record)
-        cost = time.perf_counter() - began
+        compiled = n == min(options.length)  # the first length builds the kernels: its time says nothing
+        last = (n, 0.0 if compiled else time.perf_counter() - began)
     crossings = {}
     for wanted in ERRORS:
-        cases = [case for case in record.report["cases"] if case.get("wanted") == wanted and case.get("time")]
+        calls = fastest(record.report["cases"], wanted)
         for rival in ("dense", "cudnn"):
-            pairs = [(case["n"], case[rival] / case["time"]["median"]) for case in cases if case.get(rival)]
+            pairs = [(call["n"], call[rival] / call["time"]["median"]) for call in calls if call.get(rival)]
             crossings[f"{rival}, error {wanted}"] = crossing(pairs)
     record.put(crossings=crossings)
     print("\nlength from which the whole call is faster, interpolated between measured ones")
@@ -65,61 +67,73 @@ def main(options, record: Record) -> None:
         print(f"  than {name}: {'not reached' if n is None else f'{n:.0f}'}")
 
 
-def one_length(preset: str, n: int, taus: dict[float, float], record: Record) -> None:
+def fastest(cases: list[dict], wanted: float) -> list[dict]:
+    """The faster of the settings at each length, by length."""
+    found: dict[int, dict] = {}
+    for case in cases:
+        if case.get("wanted") == wanted and case.get("time"):
+            best = found.setdefault(case["n"], case)
+            if case["time"]["median"] < best["time"]["median"]:
+                found[case["n"]] = case
+    return [found[n] for n in sorted(found)]
+
+
+def one_length(preset: str, n: int, taus: dict, record: Record) -> None:
     """Both errors at one length; `taus` goes in with the last length's knobs, and out with this one's."""
     arrays = ours.inputs(preset, n)
-    p = make_problem(*arrays, Settings(**ours.BASE))
+    p = make_problem(*arrays, Settings())
     where, repeats = (ours.shape_text(n), p.dtype), 10 if n <= 2**16 else 3
     rows = sample_rows(n, ROWS, 0)
     exact = exact_rows(p, *arrays, rows).out[0].astype(np.float64)
-    rivals = {"dense": None, "cudnn": None}
+    rivals, dense = {"dense": None, "cudnn": None}, partial(s2o.dense_attention, *arrays, backend="cuda")
     if n <= DENSE_UPTO:
-        rivals = {
-            "dense": on_device([partial(s2o.dense_attention, *arrays, backend="cuda")], repeats, 1).median,
-            "cudnn": cudnn(arrays, p.scale, repeats, record, where),
-        }
-        for name, ms in rivals.items():
-            if ms:
-                rate = 4 * p.dim_qk * ours.causal_pairs(n) / ms / 1e9
-                record.case(f"{name} alone", *where, tflops=rate, ratio=rivals["dense"] / ms, n=n, ms=ms)
+        rivals["dense"] = dense_time("s2o_cupy dense_attention", n, record, where, repeats, lambda: dense)
+        rivals["cudnn"] = dense_time(CUDNN, n, record, where, repeats, partial(cudnn, arrays, p.scale))
 
-    def measure(tau):
-        found = s2o.attention(*arrays, tau=tau, backend="cuda", full_output=True, **ours.BASE)
-        return ours.rows_error(found.out, rows, exact), (found.stats.density, found.stats.path)
+    for (name, settings), wanted in itertools.product(SETTINGS.items(), ERRORS):
+        attention = partial(s2o.attention, *arrays, settings, backend="cuda")
 
-    for wanted in ERRORS:
-        sweep = Sweep(measure, 1e-5, 1.0, start=taus[wanted])
+        def measure(tau, attention=attention):
+            found = attention(tau=tau, full_output=True)
+            return ours.rows_error(found.out, rows, exact), (found.stats.density, found.stats.path)
+
+        sweep = Sweep(measure, 1e-5, 1.0, start=taus.get((name, wanted), 1e-2))
         met = sweep.meet(wanted)
         if met is None:
-            record.case("attention()", *where, note=f"cannot reach error {wanted}: {sweep.least_error:.4f}", n=n)
+            record.case(name, *where, note=f"cannot reach error {wanted}: {sweep.least_error:.4f}", n=n)
             continue
         tau, error, (density, path) = met
-        taus[wanted] = tau
-        call = partial(s2o.attention, *arrays, tau=tau, backend="cuda", **ours.BASE)
+        taus[name, wanted] = tau
+        call = partial(attention, tau=tau)
         timed, memory = on_device([call], repeats, 1), held(call)
         shares = stage_shares(call)
-        note = f"error {wanted}: {path}, " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        note += f", {memory / 2**30:.2f} GiB" + (
-            f", {rivals['cudnn'] / timed.median:.2f} of cuDNN" if rivals["cudnn"] else ""
-        )
+        note = f"error {wanted}: {path}, " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+        note += f", {memory / 2**30:.2f} GiB"
+        if rivals["cudnn"]:
+            note += f", cuDNN takes {rivals['cudnn'] / timed.median:.2f} times as long"
         record.case(
-            "attention()", *where, time=timed, note=note, density=density, error=error, n=n, wanted=wanted, tau=tau,
+            name, *where, time=timed, note=note, density=density, error=error, n=n, wanted=wanted, tau=tau,
             tflops=timed.rate(4 * p.dim_qk * density * ours.causal_pairs(n)), shares=shares, bytes=memory, path=path,
             ratio=rivals["dense"] / timed.median if rivals["dense"] else None, **rivals,
         )  # fmt: skip
 
 
-def cudnn(arrays, scale: float, repeats: int, record: Record, where: tuple) -> float | None:
-    """Milliseconds of cuDNN through PyTorch; None, and a line, where it is missing."""
-    name = "cuDNN (PyTorch SDPA)"
+def dense_time(name: str, n: int, record: Record, where: tuple, repeats: int, make) -> float | None:
+    """Milliseconds of a dense call; None, and a line, where it is missing or fails."""
     with record.attempt(name, *where, catch=(Exception,)):
-        import torch
-
-        from bench import rivals
-
-        call = rivals.dense_peers(*(torch.from_dlpack(x[0]) for x in arrays), scale)[name]()
-        return on_device([call], repeats, 1).median
+        timed = on_device([make()], repeats, 1)
+        record.case(name, *where, time=timed, density=1.0, tflops=timed.rate(4 * ours.DIM * ours.causal_pairs(n)), n=n)
+        return timed.median
     return None
+
+
+def cudnn(arrays, scale: float):
+    """cuDNN's attention through PyTorch."""
+    import torch
+
+    from bench import rivals
+
+    return rivals.dense_peers(*(torch.from_dlpack(x[0]) for x in arrays), scale)[CUDNN]()
 
 
 def held(call) -> int:

@@ -1,11 +1,10 @@
-"""The benchmarks' own logic: lines and JSON, sweeps, tables, and whole runs over NumPy in place of CuPy."""
+"""The benchmarks' own logic: lines, JSON, sweeps, tables, plots, and whole runs over NumPy in place of CuPy."""
 
-import argparse
 import json
-import math
 import os
+import re
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton loads, where it is there
 
@@ -14,30 +13,15 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import gpu, ours, peers, record, scaling, timing
+from bench import figures, kernels, ours, peers, report, scaling, timing
+from bench.faster import faster
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import Timing
+from s2o_cupy import backends
 
-
-@pytest.fixture
-def small(monkeypatch):
-    """No GPU: NumPy as CuPy, float32, few small heads."""
-    fake_cupy.install(monkeypatch)
-    make = ours.workloads.make
-    monkeypatch.setattr(ours, "HEADS_Q", 2)
-    monkeypatch.setattr(ours, "HEADS_KV", 1)
-    monkeypatch.setattr(ours, "DIM", 64)
-    monkeypatch.setattr(ours.workloads, "make", lambda *a, **k: make(*a, **k | {"dtype": "float32", "xp": np}))
-
-
-class Missing:
-    """A peer that cannot be made."""
-
-    name = "FlexAttention"
-
-    def __init__(self):
-        raise ImportError("no such peer here")
+ROOT = Path(__file__).resolve().parents[1]
+WHERE = ("Hq2 Hkv1 N2048 D64", "float32")
 
 
 def run(*arguments):
@@ -49,12 +33,376 @@ def run(*arguments):
     return done.value.code
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """No GPU: NumPy as CuPy, float32, few small heads."""
+    fake_cupy.install(monkeypatch)
+    make = ours.workloads.make
+    for name, value in (("HEADS_Q", 2), ("HEADS_KV", 1), ("DIM", 64)):
+        monkeypatch.setattr(ours, name, value)
+    monkeypatch.setattr(ours.workloads, "make", lambda *a, **k: make(*a, **k | {"dtype": "float32", "xp": np}))
+
+
+class Missing:
+    """A peer that cannot be made."""
+
+    name = "FlexAttention"
+
+    def __init__(self, *_):
+        raise ImportError("no such peer here")
+
+
+# --- the record ------------------------------------------------------------------------------------
+def test_the_machine_comes_first_and_every_case_is_one_line(capsys, tmp_path):
+    record = Record("gpu", {"gpu": "made up"}, tmp_path / "x.json")
+    record.case("one", *WHERE, time=Timing(1.5, 1.25, 2.0, 5), density=0.25, error=0.0123, tflops=123.4, ratio=2.0)
+    record.case("two", *WHERE, note="no time")
+    first, head, one, two = capsys.readouterr().out.splitlines()
+    assert first == "gpu: made up"
+    for name, text in (("ms", "1.500"), ("p10", "1.250"), ("TFLOP/s", "123"), ("ratio", "2.00"), ("error", "0.0123")):
+        end = head.index(name) + len(name)
+        assert one[:end].endswith(text), name
+    assert two.endswith("no time")
+    assert "-" in two
+
+
+def test_json_is_written_after_each_case(tmp_path):
+    path = tmp_path / "x.json"
+    record = Record("gpu", {"gpu": "made up"}, path)
+    assert json.loads(path.read_text())["cases"] == []
+    record.case("one", *WHERE, time=Timing.of([1.0, 2.0, 3.0]), wanted=0.05)
+    case = json.loads(path.read_text())["cases"][0]
+    assert case["time"] == pytest.approx({"median": 2.0, "p10": 1.2, "p90": 2.8, "repeats": 3})
+    assert case["wanted"] == 0.05
+    record.put(crossings={"dense": 4096.0})
+    assert json.loads(path.read_text())["crossings"] == {"dense": 4096.0}
+
+
+def test_a_json_path_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no"):
+        Record("gpu", {}, tmp_path / "no" / "x.json")
+
+
+class OutOfMemoryError(RuntimeError):
+    """As CuPy and PyTorch name theirs."""
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("4 GiB wanted"), MemoryError("4 GiB wanted")])
+def test_out_of_memory_is_one_line_and_the_rest_runs(error, capsys):
+    record = Record("gpu", {})
+    with record.attempt("big", *WHERE):
+        raise error
+    record.case("small", *WHERE)
+    assert [case["name"] for case in record.report["cases"]] == ["big", "small"]
+    assert "not measured: out of memory: 4 GiB wanted" in capsys.readouterr().out
+
+
+def test_other_errors_are_not_hidden_unless_asked():
+    record = Record("gpu", {})
+    with pytest.raises(ValueError, match="wrong"), record.attempt("one"):
+        raise ValueError("wrong")
+    with record.attempt("two", catch=(ValueError,)):
+        raise ValueError("wrong\nand more")
+    assert record.report["cases"][0]["note"] == "not measured: ValueError: wrong"
+    with pytest.raises(KeyboardInterrupt), record.attempt("three", catch=(Exception,)):
+        raise KeyboardInterrupt
+
+
+# --- the command -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("bench", ["gpu", "peers", "scaling", "kernels"])
+def test_without_a_gpu_one_line_says_so(bench, monkeypatch):
+    monkeypatch.setattr(backends, "_cuda_status", lambda: (False, "no CUDA device"))
+    assert run(bench) == "bench: error: backend 'cuda' cannot run: no CUDA device"
+
+
+def test_an_interrupted_run_keeps_what_was_measured(small, monkeypatch, tmp_path, capsys):
+    def interrupted(options, record):
+        record.case("one", *WHERE)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "main", interrupted)
+    assert run("peers", "--json", tmp_path / "x.json") == 130
+    kept = json.loads((tmp_path / "x.json").read_text())
+    assert kept["interrupted"] is True
+    assert [case["name"] for case in kept["cases"]] == ["one"]
+    assert "interrupted after 1 cases" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "1000", "2048,x", "2048,", "1024"])
+def test_lengths_that_peers_cannot_take_are_refused(text, capsys):
+    assert run("peers", "--length", text) == 2
+    assert "allowed: multiples of 1024 from 2048 on" in capsys.readouterr().err
+
+
+def test_a_busy_gpu_is_said():
+    assert timing.busy("0", "600") == ""
+    assert timing.busy("", "[N/A]") == ""
+    assert timing.busy("40", "600").startswith("the GPU is busy (40 % utilisation before")
+    assert "(40 % utilisation, 9000 MiB in use before" in timing.busy("40", "9000")
+
+
+# --- the sweep ---------------------------------------------------------------------------------------
+class Method:
+    """An error that grows with a knob, and how often it was measured."""
+
+    def __init__(self, error):
+        self.error, self.asked = error, []
+
+    def __call__(self, x):
+        self.asked.append(x)
+        return self.error(x), f"at {x}"
+
+
+@pytest.mark.parametrize("power", [0.25, 1.0, 3.0])
+def test_a_sweep_meets_errors_closely_from_below_and_measures_no_point_twice(power):
+    method = Method(lambda x: x**power)
+    sweep = Sweep(method, 1e-8, 1e4)
+    for wanted in (0.1, 0.05, 0.02, 0.01):
+        x, error, point = sweep.meet(wanted)
+        assert 0.97 * wanted <= error <= wanted
+        assert (error, point) == (x**power, f"at {x}")
+    assert len(method.asked) == len(set(method.asked)) < 40
+
+
+def test_a_sweep_of_steps_takes_the_last_step_that_meets():
+    method = Method(lambda x: 0.03 if x < 0.5 else 0.07)
+    x, error, _ = Sweep(method, 1e-5, 1.0).meet(0.05)
+    assert error == 0.03
+    assert 0.45 < x < 0.5
+    assert len(method.asked) <= 12
+
+
+def test_a_sweep_says_when_not_even_the_most_work_meets():
+    sweep = Sweep(Method(lambda x: 0.2 + x), 1e-5, 1.0)
+    assert sweep.meet(0.1) is None
+    assert sweep.least_error == pytest.approx(0.2, abs=1e-4)
+
+
+def test_a_sweep_goes_no_further_than_its_least_work():
+    x, error, _ = Sweep(Method(lambda x: x / 100), 1e-5, 1.0).meet(0.1)
+    assert (x, error) == (1.0, 0.01)
+
+
+def test_a_crossing_lies_between_the_lengths_around_it():
+    assert scaling.crossing([]) is None
+    assert scaling.crossing([(1024, 0.5), (2048, 1.0)]) is None
+    assert scaling.crossing([(1024, 2.0), (2048, 3.0)]) == 1024
+    assert scaling.crossing([(4096, 2.0), (1024, 0.5)]) == pytest.approx(2048)
+    assert 4096 < scaling.crossing([(1024, 2.0), (2048, 0.9), (4096, 0.9), (8192, 1.5)]) < 8192
+
+
+# --- whole runs --------------------------------------------------------------------------------------
 def test_peers_says_what_is_missing_and_measures_the_rest(small, monkeypatch, tmp_path, capsys):
-    rivals = pytest.importorskip("bench.rivals", reason="the peers need torch")
-    monkeypatch.setattr(rivals, "sparse_peers", lambda quick: [(rivals.Blocks.name, rivals.Blocks)])
+    pytest.importorskip("torch", reason="the peers need torch")
+    from bench import rivals
+
+    monkeypatch.setattr(rivals, "sparse_peers", lambda quick: [("S2O Triton", Missing)])
     monkeypatch.setattr(rivals, "Flex", Missing)
     monkeypatch.setattr(peers, "OURS", {"s2o_cupy": {}})
-    monkeypatch.setattr(peers, "ERRORS", (0.3,))
-    status = run("peers", "--length", "2048", "--rows", "64", "--json", tmp_path / "x.json")
-    print(capsys.readouterr().out)
-    assert status == 0
+    monkeypatch.setattr(peers, "ERRORS", (0.1, 0.01))
+    assert run("peers", "--length", "4096", "--rows", "64", "--json", tmp_path / "x.json") == 0
+    cases = json.loads((tmp_path / "x.json").read_text())["cases"]
+    by_name = {case["name"]: case for case in cases}
+    for name, why in (("FlashInfer", "ModuleNotFoundError"), ("S2O Triton", "ImportError: no such peer here")):
+        assert by_name[name]["time"] is None
+        assert f"not measured: {why}" in by_name[name]["note"]
+    mine = [case for case in cases if case.get("kind") == "ours"]
+    assert [case["wanted"] for case in mine] == [0.1, 0.01]
+    for case in mine:
+        assert case["error"] <= case["wanted"]
+    assert 0 < mine[0]["density"] < mine[1]["density"] < 1
+    assert "N=4096: time of each over that of our fastest variant" in capsys.readouterr().out
+
+
+def test_without_torch_peers_measures_ours(small, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "bench.rivals", None)
+    monkeypatch.delattr("bench.rivals", raising=False)
+    monkeypatch.setattr(peers, "OURS", {"s2o_cupy": {}})
+    assert run("peers", "--quick", "--length", "4096", "--rows", "64", "--json", tmp_path / "x.json") == 0
+    cases = json.loads((tmp_path / "x.json").read_text())["cases"]
+    assert "pip install torch" in cases[0]["note"]
+    assert [case.get("kind") for case in cases[1:]] == ["dense", "ours", "ours"]
+
+
+def test_a_wrong_dense_answer_is_not_timed(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bench.rivals", None)
+    monkeypatch.delattr("bench.rivals", raising=False)
+    wrong = peers.s2o.dense_attention
+    monkeypatch.setattr(peers.s2o, "dense_attention", lambda *a, **k: wrong(*a, **k) * 1.1)
+    assert "from exact attention; allowed: 0.02" in run("peers", "--quick", "--length", "4096", "--rows", "32")
+
+
+def test_scaling_stops_where_the_time_ends_and_shares_add_up(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "cudnn", lambda *_: Missing())
+    path = tmp_path / "x.json"
+    assert run("scaling", "--length", "1024", "4096", "1048576", "--seconds", "300", "--json", path) == 0
+    found = json.loads(path.read_text())
+    calls = [case for case in found["cases"] if "wanted" in case]
+    assert [(case["n"], case["path"]) for case in calls] == [(1024, "dense")] * 4 + [(4096, "ranked")] * 4
+    for case in calls:
+        assert sum(case["shares"].values()) == pytest.approx(1)
+        assert {"score", "remap", "attend"} <= set(case["shares"]) or case["path"] == "dense"
+        assert case["dense"] > 0
+        assert case["cudnn"] is None
+    assert "--seconds 300" in found["cases"][-1]["note"]
+    assert set(found["crossings"]) == {f"{rival}, error {e}" for rival in ("dense", "cudnn") for e in (0.05, 0.02)}
+
+
+def test_gpu_measures_every_stage(small, tmp_path):
+    arguments = ("--lengths", "2048", "--presets", "sparse", "--no-torch", "--json", tmp_path / "x.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command.ON_GPU["gpu"][0], "CROSSOVER", (2048,))
+        assert run("gpu", *arguments) == 0
+    cases = json.loads((tmp_path / "x.json").read_text())["cases"]
+    names = [case["name"] for case in cases]
+    for name in ("sparse: dense", "sparse: plan, mean", "sparse: attend, tau 0.01", "crossover, randn: attention()"):
+        assert name in names
+    walks = [case for case in cases if "attend, tau" in case["name"]]
+    assert [case["density"] for case in walks] == sorted(case["density"] for case in walks)
+
+
+# --- kernels -----------------------------------------------------------------------------------------
+def problem(n=1024, **settings):
+    from s2o_cupy.problem import Problem
+    from s2o_cupy.settings import Settings
+
+    return Problem(1, 4, 2, n, n, 64, 64, "bfloat16", Settings(segment=256, pool=128, rank_terms=7, **settings))
+
+
+def test_costs_count_operations_and_bytes_once():
+    p, pairs = problem(), 4 * 1024 * 1025 / 2
+    operations, moved = kernels.costs("attend", p, None)
+    assert operations == 4 * 64 * pairs
+    assert moved == 2 * 64 * 1024 * (4 + 2 + 2 + 4)
+    scores = 4 * (0 + 256 + 512 + 768)
+    assert kernels.costs("score", p, None) == (2 * 64 * 8 * scores, 2 * (scores + 2 * 1024 * 64))
+    assert kernels.costs("remap", p, None) == (0, 2 * scores + 4 * scores)
+    assert kernels.costs("remap", problem(cap=0.5), None)[1] == 2 * scores + 4 * scores / 2
+    assert kernels.costs("pool", p, None)[1] == 2 * 2 * 2 * 1024 * 64 * (1 + 1 / 128)
+    assert kernels.costs("unheard of", p, None) is None
+
+
+def test_a_kernels_line_has_its_floor_and_its_resources(capsys):
+    record, held = Record("kernels", {}), {"registers": 168, "blocks": 2, "threads": 256, "occupancy": 0.25}
+    launched = (Timing(2.0, 1.9, 2.1, 7), held | {"local_bytes": 0, "shared_bytes": 0}, 3)
+    kernels.say("attention: attend", 1024, problem(), launched, (4e11, 1e6), 4e14, 3e12, record)
+    case = record.report["cases"][0]
+    assert (case["floor_ms"], case["floor"], case["ratio"]) == (1.0, "operations", 0.5)
+    assert case["tflops"] == 200
+    assert "168 registers, 2 x 256 threads a multiprocessor (25%), 3 launches" in capsys.readouterr().out
+    kernels.say("attention: new", 1024, problem(), launched, None, 4e14, 3e12, record)
+    assert "ratio" not in record.report["cases"][1]
+
+
+# --- tables, plots, the page -------------------------------------------------------------------------
+@pytest.fixture
+def peers_json(tmp_path):
+    """A small `peers` report on disk."""
+    path = tmp_path / "peers_20260101_abc.json"
+    record = Record("peers", {"gpu": "made <up>"}, path)
+    same = {"n": 4096, "preset": "diffuse", "density": 1.0, "error": 0.001}
+    record.case("cuDNN (PyTorch SDPA)", *WHERE, time=Timing(10.0, 9.0, 11.0, 5), kind="dense", ratio=1.0, **same)
+    for wanted, ms in ((0.05, 1.0), (0.02, 2.0)):
+        for name, kind, factor in (("s2o_cupy", "ours", 1), ("s2o_cupy, 7 terms", "ours", 2), ("S2O", "sparse", 4)):
+            more = same | {"density": wanted * factor, "error": 0.98 * wanted}
+            record.case(name, *WHERE, time=Timing(ms * factor, 0, 0, 5), kind=kind, wanted=wanted, **more)
+    more = same | {"wanted": 0.05, "kind": "sparse", "at_cudnn_rate_ms": 5.0}
+    record.case("PBS-Attn, Triton", *WHERE, time=Timing(6.0, 0, 0, 5), **more)
+    record.case("FlashInfer", *WHERE, note="not measured: ImportError")
+    return path
+
+
+def test_faster_is_against_our_fastest_variant_at_the_same_error(peers_json):
+    found = faster(json.loads(peers_json.read_text())["cases"], 4096)
+    assert found["cuDNN (PyTorch SDPA)"] == {0.05: 10.0, 0.02: 5.0}
+    assert found["s2o_cupy, 7 terms"] == {0.05: 2.0, 0.02: 2.0}
+    assert found["S2O"] == {0.05: 4.0, 0.02: 4.0}
+    assert found["PBS-Attn, Triton"] == {0.05: 6.0}
+    assert found["PBS-Attn's selection at cuDNN's dense rate"] == {0.05: 5.0}
+    assert faster(json.loads(peers_json.read_text())["cases"], 999) == {}
+
+
+def test_a_page_needs_no_other_file(peers_json, tmp_path, monkeypatch, capsys):
+    (tmp_path / "old.json").write_text('{"machine": {}}')
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert run("report", "--out", tmp_path / "page.html") == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "made &lt;up&gt;" in page
+    assert page.count('<img src="data:image/png;base64,') == 1
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert page.count("<tr>") == 1 + 9
+    assert "old.json: written by an older bench" in capsys.readouterr().out
+
+
+def test_the_other_reports_have_figures(small, monkeypatch):
+    case = {"name": "x", "shape": "N1", "dtype": "f", "time": {"median": 1.0}, "n": 4096, "note": ""}
+    scaled = {"wanted": 0.05, "shares": {"score": 0.25, "between": 0.75}, "dense": 2.0, "cudnn": None}
+    more = [case | scaled, case | scaled | {"n": 8192}]
+    assert len(figures.of({"bench": "scaling", "machine": {}, "cases": more})) == 1
+    floor = {"floor_ms": 0.5, "floor": "bytes", "ratio": 0.5}
+    assert len(figures.of({"bench": "kernels", "machine": {}, "cases": [case | floor]})) == 1
+    assert figures.of({"bench": "quality", "machine": {}, "cases": []}) == []
+
+
+def test_the_headline_figure_names_the_json_it_was_made_from(peers_json, tmp_path):
+    assert run("report", peers_json, "--figure", tmp_path / "x.png") == 0
+    assert figures.source(tmp_path / "x.png") == {"file": peers_json.name, "sha256": figures.digest(peers_json)}
+    assert "0 of the files are `peers` reports" in run("report", "--figure", tmp_path / "y.png", _other(tmp_path))
+
+
+def _other(folder):
+    Record("scaling", {}, folder / "scaling.json")
+    return folder / "scaling.json"
+
+
+def test_marked_tables_are_made_from_their_json(peers_json, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    text = "before\n<!-- bench peers_20260101_abc.json {} 4096 -->\n{}<!-- /bench -->\nafter\n"
+    (tmp_path / "x.md").write_text(text.format("faster", "stale\n") + text.format("matched", ""))
+    assert run("report", "--update", tmp_path / "x.md") == 0
+    new = (tmp_path / "x.md").read_text()
+    assert "| cuDNN (PyTorch SDPA) | 10.00 | 5.00 |" in new
+    assert "| S2O |  | 4, 0.200 | 8, 0.080 |" in new
+    assert "stale" not in new
+    assert (new.count("before"), new.count("after")) == (2, 2)
+    assert report.updated(new) == new
+    with pytest.raises(ValueError, match="allowed: faster, cases, matched"):
+        report.updated(text.format("nothing", ""))
+
+
+# --- what is committed ---------------------------------------------------------------------------------
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/results/README.md"]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_of_the_documents_are_those_of_their_json(path):
+    assert report.updated(path.read_text()) == path.read_text()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_results_that_documents_name_are_there(path):
+    for name in re.findall(r"bench/results/([\w.{}-]+\.(?:json|txt))", path.read_text()):
+        assert (ROOT / "bench" / "results" / name).is_file(), name
+
+
+def test_every_result_has_its_line():
+    lines = (ROOT / "bench" / "results" / "README.md").read_text()
+    for path in (ROOT / "bench" / "results").iterdir():
+        assert path.name == "README.md" or path.name in lines, path.name
+
+
+def test_a_document_with_times_names_the_json_that_holds_them():
+    for path in DOCUMENTS:
+        text = path.read_text()
+        timed = [
+            row for row in text.splitlines() if row.startswith("|") and re.search(r"\d (ms|TFLOP/s|GFLOP/s)\b", row)
+        ]
+        assert not timed or re.search(r"bench/results/[\w-]+\.json", text), path
+
+
+def test_pictures_of_speed_were_made_from_a_committed_json():
+    for path in (ROOT / "docs").glob("*.png"):
+        stated = figures.source(path)
+        if stated:
+            made_from = ROOT / "bench" / "results" / stated["file"]
+            assert figures.digest(made_from) == stated["sha256"], path

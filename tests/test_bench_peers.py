@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the peers are PyTorch's and Triton's")
 
-from bench import baselines, selection
+from bench import baselines, selection  # noqa: E402
 
 N, DIM, SEGMENT, HEADS = 1024, 16, 256, 2
 SCALE = DIM**-0.5
