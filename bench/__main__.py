@@ -27,7 +27,9 @@ def main() -> None:
     """Run one benchmark; print it, and write JSON if asked."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", metavar="FILE", help="write every number here, again after each case")
+    common.add_argument(
+        "--json", metavar="PATH", help="write every number here, again after each case; in a folder, by date and commit"
+    )
     benches = parser.add_subparsers(dest="bench", required=True)
     for name, (module, text) in (ON_CPU | ON_GPU).items():
         module.arguments(benches.add_parser(name, parents=[common], help=text, description=module.__doc__))
@@ -57,7 +59,7 @@ def run(options) -> int:
         module.main(options, record)
     except KeyboardInterrupt:
         record.put(interrupted=True)
-        kept = f"; {options.json} holds what was measured" if options.json else ""
+        kept = f"; {record.path} holds what was measured" if record.path else ""
         print(f"\nbench: interrupted after {len(record.report['cases'])} cases{kept}")
         return 130
     return 0

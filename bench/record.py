@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from bench.timing import Timing, as_json
 from s2o_cupy.files import save_json, writable
@@ -16,10 +17,10 @@ _HEAD += f" {'TFLOP/s':>7} {'ratio':>6}  note"
 
 
 class Record:
-    """The report of one run; `path` (or None) is written again, whole, whenever something is added."""
+    """The report of one run; `path` is written again, whole, whenever something is added."""
 
     def __init__(self, bench: str, machine: dict, path: str | None = None):
-        self.path = writable(path) if path else None  # refused now, not after the work
+        self.path = _file(Path(path), bench, machine) if path else None  # refused now, not after the work
         self.report = {"bench": bench, "format": FORMAT, "arguments": sys.argv[1:], "machine": machine, "cases": []}
         self._headed = False
         print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
@@ -61,6 +62,14 @@ class Record:
             self.case(name, shape, dtype, note=f"not measured: {what}: {text}")
             error.__traceback__ = None  # it holds the arrays
         free_memory()
+
+
+def _file(path: Path, bench: str, machine: dict) -> Path:
+    """The file to write; in a folder, one named by the benchmark, the day and the commit."""
+    if path.is_dir():
+        day = machine.get("date", "undated").split()[0].replace("-", "")
+        path = path / f"{bench}_{day}_{machine.get('commit', 'unknown')}.json"
+    return writable(path)
 
 
 def line(case: dict) -> str:

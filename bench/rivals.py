@@ -68,9 +68,10 @@ class Gather:
         self.knob = "tau" if chunk else "1 / share walked"
         self.span = (1e-6, 3.0) if chunk else (1.0, 2e3)
         self.kernels = _kernels()
+        self.lists = None  # room and places, made once: they follow from the shape alone
 
     def rank(self, q, k, v, scale):
-        lists = selection.Lists(len(q), q.shape[1], self.segment, q.device)
+        lists = self.lists = self.lists or selection.Lists(len(q), q.shape[1], self.segment, q.device)
         score = selection.mean_scores(q, k, self.segment)
         if self.tiers:
             self.kernels.rank_in_tiers(score, lists.starts, self.segment, lists.order)
@@ -100,7 +101,7 @@ class Gather:
 class Blocks:
     """PBS-Attn by its rule, over the Triton kernel: keys permuted inside segments of 256, blocks up to a share."""
 
-    name, knob, span = "PBS-Attn, Triton block kernel", "1 - threshold", (1e-5, 0.999)
+    name, knob, span = "PBS-Attn, Triton block kernel", "1 - threshold", (1e-7, 0.999)
 
     def __init__(self):
         self.kernels = _kernels()
@@ -127,7 +128,7 @@ class Blocks:
 class Flex:
     """FlexAttention over a block mask: pooled blocks of keys in position order up to a share of their mass."""
 
-    name, knob, span = "FlexAttention, pooled blocks", "1 - threshold", (1e-5, 0.999)
+    name, knob, span = "FlexAttention, pooled blocks", "1 - threshold", (1e-7, 0.999)
     _compiled = None
 
     def __init__(self):

@@ -83,6 +83,11 @@ def test_a_json_path_that_cannot_be_written_is_refused_before_any_work(tmp_path)
         Record("gpu", {}, tmp_path / "no" / "x.json")
 
 
+def test_in_a_folder_the_day_and_the_commit_name_the_json(tmp_path):
+    Record("peers", {"date": "2026-11-24 10:00", "commit": "abc1234"}, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["peers_20261124_abc1234.json"]
+
+
 class OutOfMemoryError(RuntimeError):
     """As CuPy and PyTorch name theirs."""
 
