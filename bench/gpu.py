@@ -67,7 +67,7 @@ class Case:
 
     def all(self, with_torch: bool) -> None:
         self.dense()
-        if with_torch and self.problem.n_q <= 40_000 and self.problem.batch == 1:
+        if with_torch and self.problem.batch == 1:
             self.torch()
         self.plan()
         self.attend()
