@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from s2o_cupy.compile import kernel_source
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
+from s2o_cupy.sources import current
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 SCALARS = {"int": (np.int32,), "long long": (np.int64,), "float": (np.float32,), "real_t": (np.float32, np.float64)}
@@ -52,7 +52,7 @@ class Kernel:
 
 def parameters(name, entry):
     """A kernel's parameters from its source; some files declare kernels by a macro."""
-    source = re.sub(r"//[^\n]*", "", kernel_source(name)).replace("\\\n", " ")
+    source = re.sub(r"//[^\n]*", "", current(name).text).replace("\\\n", " ")
     by_macro = re.search(rf"^[A-Z]+\({entry},", source, re.MULTILINE)
     start = r"\bNAME\(\s*(const[^{]*)" if by_macro else rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)'
     inside = re.search(start + r"\) \{", source, re.DOTALL)[1]
@@ -75,7 +75,7 @@ def cuda(monkeypatch):
     monkeypatch.delitem(sys.modules, "s2o_cupy.backends.cuda", raising=False)
     module = importlib.import_module("s2o_cupy.backends.cuda")
     monkeypatch.setattr(module, "device_target", lambda device=None: "sm_90a")
-    monkeypatch.setattr(module, "get_kernel", lambda name, entry=None, **macros: Kernel(name, entry))
+    monkeypatch.setattr(module, "get_kernel", lambda name, entry=None, source=None, **macros: Kernel(name, entry))
     yield module
     sys.modules.pop("s2o_cupy.backends.cuda", None)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from s2o_cupy.compile import kernel_folder, kernel_source
+from s2o_cupy.compile import KernelCompileError
+from s2o_cupy.sources import current, kernel_folder
 
 HERE = Path(__file__).parent
 _BUILDS = tempfile.TemporaryDirectory(prefix="s2o_emulation_")
@@ -26,7 +27,12 @@ def compiler() -> str | None:
 
 def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False, edit=None, **macros):
     """Runs ``kernels/NAME.cu``'s kernel on NumPy arrays, in place. `edit` may change the source (to break it)."""
-    function, types = _built(name, entry or name, tuple(sorted(macros.items())), edit)
+    source = current(name).text
+    if edit is not None:
+        changed = edit(source)
+        assert changed != source, "the edit changes nothing"
+        source = changed
+    function, types = built(source, entry or name, tuple(sorted(macros.items())))
     grid = (*grid, *(1,) * (3 - len(grid)))
     values = []
     for argument, kind in zip(arguments, types, strict=True):
@@ -38,12 +44,8 @@ def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False,
 
 
 @functools.cache
-def _built(name: str, entry: str, macros: tuple, edit):
-    source = kernel_source(name)
-    if edit is not None:
-        changed = edit(source)
-        assert changed != source, "the edit changes nothing"
-        source = changed
+def built(source: str, entry: str, macros: tuple):
+    """A kernel compiled for the CPU, and the kinds of its arguments: "*" or a scalar's C type."""
     real = dict(macros).get("REAL")
     source = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
@@ -84,7 +86,8 @@ extern "C" void emulate(int x, int y, int z, int block, int shared, int reversed
         f"-I{kernel_folder()}",
     ]
     done = subprocess.run([*command, *defines, str(cpp), "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:4000]
+    if done.returncode:
+        raise KernelCompileError(f"{entry} for the CPU's emulation:\n{done.stderr[:4000]}")
     return ctypes.CDLL(str(library)).emulate, types
 
 
