@@ -29,6 +29,7 @@ class KernelCompileError(RuntimeError):
 
 
 # --- runtime: RawModule ---------------------------------------------------------------------------
+MORE_OPTIONS: tuple[str, ...] = ()  # for every kernel of this process: line numbers, when a sanitizer watches
 _kernels: dict = {}
 _lock = threading.Lock()
 
@@ -36,7 +37,7 @@ _lock = threading.Lock()
 def options(arch: str, macros: dict) -> tuple[str, ...]:
     """NVRTC's options for one macro set."""
     defines = [f"-D{name}={value}" for name, value in sorted(macros.items())]
-    return (f"-arch={arch}", "-std=c++17", f"-I{kernel_folder()}", *defines)
+    return (f"-arch={arch}", "-std=c++17", f"-I{kernel_folder()}", *defines, *MORE_OPTIONS)
 
 
 def get_kernel(name: str, entry: str | None = None, source: Source | None = None, **macros):

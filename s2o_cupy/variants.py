@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2o_cupy.sources import SHAPE_MACROS, Source, in_use, inlined, kernel_folder, kernel_names
+from s2o_cupy.sources import Source, in_use, inlined, kernel_folder, kernel_names
 
 LABEL = "cell"  # what a compiler's message calls a variant's own text
 
@@ -269,6 +269,3 @@ def _same_parameters(name: str, entry: str, wanted: list[str] | None, got: list[
 def check_macros(macros: dict) -> dict:
     """``-D`` macros with their values as integers where they are ones."""
     return {name: int(value) if re.fullmatch(r"-?\d+", str(value)) else value for name, value in macros.items()}
-
-
-__all__ = ["SHAPE_MACROS", "Variant", "check_macros", "make_variant", "use_kernel"]

@@ -12,7 +12,7 @@ from s2o_cupy import specialisations as kernels
 from s2o_cupy.compile import device_target, get_kernel
 from s2o_cupy.problem import Problem, Slab
 from s2o_cupy.sources import Source, current
-from s2o_cupy.specialisations import DTYPE_MACROS, shared_limit
+from s2o_cupy.specialisations import shared_limit
 
 # Keys of the longest history from which ranking pays (docs/kernels.md: between N=4096 and 8192 on an H100).
 RANKING_PAYS_FROM = 4096
@@ -295,17 +295,7 @@ def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=Non
 @functools.lru_cache(maxsize=512)
 def _kernel_on(device: int, source: Source, dtype: str, dim, entry, dim_v, block_q):
     arch, name = device_target(device), source.name
-    if name == "attend":
-        macros = kernels.attend_macros(dtype, dim, dim_v, block_q, arch)
-    elif name == "attend_sm90":
-        macros = kernels.sm90_macros(dtype, dim, dim_v, block_q)
-    elif name == "attend_simt":
-        macros = kernels.simt_macros(dtype, dim_v)
-    elif name == "score":
-        macros = kernels.score_macros(dtype, dim, arch)
-    else:
-        macros = kernels.remap_macros(dtype) if name == "remap" else DTYPE_MACROS[dtype]
-    macros = source.applied(macros)
+    macros = source.applied(kernels.launch_macros(name, dtype, dim, dim_v, block_q, arch))
     return get_kernel(name, entry, source, **macros), macros
 
 

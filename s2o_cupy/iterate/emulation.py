@@ -32,7 +32,11 @@ def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False,
         changed = edit(source)
         assert changed != source, "the edit changes nothing"
         source = changed
-    function, types = built(source, entry or name, tuple(sorted(macros.items())))
+    call(*built(source, entry or name, tuple(sorted(macros.items()))), grid, block, arguments, shared, reverse)
+
+
+def call(function, types, grid, block, arguments, shared=0, reverse=False) -> None:
+    """Run what `built` made: None is a null pointer, `reverse` the opposite order of a block's threads."""
     grid = (*grid, *(1,) * (3 - len(grid)))
     values = []
     for argument, kind in zip(arguments, types, strict=True):

@@ -1,0 +1,88 @@
+"""HTML for Jupyter: tables, and pictures as inline SVG, drawn without any package and legible in grey."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+
+_CELL = 'style="text-align:left;padding:2px 10px"'
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence], title: str = "", strong: Sequence[int] = ()) -> str:
+    """An HTML table; rows numbered in `strong` are bold."""
+    head = "".join(f"<th {_CELL}>{html.escape(str(name))}</th>" for name in columns)
+    lines = []
+    for number, row in enumerate(rows):
+        tag = "b" if number in strong else "span"
+        lines.append("".join(f"<td {_CELL}><{tag}>{html.escape(shown(x))}</{tag}></td>" for x in row))
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    caption = f"<div><b>{html.escape(title)}</b></div>" if title else ""
+    return f"{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def shown(x) -> str:
+    """A value as a table shows it: numbers to four digits."""
+    if isinstance(x, (bool, np.bool_)) or x is None or isinstance(x, str):
+        return str(x)
+    return f"{x:.4g}" if isinstance(x, (float, np.floating)) else str(x)
+
+
+def columns_picture(values, label: str, width: int = 420, height: int = 110) -> str:
+    """A column for each value, from 0 to the greatest; at most one a pixel (the greatest of each run is shown)."""
+    values = np.nan_to_num(np.asarray(values, np.float64).reshape(-1))
+    if not values.size:
+        return ""
+    runs = np.array_split(values, min(len(values), width))
+    heights = np.array([run.max() for run in runs])
+    most = heights.max() or 1.0
+    step, floor = width / len(heights), height - 16
+    bars = "".join(
+        f'<rect x="{i * step:.1f}" y="{floor - floor * h / most:.1f}" width="{max(step - 0.5, 0.5):.1f}" '
+        f'height="{floor * h / most:.1f}"/>'
+        for i, h in enumerate(heights)
+    )
+    text = f'<text x="0" y="{height - 3}" font-size="11">{html.escape(f"{label}; greatest {shown(most)}")}</text>'
+    return _svg(width, height, f'<g fill="#666">{bars}</g>{text}')
+
+
+def curves_picture(lines: dict, x_label: str, y_label: str, width: int = 420, height: int = 230) -> str:
+    """A line for each name's (x, y), y in a logarithmic scale; points that are not above 0 are left out."""
+    kept = {}
+    for name, (x, y) in lines.items():
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        some = np.isfinite(x) & (y > 0) & np.isfinite(y)
+        if some.any():
+            kept[name] = x[some], np.log10(y[some])
+    if not kept:
+        return ""
+    xs, ys = (np.concatenate([pair[i] for pair in kept.values()]) for i in (0, 1))
+    low, high, down, up = xs.min(), xs.max(), ys.min(), ys.max()
+
+    def place(x, y):
+        across = 40 + (width - 60) * (x - low) / ((high - low) or 1)
+        return across, 10 + (height - 50) * (up - y) / ((up - down) or 1)
+
+    parts = []
+    for i, (name, (x, y)) in enumerate(kept.items()):
+        points = " ".join("{:.1f},{:.1f}".format(*place(*pair)) for pair in zip(x, y))
+        dash = ("", "6,3", "2,2", "8,3,2,3")[i % 4]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="#444" stroke-dasharray="{dash}"/>')
+        parts += ['<circle cx="{:.1f}" cy="{:.1f}" r="2.5"/>'.format(*place(*pair)) for pair in zip(x, y)]
+        if len(kept) < 9:
+            across, along = place(x[-1], y[-1])
+            parts.append(f'<text x="{across + 4:.1f}" y="{along:.1f}" font-size="10">{html.escape(str(name))}</text>')
+    texts = [
+        (40, height - 6, f"{x_label}: {shown(low)} to {shown(high)}"),
+        (40, height - 22, f"{y_label}: {shown(10.0**down)} to {shown(10.0**up)} (log scale)"),
+    ]
+    parts += [f'<text x="{x}" y="{y}" font-size="11">{html.escape(text)}</text>' for x, y, text in texts]
+    return _svg(width, height, "".join(parts))
+
+
+def _svg(width: int, height: int, inside: str) -> str:
+    return (
+        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" '
+        f'style="background:#fff">{inside}</svg>'
+    )
