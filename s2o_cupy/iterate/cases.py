@@ -155,8 +155,8 @@ def _beside(engine, x: np.ndarray):
 
 # --- pool -----------------------------------------------------------------------------------------
 def _pool_cases(at: Focus, sizes: Sizes) -> list[Case]:
-    def case(label, dims, beside=False, **settings):
-        p = _problem(at, sizes, dims, causal=False, **settings)
+    def case(what, dims, beside=False, **settings):
+        p, label = _problem(at, sizes, dims, causal=False, **settings), f"{what}, head dims {dims[0]} and {dims[1]}"
 
         def run(engine):
             _, k, v = _arrays(p)
@@ -173,8 +173,8 @@ def _pool_cases(at: Focus, sizes: Sizes) -> list[Case]:
 
     most = min(256, sizes.dim)
     return [
-        case("head dims 128 and 128", (min(128, most),) * 2),
-        case("a partial last block, odd head dims, rows off 16 bytes", (min(33, most), min(17, most)), beside=True),
+        case("whole blocks", (min(128, most),) * 2),
+        case("a partial last block, rows off 16 bytes", (min(33, most), min(17, most)), beside=True),
         case("one key a block", (min(64, most), 8 if most > 8 else most), pool=1),
         case("one block for all keys", (most, most), pool=512),
     ]
