@@ -86,3 +86,89 @@ def _svg(width: int, height: int, inside: str) -> str:
         f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" '
         f'style="background:#fff">{inside}</svg>'
     )
+
+
+# --- the package's own objects ---------------------------------------------------------------------
+def settings_html(settings) -> str:
+    """Every setting beside its default; those that differ in bold."""
+    default, fields = type(settings)().as_dict(), settings.as_dict()
+    rows = [(name, _plain(value), _plain(default[name])) for name, value in fields.items()]
+    changed = [i for i, name in enumerate(fields) if fields[name] != default[name]]
+    return table(("setting", "value", "default"), rows, "Settings", strong=changed)
+
+
+def plan_html(plan) -> str:
+    """Sizes of a plan, and where the keys of its longest list lie by rank."""
+    from s2o_cupy.arrays import on_host
+
+    p, offsets = plan.problem, on_host(plan.kv_offsets)
+    lengths = np.diff(offsets, axis=-1)
+    rows = [
+        ("batch, order heads, segments", f"{p.batch}, {p.heads_order}, {p.segments}"),
+        ("queries and keys", f"{p.n_q} and {p.n_k}, {p.dtype}, head dim {p.dim_qk}"),
+        ("keys of a list", f"{lengths.min(initial=lengths.max(initial=0))} to {lengths.max(initial=0)}"),
+        ("ranking", f"{plan.settings.rank}, {plan.settings.rank_terms} terms, segment {plan.settings.segment}"),
+        ("bytes", f"{plan.nbytes:,}"),
+    ]
+    picture = ""
+    if lengths.size and lengths.max():
+        start = int(offsets[0, 0, -2])
+        last = on_host(plan.kv_order[start : int(offsets[0, 0, -1])])
+        picture = columns_picture(last, "key position by rank, last segment of the first head")
+    return table(("plan", ""), rows) + picture
+
+
+def result_html(result) -> str:
+    """Density and tail mass of every head, and how many key tiles each row tile walked."""
+    from s2o_cupy.arrays import on_host
+
+    stats, p = result.stats, result.stats.problem
+    density = stats.head_density.reshape(-1)
+    tail = on_host(stats.tail_mass).reshape(len(density), -1)
+    tiles = on_host(stats.tiles).reshape(len(density), -1)
+    rows = [
+        (head, float(density[head]), float(t.mean()) if t.size else 0.0, float(t.max(initial=0)), float(w.mean()))
+        for head, (t, w) in enumerate(zip(tail, tiles))
+        if w.size
+    ]
+    title = f"AttentionResult {tuple(result.out.shape)} {result.out.dtype}, {stats.path}, density {stats.density:.4f}"
+    columns = ("head", "density", "tail mass", "greatest", "tiles walked, mean")
+    picture = columns_picture(tiles.mean(axis=0), "history key tiles walked by each row tile") if tiles.size else ""
+    shown_rows = rows if len(rows) <= 64 else rows[:64]
+    more = "" if len(rows) <= 64 else f"<div>and {len(rows) - 64} heads more; keys: {p.n_k}</div>"
+    return table(columns, shown_rows, title) + more + picture
+
+
+def audit_html(audit) -> str:
+    """One row a head, and the heads' errors."""
+    found = audit.table()
+    columns = ("head", *found[0]) if found else ("head",)
+    title = f"Audit of {len(audit.rows)} sampled rows"
+    picture = columns_picture(audit.error, "relative error of each head")
+    return table(columns, [(i, *x.values()) for i, x in enumerate(found)], title) + picture
+
+
+def sweep_html(sweep) -> str:
+    """Density against error of every head, and their means along tau."""
+    lines = {
+        f"head {head}": (density, error)
+        for head, (density, error) in enumerate(zip(_by_head(sweep.density), _by_head(sweep.error)))
+    }
+    picture = curves_picture(lines, "density", "relative error")
+    columns = ("tau", "density", "relative error", "captured mass", "tail mass")
+    return table(columns, sweep_rows(sweep), "Sweep, means over heads") + picture
+
+
+def sweep_rows(sweep) -> list[tuple[float, ...]]:
+    """tau, and the heads' mean density, error, captured mass and tail mass."""
+    means = (x.reshape(len(sweep.tau), -1).mean(axis=1) for x in (sweep.density, sweep.error))
+    more = (x.reshape(len(sweep.tau), -1).mean(axis=1) for x in (sweep.captured_mass, sweep.tail_mass))
+    return [tuple(map(float, row)) for row in zip(sweep.tau, *means, *more)]
+
+
+def _by_head(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x), -1).T
+
+
+def _plain(value) -> str:
+    return value if isinstance(value, str) else repr(value)
