@@ -113,13 +113,14 @@ def closure(file: str, folder: Path) -> list[str]:
 def spliced(base: str, cell: str, texts: dict[str, str]) -> tuple[str, str, str]:
     """The file that a cell changes; its new text with line marks, and without.
 
-    A cell is a whole file where it has a directive such as ``#include`` or defines every kernel of the file. Else each
-    function that the file or a header has too takes its place; what stands before it in the cell goes with it.
+    A cell is a whole file where it has a directive such as ``#include`` outside its functions, or all of the file's
+    kernels and more than functions. Else each function that the file or a header has too takes its place; what
+    stands before it in the cell goes with it.
     """
     kernels, own = entries(texts[base]), definitions(cell)
-    names = {d.name for d in own}
-    directives = re.search(r"^[ \t]*#[ \t]*(?!pragma)\w", cell, re.MULTILINE)
-    if directives or (kernels and set(kernels) <= names and _has_more_than_functions(cell, own)):
+    directives = re.search(r"^[ \t]*#[ \t]*(?!pragma)\w", _outside(cell, own), re.MULTILINE)
+    more = kernels and set(kernels) <= {d.name for d in own} and _outside(_masked(cell), own).strip()
+    if directives or more:
         missing = [entry for entry in kernels if parameters(cell, entry) is None]
         if missing:
             raise ValueError(
@@ -168,11 +169,11 @@ def _patched(cell: str, own: list, found: dict, texts: dict[str, str]) -> tuple[
     return file, marked, plain
 
 
-def _has_more_than_functions(cell: str, own: list) -> bool:
-    rest = _masked(cell)
+def _outside(text: str, own: list) -> str:
+    """The text with its functions blanked."""
     for d in own:
-        rest = rest[: d.start] + " " * (d.stop - d.start) + rest[d.stop :]
-    return bool(rest.strip())
+        text = text[: d.start] + " " * (d.stop - d.start) + text[d.stop :]
+    return text
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class Worker:
         """Start the process where it does not run; returns before it is ready."""
         if self.process is not None and self.process.poll() is None:
             return
+        self.stop()
         root = str(Path(s2o_cupy.__file__).parent.parent)
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **self.environment}
@@ -48,7 +49,7 @@ class Worker:
             pass_fds=(writing,), start_new_session=True,
         )  # fmt: skip
         os.close(writing)
-        self.events, self.ready = queue.Queue(), False
+        self.events, self.ready, self.read = queue.Queue(), False, 0
         threading.Thread(target=_pump, args=(os.fdopen(reading), self.events), daemon=True).start()
 
     def run(self, job: dict, limit: float) -> tuple[list[dict], str]:
@@ -83,11 +84,11 @@ class Worker:
 
     def _printed(self) -> str:
         """What the process wrote since the last job: a kernel's printf among it."""
-        size = os.fstat(self.log.fileno()).st_size
-        done = getattr(self.log, "done", 0)
-        text = os.pread(self.log.fileno(), size - done, done).decode(errors="replace")
-        self.log.done = size
-        return text
+        if self.process is None:  # stopped
+            return self.printed
+        size, done = os.fstat(self.log.fileno()).st_size, self.read
+        self.read = size
+        return os.pread(self.log.fileno(), size - done, done).decode(errors="replace")
 
     def stop(self) -> bool:
         """Kill the process; whether it ended."""
@@ -100,6 +101,10 @@ class Worker:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             return False
+        finally:
+            self.printed = self._printed()
+            self.log.close()
+            self.process = None
         return True
 
 
@@ -221,11 +226,11 @@ def _sanitized(tool: str, job: dict, limit: float) -> list[dict]:
     start = time.perf_counter()
     events, printed = worker.run(job, max(limit, 120.0))
     if events[-1]["event"] == "done":
-        worker.process.stdin.close()
+        worker.process.stdin.close()  # the sanitizer says what it found when the process ends
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(60)
-        printed += worker._printed()
     worker.stop()
+    printed += worker.printed
     lines = [line for line in printed.splitlines() if line.startswith("=========")]
     return [
         {

@@ -158,11 +158,9 @@ def _compile_there(source: Source, macros: dict, arch: str, say) -> None:
 
 def _check_emulated(engines, name, stage, at, source, say) -> None:
     if name in TENSOR_CORES or (at.dtype in ("float16", "bfloat16") and stage in ("attend", "score")):
-        say(
-            "note",
-            message=f"not checked: there is no GPU here, and the emulation on the CPU knows no tensor-core "
-            f"instructions. Without a GPU, try the idea in {'attend_simt' if stage == 'attend' else 'score_simt'}",
-        )
+        instead = "check it under -D REAL=float" if name == "factor" else f"try the idea in {stage}_simt"
+        why = "there is no GPU here, and the emulation on the CPU knows no tensor-core instructions"
+        say("note", message=f"not checked: {why}. Without a GPU, {instead}")
     elif emulation.compiler() is None:
         say("note", message="not checked: there is no GPU here, and the emulation on the CPU needs g++")
     else:
