@@ -91,10 +91,12 @@ def _svg(width: int, height: int, inside: str) -> str:
 # --- the package's own objects ---------------------------------------------------------------------
 def settings_html(settings) -> str:
     """Every setting beside its default; those that differ in bold."""
-    default, fields = type(settings)().as_dict(), settings.as_dict()
-    rows = [(name, _plain(value), _plain(default[name])) for name, value in fields.items()]
-    changed = [i for i, name in enumerate(fields) if fields[name] != default[name]]
-    return table(("setting", "value", "default"), rows, "Settings", strong=changed)
+    from s2o_cupy.settings import Settings
+
+    default, fields = Settings().as_dict(), settings.as_dict()
+    rows = [(name, _plain(value), _plain(default[name]) if name in default else "") for name, value in fields.items()]
+    changed = [i for i, name in enumerate(fields) if name in default and fields[name] != default[name]]
+    return table(("setting", "value", "default"), rows, type(settings).__name__, strong=changed)
 
 
 def plan_html(plan) -> str:
