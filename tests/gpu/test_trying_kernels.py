@@ -1,4 +1,4 @@
-"""On a GPU: variants inside the real `attention`, live reload, and every shipped kernel under its own check and bench."""
+"""On a GPU: variants inside the real `attention`, live reload, every shipped kernel under its own check and bench."""
 
 import shutil
 import time
