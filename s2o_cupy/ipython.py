@@ -125,7 +125,7 @@ class KernelMagics(Magics):
             built.setdefault(one["kernel"].split(":")[0], []).append(one)
         for name in kernel_names():
             print(f"{name:12s} kernels {', '.join(entries(current(name).text))}; {', '.join(closure_of(name))}")
-            for spec in shipped("sm_90a"):
+            for spec in shipped(_arch()):
                 if spec.name == name:
                     print(" " * 13 + " ".join(f"-D {n}={v}" for n, v in spec.macros))
             for one in built.get(name, ()):
