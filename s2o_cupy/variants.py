@@ -237,21 +237,29 @@ def _masked(text: str) -> str:
 
 # --- signatures -----------------------------------------------------------------------------------
 def entries(text: str) -> list[str]:
-    """The kernels that a text defines, by name; score.cu makes its own by one macro."""
-    return [*re.findall(r"^SCORE\((\w+),", text, re.MULTILINE), *(d.name for d in definitions(text) if d.kernel)]
+    """The kernels that a text defines, by name; score.cu and others make theirs by a macro of NAME."""
+    by_macro = [name for macro in _macros(text) for name in re.findall(rf"^{macro}\((\w+)", text, re.MULTILINE)]
+    return [*by_macro, *(d.name for d in definitions(text) if d.kernel)]
 
 
 def parameters(text: str, entry: str) -> list[str] | None:
     """The types of a kernel's parameters, in order; None where the text does not define it."""
     listed = next((d.parameters for d in definitions(text) if d.kernel and d.name == entry), None)
-    if listed is None and re.search(rf"^SCORE\({re.escape(entry)},", text, re.MULTILINE):
-        match = re.search(r"\bNAME\(\s*(const[^{]*\)) \{", text.replace("\\\n", " "))
-        listed = match and match[1]
+    for macro, given in _macros(text).items():
+        if listed is None and re.search(rf"^{macro}\({re.escape(entry)}\b", text, re.MULTILINE):
+            listed = given
     if listed is None:
         return None
     parts = [re.sub(r"\s+", " ", part).strip() for part in listed.strip("()").split(",")]
     types = [re.sub(r"(?<=[ *])\w+$", "", re.sub(r"\b(const|__restrict__)\b", "", part)) for part in parts if part]
     return [re.sub(r"\s+", " ", kind).replace(" *", "*").strip() for kind in types]
+
+
+def _macros(text: str) -> dict[str, str]:
+    """The macros that define a kernel called by their first parameter, NAME, and the parameters of that kernel."""
+    text = re.sub(r"//[^\n]*", "", text).replace("\\\n", " ")
+    found = re.findall(r"^#define (\w+)\(NAME\b[^\n]*?__global__[^\n]*?\bNAME\(([^\n{]*)\)\s*\{", text, re.MULTILINE)
+    return dict(found)
 
 
 def _same_parameters(name: str, entry: str, wanted: list[str] | None, got: list[str] | None) -> None:

@@ -22,12 +22,14 @@ SECONDS = 1.2  # of timed and untimed launches, about
 _SLOWEST = 200  # milliseconds: above, a turn is timed 3 times only
 
 
-def problem(stage: str, at: Focus, keys: int = KEYS) -> Problem:
-    """The call that is timed: 32 query heads, 8 K/V heads, causal, 32768 keys (a quarter of both in float64)."""
+def problem(stage: str, at: Focus, name: str = "", keys: int = KEYS) -> Problem:
+    """The call that is timed: 32 query heads, 8 K/V heads, causal, 32768 keys (a quarter of the heads in float32)."""
     heads = (32, 8) if at.dtype in HALVES else (8, 2)
     s = Settings(rank_terms=15, block_q=at.block_q, segment=512, pool=256)
     if stage == "attend":  # every row tile walks a tenth of its history: the same work for every variant
         s = s.replace(tau=0.0, cap=0.1)
+    if name == "score":  # Hopper's own kernel serves the other ranks
+        s = s.replace(rank="mixture", rank_terms=31)
     return Problem(1, *heads, keys, keys, at.dim, at.dim_v, at.dtype, s)
 
 
@@ -127,7 +129,8 @@ def _work(stage: str, name: str, p: Problem) -> tuple[float, float]:
     if name == "factor":
         return p.segments * heads * p.dim_qk**2 * 4, 0
     if stage == "score":
-        flops = 2.0 * scores * (1 + p.terms) * p.dim_qk
+        rows = 2 * p.terms + 1 if p.settings.rank == "mixture" else 1 + p.terms  # the mixture's product is done twice
+        flops = 2.0 * scores * rows * p.dim_qk
         return keys * p.dim_qk * size + scores * score_bytes, flops + (second_moment if name == "score_simt" else 0)
     if stage == "remap":
         return scores * (score_bytes + 4), 0

@@ -23,9 +23,10 @@ HALVES = ("float16", "bfloat16")
 # Twice the greatest relative error of one rounding to the input's type, and of the arithmetic in between.
 UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 ARITHMETIC = {"float16": 2.0**-23, "bfloat16": 2.0**-23, "float32": 2.0**-23, "float64": 2.0**-51}
+MIXTURE_ERROR = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 2e-6}
 STAGES = {
-    "moments": "score", "factor": "score", "score": "score", "score_simt": "score", "remap": "remap", "pool": "pool",
-    "attend": "attend", "attend_simt": "attend",
+    "moments": "score", "factor": "score", "score": "score", "score_sm90": "score", "score_simt": "score",
+    "remap": "remap", "pool": "pool", "attend": "attend", "attend_simt": "attend",
 }  # fmt: skip
 
 
@@ -98,9 +99,9 @@ class Case:
 
 def cases(stage: str, at: Focus, sizes: Sizes) -> list[Case]:
     """The cases of a stage: "score", "remap", "pool" or "attend"."""
-    return {"score": _score_cases, "remap": _remap_cases, "pool": _pool_cases, "attend": _attend_cases}[stage](
-        at, sizes
-    )
+    makers = {"score": _score_cases, "remap": _remap_cases, "pool": _pool_cases, "attend": _attend_cases}
+    found = makers[stage](at, sizes)
+    return [c for c in found if "mixture" not in c.label] if sizes is SIMULATED else found  # the twins refuse it
 
 
 def worst_of(compared) -> Worst | None:
@@ -207,12 +208,16 @@ def _score_cases(at: Focus, sizes: Sizes) -> list[Case]:
         case("gaussian of 15 terms, not causal, head dim off", dim, rank_terms=15, causal=False),
         case("one order for a group, a query that is NaN", share_order=True, bad_query=True),
     ]
+    found.append(case("a mixture of 5 centres", rank="mixture", rank_terms=5))
+    found.append(case("a mixture of every query, not causal", rank="mixture", rank_terms=None, causal=False))
     full = small in (64, 128) or at.dtype not in HALVES
     return [*found, case("the full covariance", rank_terms=None)] if full else found
 
 
 def _score_error(p: Problem, q, k, b, o, s, wanted) -> np.ndarray:
     """What rounding the mean and the factors, and storing the scores, may change in each."""
+    if p.settings.rank == "mixture":  # of the scores' spread: squared keys and centres are rounded too
+        return MIXTURE_ERROR[p.dtype] * max(float(np.ptp(wanted)), 1e-9)
     kv, size = o // p.orders, p.settings.segment
     heads = p.group // p.orders
     queries = q[b, o * heads : (o + 1) * heads, s * size : (s + 1) * size].reshape(-1, p.dim_qk)

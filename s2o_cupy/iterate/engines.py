@@ -140,14 +140,14 @@ class Emulated(Raw):
 
     where = "emulated on the CPU"
 
-    def __init__(self):
+    def __init__(self, arch: str = "sm_80"):
         self.xp = _array_module()
         sys.modules["cupy"] = self.xp  # this process has no other use for CuPy
         from s2o_cupy.backends import cuda
 
         self.backend, self.reverse = cuda, False
         self.guards = Guards(self.xp)
-        cuda.cp, cuda.get_kernel, cuda.device_target = self.guards, self._kernel, lambda device=None: "sm_90a"
+        cuda.cp, cuda.get_kernel, cuda.device_target = self.guards, self._kernel, lambda device=None: arch
 
     def _kernel(self, name, entry=None, source: Source | None = None, **macros):
         function, kinds = emulation.built(source.text, entry or name, tuple(sorted(macros.items())))
@@ -184,7 +184,9 @@ def _array_module() -> types.ModuleType:
     """As much of CuPy as the CUDA backend uses, over NumPy."""
     module = types.ModuleType("cupy")
     module.ndarray = DeviceArray
-    module.cuda = SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0))
+    stream = SimpleNamespace(synchronize=lambda: None)
+    runtime = SimpleNamespace(getDevice=lambda: 0)
+    module.cuda = SimpleNamespace(runtime=runtime, get_current_stream=lambda: stream)
     module.empty = lambda shape, dtype=np.float64: np.empty(shape, dtype).view(DeviceArray)
     module.full = lambda shape, value, dtype=None: np.full(shape, value, dtype).view(DeviceArray)
     module.asarray = lambda x, dtype=None: np.asarray(x, dtype).view(DeviceArray)

@@ -59,9 +59,15 @@ def recorded(backend, name: str) -> Iterator[list[Launch]]:
         return launch
 
     backend.get_kernel = get_kernel
-    backend._kernel_on.cache_clear()  # it remembers kernels
+    _forget(backend)
     try:
         yield launches
     finally:
         backend.get_kernel = original
-        backend._kernel_on.cache_clear()
+        _forget(backend)
+
+
+def _forget(backend) -> None:
+    """Empty the caches that hold kernels."""
+    backend._kernel_on.cache_clear()
+    backend._attend_launch.cache_clear()

@@ -21,8 +21,6 @@ from s2o_cupy.iterate.recording import recorded
 from s2o_cupy.sources import SHAPE_MACROS, Source, in_use
 from s2o_cupy.specialisations import launch_macros
 
-TENSOR_CORES = ("attend", "score", "moments")
-
 
 def main(fd: int, watched: bool = False) -> None:
     """Serve jobs until the input ends or the device fails. `watched`: by a sanitizer."""
@@ -157,14 +155,14 @@ def _compile_there(source: Source, macros: dict, arch: str, say) -> None:
 
 
 def _check_emulated(engines, name, stage, at, source, say) -> None:
-    if name in TENSOR_CORES or (at.dtype in ("float16", "bfloat16") and stage in ("attend", "score")):
-        instead = "check it under -D REAL=float" if name == "factor" else f"try the idea in {stage}_simt"
-        why = "there is no GPU here, and the emulation on the CPU knows no tensor-core instructions"
-        say("note", message=f"not checked: {why}. Without a GPU, {instead}")
+    if name == "attend":
+        why = "there is no GPU here, and the emulation on the CPU does not know this kernel's instructions"
+        say("note", message=f"not checked: {why}. Without a GPU, try the idea in attend_simt")
     elif emulation.compiler() is None:
         say("note", message="not checked: there is no GPU here, and the emulation on the CPU needs g++")
     else:
-        check(engines.Emulated(), stage, at, EMULATED, source, say)
+        engine = engines.Emulated("sm_90a" if name.endswith("_sm90") else "sm_80")
+        check(engine, stage, at, EMULATED, source, say)
 
 
 def check(engine, stage: str, at, sizes, source: Source | None, say) -> None:
@@ -186,13 +184,16 @@ def check(engine, stage: str, at, sizes, source: Source | None, say) -> None:
 def time_both(engine, stage, name, at, source, other, say) -> None:
     """The variant and the other in turn on the long call, registers and occupancy, and the floor."""
     say("case", label="timing", where=engine.where)
-    p = bench.problem(stage, at)
+    p = bench.problem(stage, at, name)
     made = bench.prepared(engine, stage, p)
     with recorded(engine.backend, name) as launches, in_use(source):
         mine_out = bench.run(engine, stage, p, made)
     with recorded(engine.backend, name) as other_launches, in_use(other):
         other_out = bench.run(engine, stage, p, made)
     engine.wait()
+    if not launches or len(launches) != len(other_launches):
+        say("note", message=f"not timed: the long call launches {name} {len(launches)} times here")
+        return
     times = bench.in_turn(engine.xp, launches, other_launches)
     found = bench.compared(*times)
     what = f"{p.heads_q} query and {p.heads_kv} K/V heads, {p.n_k} keys, {at.dtype}, head dims {at.dim}, {at.dim_v}"

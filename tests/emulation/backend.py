@@ -18,7 +18,10 @@ def emulated(monkeypatch, reverse: bool = False, arch: str = "sm_80"):
         empty=_unwritten,
         asarray=np.asarray,
         ascontiguousarray=np.ascontiguousarray,
-        cuda=SimpleNamespace(runtime=SimpleNamespace(getDevice=lambda: 0)),
+        cuda=SimpleNamespace(
+            runtime=SimpleNamespace(getDevice=lambda: 0),
+            get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
+        ),
     )
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.delitem(sys.modules, "s2o_cupy.backends.cuda", raising=False)
