@@ -92,7 +92,7 @@ def test_slabs_score_alike(monkeypatch, rank, dtype):
     p = Problem(1, 4, 2, 100, 140, 24, 24, dtype, Settings(segment=32, pool=16, rank=rank, rank_terms=7))
     cuda, (q, k) = emulated(monkeypatch), inputs(p)
     whole = scores(cuda, p, q, k)
-    for slab in p.split(p.whole, 2000, p.history):
+    for slab in p.split(p.whole, 2000, "history"):
         for head, row in enumerate(scores(cuda, p, q, k, slab)):
             for segment, got in enumerate(row):
                 want = whole[slab.kv_start * p.orders + head][slab.segment_start + segment]
