@@ -19,8 +19,9 @@ from s2o_cupy.iterate import twins
 from s2o_cupy.iterate.cases import focus
 from s2o_cupy.iterate.report import History, Verdict
 from s2o_cupy.iterate.session import AGAINST, SANITIZERS, Session
+from s2o_cupy.iterate.worker import default_macros, has_gpu
 from s2o_cupy.sources import current, kernel_folder, kernel_names
-from s2o_cupy.specialisations import launch_macros, shipped
+from s2o_cupy.specialisations import shipped
 from s2o_cupy.variants import check_macros, closure, entries
 
 HELP = """%s2o kernels                every kernel, its headers and specialisations; the resources of compiled ones
@@ -170,7 +171,7 @@ class KernelMagics(Magics):
         tried = None if of_file else self.session.latest(name)
         source = tried.variant.source if tried else current(name)
         at, arch = focus(name, dict(source.macros)), _arch()
-        macros = source.applied(launch_macros(name, at.dtype, at.dim, at.dim_v, at.block_q, arch))
+        macros = source.applied(default_macros(name, at, arch))
         print(f"{name}, {f'variant #{tried.number}' if tried else 'the file'}, {arch}, {_defined(macros)}")
         return compiling.compile_cubin(arch, name, macros, source, kind)[0]
 
@@ -254,8 +255,6 @@ def _code(text: str, file: str) -> Code:
 
 
 def _arch() -> str:
-    from s2o_cupy.iterate.worker import has_gpu
-
     return compiling.device_target() if has_gpu() else "sm_90a"
 
 

@@ -199,7 +199,8 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     q, k, v, out = _rows(q), _rows(k), _rows(v), _rows(result.out)
     aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
     names = ("attend", "attend_sm90") if problem.dtype in _HALVES else ("attend_simt",)
-    launch = _attend_launch(cp.cuda.runtime.getDevice(), tuple(map(current, names)), problem, slab, blocks, aligned == 15)
+    sources, device = tuple(map(current, names)), cp.cuda.runtime.getDevice()
+    launch = _attend_launch(device, sources, problem, slab, blocks, aligned == 15)
     if launch is None:
         return
     kernel, grid, threads, shared, tau, sizes, tickets = launch

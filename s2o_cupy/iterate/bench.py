@@ -25,7 +25,7 @@ _SLOWEST = 200  # milliseconds: above, a turn is timed 3 times only
 def problem(stage: str, at: Focus, name: str = "", keys: int = KEYS) -> Problem:
     """The call that is timed: 32 query heads, 8 K/V heads, causal, 32768 keys (a quarter of the heads in float32)."""
     heads = (32, 8) if at.dtype in HALVES else (8, 2)
-    s = Settings(rank_terms=15, block_q=at.block_q, segment=512, pool=256)
+    s = Settings(rank_terms=15, block_q=at.block_q, block_k=at.block_k, segment=512, pool=256)
     if stage == "attend":  # every row tile walks a tenth of its history: the same work for every variant
         s = s.replace(tau=0.0, cap=0.1)
     if name == "score":  # Hopper's own kernel serves the other ranks

@@ -26,7 +26,8 @@ ARITHMETIC = {"float16": 2.0**-23, "bfloat16": 2.0**-23, "float32": 2.0**-23, "f
 MIXTURE_ERROR = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 2e-6}
 STAGES = {
     "moments": "score", "factor": "score", "score": "score", "score_sm90": "score", "score_simt": "score",
-    "remap": "remap", "pool": "pool", "attend": "attend", "attend_simt": "attend",
+    "remap": "remap", "pool": "pool", "attend": "attend", "attend_sm90": "attend",
+    "attend_simt": "attend",
 }  # fmt: skip
 
 
@@ -38,6 +39,8 @@ class Focus:
     dim: int
     dim_v: int
     block_q: int
+    block_k: int = 64
+    dense: bool = True  # whether it is what dense attention is compiled as
 
 
 def focus(name: str, macros: dict) -> Focus:
@@ -50,7 +53,10 @@ def focus(name: str, macros: dict) -> Focus:
     elif not macros.get("SCORE_HALF", 1):
         dtype = "float32"
     dim = macros.get("HEAD_DIM", macros.get("WIDTH", 128))
-    return Focus(dtype, dim, min(macros.get("HEAD_DIM_V", dim), 256), min(macros.get("BLOCK_M", 128), 128))
+    block_k = macros.get("BLOCK_N", 64) if name == "attend_sm90" else 64
+    block_q = min(macros.get("BLOCK_M", 128), 128)
+    dense = name != "attend_sm90" or block_k == 128
+    return Focus(dtype, dim, min(macros.get("HEAD_DIM_V", dim), 256), block_q, block_k, dense)
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,13 @@ def worst_of(compared) -> Worst | None:
 
 # --- inputs ---------------------------------------------------------------------------------------
 def _problem(at: Focus, sizes: Sizes, dims=None, **settings) -> Problem:
-    s = {"segment": sizes.segment, "block_k": sizes.block_k, "pool": sizes.pool, "tau": 0.2, "rank_terms": 7}
+    s = {
+        "segment": sizes.segment,
+        "block_k": max(sizes.block_k, at.block_k if sizes is ON_GPU else 0),
+        "pool": sizes.pool,
+        "tau": 0.2,
+        "rank_terms": 7,
+    }
     s |= {"block_q": min(at.block_q, sizes.block_q), **settings}
     dim, dim_v = dims or (min(at.dim, sizes.dim), min(at.dim_v, sizes.dim))
     return Problem(1, sizes.heads_q, sizes.heads_kv, sizes.n_q, sizes.n_k, dim, dim_v, at.dtype, Settings(**s))
@@ -305,16 +317,24 @@ def _attend_cases(at: Focus, sizes: Sizes) -> list[Case]:
     small = min(at.dim, sizes.dim), min(at.dim_v, sizes.dim)
     off = tuple(n - 3 if n > 32 else max(n - 1, 1) for n in small)
     odd = {128: 72, 64: 37}[at.block_q] if sizes is ON_GPU else min(sizes.block_q, 20)  # the same specialisation
-    return [
+    odd_keys = 11 if at.block_k == 64 else at.block_k
+    found = [
         case("causal, pooled tail, twice", twice=True),
         case("not causal", causal=False),
         case("no tail, guide order", tail=None, query_order="guide"),
         case("tau=0: every key", tau=0.0),
-        case("cap .4, odd tiles and head dims, rows off 16 bytes", off, beside=True, cap=0.4, block_k=11, block_q=odd),
+        case(
+            "cap .4, odd tiles and head dims, rows off 16 bytes",
+            off,
+            beside=True,
+            cap=0.4,
+            block_k=odd_keys,
+            block_q=odd,
+        ),
         case("a NaN query, an infinite value", bad=True),
         case("large logits, tau a head", gain=6.0, tau=tuple(np.linspace(0.01, 0.5, sizes.heads_q).tolist())),
-        Case("dense attention", dense),
     ]
+    return [*found, Case("dense attention", dense)] if at.dense else found
 
 
 def _judged(p: Problem, q, k, v, order, offsets, rows, got):

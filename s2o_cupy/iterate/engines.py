@@ -25,7 +25,7 @@ class Guards:
     """`empty` of an array module, with guards around what it gives; `broken` names the arrays written past."""
 
     def __init__(self, xp):
-        self.xp, self.given = xp, []
+        self.xp, self.given, self.zeroed = xp, [], []
 
     def __getattr__(self, name):
         return getattr(self.xp, name)
@@ -38,6 +38,12 @@ class Guards:
         self.given.append((room, edge, shape, dtype))
         return room[edge : edge + size * dtype.itemsize].view(dtype).reshape(shape)
 
+    def zeros(self, shape, dtype=np.float64):
+        x = self.empty(shape, dtype)
+        x.fill(0)
+        self.zeroed.append(x)
+        return x
+
     def broken(self) -> list[str]:
         """A line for each array past whose ends something was written; forgets all arrays."""
         found = []
@@ -47,8 +53,13 @@ class Guards:
                 if wrong:
                     where = "before the start" if side == "start" else "past the end"
                     found.append(f"{wrong} bytes {where} of a {dtype.name} array of shape {shape}")
-        self.given.clear()
+        self.forget()
         return found
+
+    def forget(self) -> None:
+        """Let go of every array."""
+        self.given.clear()
+        self.zeroed.clear()
 
 
 class Raw:
@@ -188,6 +199,7 @@ def _array_module() -> types.ModuleType:
     runtime = SimpleNamespace(getDevice=lambda: 0)
     module.cuda = SimpleNamespace(runtime=runtime, get_current_stream=lambda: stream)
     module.empty = lambda shape, dtype=np.float64: np.empty(shape, dtype).view(DeviceArray)
+    module.zeros = lambda shape, dtype=np.float64: np.zeros(shape, dtype).view(DeviceArray)
     module.full = lambda shape, value, dtype=None: np.full(shape, value, dtype).view(DeviceArray)
     module.asarray = lambda x, dtype=None: np.asarray(x, dtype).view(DeviceArray)
     module.ascontiguousarray = lambda x: np.ascontiguousarray(x).view(DeviceArray)

@@ -18,8 +18,11 @@ class Launch:
     block: tuple
     arguments: tuple
     shared: int
+    zeroed: list  # of the arguments: counters that a launch expects to be zero
 
     def __call__(self) -> None:
+        for counter in self.zeroed:
+            counter.fill(0)
         self.kernel(self.grid, self.block, self.arguments, shared_mem=self.shared)
 
     def usage(self) -> dict:
@@ -53,7 +56,8 @@ def recorded(backend, name: str) -> Iterator[list[Launch]]:
             return kernel
 
         def launch(grid, block, arguments, shared_mem=0):
-            launches.append(Launch(entry or file, kernel, grid, block, tuple(arguments), shared_mem))
+            zeroed = [a for a in arguments if any(a is x for x in backend.cp.zeroed)]
+            launches.append(Launch(entry or file, kernel, grid, block, tuple(arguments), shared_mem, zeroed))
             kernel(grid, block, arguments, shared_mem=shared_mem)
 
         return launch
