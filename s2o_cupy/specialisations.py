@@ -149,7 +149,7 @@ def remap_fit(levels: int, arch: str) -> tuple[int, int, int] | None:
 
 
 def launch_macros(name: str, dtype: str, dim: int | None, dim_v: int | None, block: int | None, arch: str) -> dict:
-    """Macros that ``kernels/NAME.cu`` is compiled with for these arrays; `block` is block_q, or attend_sm90's block_k."""
+    """Macros that ``kernels/NAME.cu`` is compiled with for these arrays; `block`: block_q, or attend_sm90's block_k."""
     if name == "attend":
         return attend_macros(dtype, dim, dim_v, block, arch)
     if name == "attend_simt":
