@@ -36,7 +36,9 @@ class Guards:
         edge = GUARD * dtype.itemsize
         room = self.xp.full(2 * edge + size * dtype.itemsize, _BYTE, np.uint8)
         self.given.append((room, edge, shape, dtype))
-        return room[edge : edge + size * dtype.itemsize].view(dtype).reshape(shape)
+        inside = room[edge : edge + size * dtype.itemsize]
+        inside.fill(0xFF)  # NaN, or -1: what is not written shows
+        return inside.view(dtype).reshape(shape)
 
     def zeros(self, shape, dtype=np.float64):
         x = self.empty(shape, dtype)
@@ -109,7 +111,6 @@ class Raw:
     def _ordered(self, p: Problem, given):
         offsets = p.offsets(p.whole)
         order = self.guards.empty(int(offsets[-1, -1]), np.int32)
-        order[...] = -7
         self.backend.remap(p, given, p.whole, self.place(offsets), order)
         return self.host(order).reshape(len(offsets), -1)
 
@@ -128,19 +129,16 @@ class Raw:
         return self._on_host(answer)
 
     def answer(self, p: Problem) -> SimpleNamespace:
-        """What stage 3 fills, all of it nonsense before."""
+        """What stage 3 fills."""
         heads, empty = (p.batch, p.heads_q), self.guards.empty
         tiles = (*heads, len(p.tile_start))
-        made = SimpleNamespace(
+        return SimpleNamespace(
             out=empty((*heads, p.n_q, p.dim_v), _dtype(p.dtype)),
             lse=empty((*heads, p.n_q), p.compute_dtype),
             tiles=empty(tiles, np.int32),
             tail_blocks=empty(tiles, np.int32),
             tail_mass=empty((*heads, p.n_q), np.float32),
         )
-        for x in vars(made).values():
-            x[...] = -7
-        return made
 
     def _on_host(self, answer) -> SimpleNamespace:
         return SimpleNamespace(**{name: self.host(x) for name, x in vars(answer).items()})

@@ -76,6 +76,8 @@ class Worker:
             raise
         if found[-1]["event"] == "hung":
             found[-1]["ended"] = self.stop()
+        elif found[-1].get("what") == "device":  # it ends by itself: its context is lost
+            self.stop()
         return found, self._printed()
 
     def _next(self, wait: float) -> dict | None:
