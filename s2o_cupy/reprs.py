@@ -47,6 +47,19 @@ def columns_picture(values, label: str, width: int = 420, height: int = 110) -> 
     return _svg(width, height, f'<g fill="#666">{bars}</g>{text}')
 
 
+def dots_picture(values, label: str, width: int = 420, height: int = 130) -> str:
+    """A dot for each value over its place, at most 1000 of them, evenly picked."""
+    values = np.asarray(values, np.float64).reshape(-1)
+    if not values.size:
+        return ""
+    picked = np.unique(np.linspace(0, len(values) - 1, 1000).astype(np.int64))
+    across = picked * ((width - 4) / max(len(values) - 1, 1)) + 2
+    along = (height - 18) * (1 - values[picked] / (values.max() or 1)) + 2
+    dots = "".join(f'<rect x="{x:.1f}" y="{y:.1f}" width="1.5" height="1.5"/>' for x, y in zip(across, along))
+    text = f'<text x="0" y="{height - 3}" font-size="11">{html.escape(f"{label}; 0 to {shown(values.max())}")}</text>'
+    return _svg(width, height, f'<g fill="#444">{dots}</g>{text}')
+
+
 def curves_picture(lines: dict, x_label: str, y_label: str, width: int = 420, height: int = 230) -> str:
     """A line for each name's (x, y), y in a logarithmic scale; points that are not above 0 are left out."""
     kept = {}
@@ -61,7 +74,7 @@ def curves_picture(lines: dict, x_label: str, y_label: str, width: int = 420, he
     low, high, down, up = xs.min(), xs.max(), ys.min(), ys.max()
 
     def place(x, y):
-        across = 40 + (width - 60) * (x - low) / ((high - low) or 1)
+        across = 40 + (width - 100) * (x - low) / ((high - low) or 1)
         return across, 10 + (height - 50) * (up - y) / ((up - down) or 1)
 
     parts = []
@@ -116,7 +129,7 @@ def plan_html(plan) -> str:
     if lengths.size and lengths.max():
         start = int(offsets[0, 0, -2])
         last = on_host(plan.kv_order[start : int(offsets[0, 0, -1])])
-        picture = columns_picture(last, "key position by rank, last segment of the first head")
+        picture = dots_picture(last, "key position by rank, last segment of the first head")
     return table(("plan", ""), rows) + picture
 
 
