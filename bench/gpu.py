@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 import s2o_cupy as s2o
-from bench import ours, workloads
+from bench import ours, twins, workloads
 from bench.record import Record
 from bench.timing import noise, on_device, on_host
 from s2o_cupy import planning
@@ -36,7 +36,7 @@ def arguments(parser) -> None:
 
 
 def main(options, record: Record) -> None:
-    """Every preset at every length, files, where ranking pays, and host times."""
+    """Every preset at every length, files, where ranking pays, host times, and the Numba twins."""
     for preset in options.presets:
         for n in options.lengths:
             with record.attempt(f"all of {preset}", ours.shape_text(n)):
@@ -51,6 +51,7 @@ def main(options, record: Record) -> None:
         for preset in ("diffuse", "randn"):
             crossover(preset, n, record)
     host_times(record)
+    twins.measure(record)
 
 
 class Case:

@@ -53,6 +53,29 @@ def on_device(calls: Sequence[Callable[[], object]], repeats: int = 10, warmup: 
     return Timing.of(times)
 
 
+def queued(call: Callable[[], object], repeats: int = 10, behind: float = 5.0) -> Timing:
+    """Device time of a call whose launches wait behind a kernel that spins for `behind` ms: without the host's time.
+
+    A call whose host side takes longer than that, or waits for the device, is timed with some of it.
+    """
+    import cupy
+
+    source = 'extern "C" __global__ void spin(long long n) { for (long long t = clock64(); clock64() - t < n;) {} }'
+    spin, kilohertz = cupy.RawKernel(source, "spin"), cupy.cuda.Device().attributes["ClockRate"]
+    call()
+    times = []
+    for _ in range(repeats):
+        start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+        cupy.cuda.runtime.deviceSynchronize()
+        spin((1,), (1,), (np.int64(behind * kilohertz),))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, stop))
+    return Timing.of(times)
+
+
 def on_host(call: Callable[[], object], repeats: int = 30, warmup: int = 5) -> Timing:
     """Host time until a call returns, with the device idle before it: what launching costs."""
     import cupy

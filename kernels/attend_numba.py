@@ -16,63 +16,62 @@ tail_mass      [batch, heads_q, n_q]                   float32     answer, share
 block_k, pool, shift, window); a causal row of dense attention sees its last `window` keys. Logits are natural:
 scale * q . k.
 grid (row tiles of the slab, K/V heads of the slab * group)   block block_q at least, MAX_ROWS at most
-shared memory 2 * STEP * 256 REAL, MAX_ROWS + MAX_BLOCKS int32   REAL: float32 or float64
+shared memory 2 * STEP * WIDTH REAL, MAX_ROWS + MAX_BLOCKS int32
+REAL: float32 or float64   WIDTH: columns that a thread keeps, dim and dim_v at least   STEP: keys staged at a time
 """
 
 from functools import cache
 from math import inf, isfinite
 
 from numba import cuda, int32
+from s2o_cupy.kernels.copy_numba import IN_FLIGHT, copy_function
 from s2o_cupy.kernels.softmax_numba import CLOSED, OPEN, TAIL, softmax_functions
 
-MAX_DIM, MAX_ROWS, MAX_BLOCKS = 256, 256, 2048
-STEP = 8  # keys staged at a time
+MAX_ROWS, MAX_BLOCKS = 256, 2048
 
 
 @cache
-def attend_kernel(real):
-    """The kernel that computes in `real` (numba.float32 or numba.float64)."""
-    start_row, logit_of, pooled_logit, add_key, mean_logit, close_tile, finish_row = softmax_functions(real)
+def attend_kernel(real, width):
+    """The kernel that computes in `real` (numba.float32 or numba.float64) on rows of `width` columns at most."""
+    start_row, logit_of, pooled_logit, add_key, mean_logit, close_tile, finish_row = softmax_functions(real, width)
+    copy_rows = copy_function(real, width)
+    step = min(32, 2**17 // (width * real.bitwidth))
 
     @cuda.jit(device=True)
     def stage(keys, values, order, first, count, tiles, pool):
-        """Copy `count` keys and values, at order[first:] or without an order from `first` on, for the whole block."""
-        k_tile, v_tile, walked = tiles
+        """Copy keys and values for the whole block; with `pool`, count the keys by pool block."""
+        (k_tile, v_tile, walked, held), me, threads = tiles, cuda.threadIdx.x, cuda.blockDim.x
         cuda.syncthreads()
-        for i in range(count):
-            key = order[first + i] if len(order) else first + i
-            for d in range(cuda.threadIdx.x, keys.shape[1], cuda.blockDim.x):
-                k_tile[i, d] = real(keys[key, d])
-            for d in range(cuda.threadIdx.x, values.shape[1], cuda.blockDim.x):
-                v_tile[i, d] = real(values[key, d])
-            if cuda.threadIdx.x == 0 and pool:
-                walked[key // pool] += 1
+        copy_rows(keys, order, first, count, k_tile, held, me, threads)
+        copy_rows(values, order, first, count, v_tile, held, me, threads)
+        if pool:
+            for i in range(me, count, threads):
+                cuda.atomic.add(walked, order[first + i] // pool, 1)
         cuda.syncthreads()
 
     @cuda.jit(device=True)
     def add_keys(keys, values, order, first, stop, my_first, my_stop, kind, mine, tiles, pool, scale):
         """Stage keys [first, stop) of the order; add those in [my_first, my_stop) to this thread's row."""
-        (query, state, acc), dim, dim_v = mine, keys.shape[1], values.shape[1]
-        for start in range(first, stop, STEP):
-            count = min(STEP, stop - start)
+        query, state, acc = mine
+        for start in range(first, stop, step):
+            count = min(step, stop - start)
             stage(keys, values, order, start, count, tiles, pool)
             for i in range(max(my_first - start, 0), min(count, my_stop - start)):
-                add_key(logit_of(query, tiles[0], i, dim, scale), kind, tiles[1], i, state, acc, dim_v)
+                add_key(logit_of(query, tiles[0], i, scale), kind, tiles[1], i, state, acc)
 
     @cuda.jit
     def attend(
         q, k, v, k_pool, v_pool, kv_order, kv_offsets, query_order, taus, out, lse, tiles, tail_blocks, tail_mass,
         slab, sizes, scale,
     ):  # fmt: skip
-        k_tile = cuda.shared.array((STEP, MAX_DIM), real)
-        v_tile = cuda.shared.array((STEP, MAX_DIM), real)
+        k_tile = cuda.shared.array((step, width), real)
+        v_tile = cuda.shared.array((step, width), real)
         row_of = cuda.shared.array(MAX_ROWS, int32)
         walked = cuda.shared.array(MAX_BLOCKS, int32)
-        query, acc = cuda.local.array(MAX_DIM, real), cuda.local.array(MAX_DIM, real)
-        state = cuda.local.array(4, real)
+        query, acc = cuda.local.array(width, real), cuda.local.array(width, real)
+        state, held = cuda.local.array(4, real), cuda.local.array(IN_FLIGHT, real)
         causal, dense, segment, block_q, tiles_per_segment, block_k, pool, shift, window = sizes
-        heads_q, n_q, dim = q.shape[1:]
-        heads_kv, n_k, dim_v = v.shape[1:]
+        (heads_q, n_q, dim), (heads_kv, n_k, dim_v) = q.shape[1:], v.shape[1:]
         group = heads_q // heads_kv
         kv, member = slab[0] + cuda.blockIdx.y // group, cuda.blockIdx.y % group
         batch, head_kv, me = kv // heads_kv, kv % heads_kv, cuda.threadIdx.x
@@ -86,21 +85,20 @@ def attend_kernel(real):
 
         # This thread's row and its query, and the rows of the whole tile.
         active, row, sound = me < rows, first_row + me, True
-        if active and query_order.shape[1]:
-            row = query_order[batch, head, row]
         if active:
+            row = query_order[batch, head, row] if query_order.shape[1] else row
             row_of[me] = row
         for b in range(me, blocks, cuda.blockDim.x):
             walked[b] = 0
-        for d in range(dim):
-            query[d] = real(q[batch, head, row, d]) if active else real(0)
+        for d in range(width):
+            query[d] = real(q[batch, head, row, d]) if active and d < dim else real(0)
             sound = sound and isfinite(query[d])
-        start_row(state, acc, dim_v)
+        start_row(state, acc)
         cuda.syncthreads()
         lowest, highest = row_of[0], row_of[0]
         for r in range(rows):
             lowest, highest = min(lowest, row_of[r]), max(highest, row_of[r])
-        unordered, mine, staged = kv_order[:0], (query, state, acc), (k_tile, v_tile, walked)
+        unordered, mine, staged = kv_order[:0], (query, state, acc), (k_tile, v_tile, walked, held)
         # 1. Window keys that every row sees; where some row does not see key 0, all are masked.
         first = max(history, lowest + shift + 1 - window) if causal else history
         cut = causal and highest + shift + 1 > window
@@ -108,14 +106,13 @@ def attend_kernel(real):
         add_keys(keys, values, unordered, first, seen, first, seen if active else 0, CLOSED, mine, staged, 0, scale)
 
         # 2. Ranked history, until a key tile adds too little to every row.
-        listed, order, tiles_walked, ceiling = 0, unordered, 0, real(inf)
+        order, tiles_walked, ceiling = unordered, 0, real(inf)
         if not dense:
             orders = kv_offsets.shape[0] // (cuda.gridDim.y // group)
             lists = kv_offsets[(kv - slab[0]) * orders + (member if orders > 1 else 0)]
             order = kv_order[lists[s - slab[2]] : lists[s - slab[2] + 1]]
-            listed = len(order)
-        for tile_start in range(0, listed, block_k):
-            tile_stop = min(tile_start + block_k, listed)
+        for tile_start in range(0, len(order), block_k):
+            tile_stop = min(tile_start + block_k, len(order))
             my_stop, counted = tile_stop if active else 0, pool if blocks else 0  # by pool block, for the tail
             add_keys(keys, values, order, tile_start, tile_stop, 0, my_stop, OPEN, mine, staged, counted, scale)
             ceiling = mean_logit(state, tile_stop - tile_start)
@@ -126,16 +123,16 @@ def attend_kernel(real):
 
         # 3. Tail: a block that has a quarter of its keys left enters as one, no heavier than the last tile's mean key.
         found = 0
-        for start in range(0, blocks, STEP):
-            count = min(STEP, blocks - start)
+        for start in range(0, blocks, step):
+            count = min(step, blocks - start)
             stage(k_pool[batch, head_kv], v_pool[batch, head_kv], unordered, start, count, staged, 0)
             for i in range(count):
                 size = min(pool, history - (start + i) * pool)
                 left = size - walked[start + i]
                 if 4 * left >= size:
                     found += 1
-                    logit = pooled_logit(logit_of(query, k_tile, i, dim, scale), ceiling, left)
-                    add_key(logit, TAIL, v_tile, i, state, acc, dim_v)
+                    logit = pooled_logit(logit_of(query, k_tile, i, scale), ceiling, left)
+                    add_key(logit, TAIL, v_tile, i, state, acc)
 
         # 4. Window keys that some row does not see.
         last = highest + shift + 1 if causal else seen
@@ -144,8 +141,9 @@ def attend_kernel(real):
 
         if active:
             inverse, lse[batch, head, row], tail_mass[batch, head, row] = finish_row(state, sound)
-            for d in range(dim_v):
-                out[batch, head, row, d] = acc[d] * inverse
+            for d in range(width):  # a constant, or `acc` would not stay in registers
+                if d < dim_v:
+                    out[batch, head, row, d] = acc[d] * inverse
         if me == 0 and not dense:
             tiles[batch, head, tile], tail_blocks[batch, head, tile] = tiles_walked, found
 

@@ -18,6 +18,7 @@ constexpr int N_TILES = BLOCK_N / 8, V_TILES = HEAD_DIM_V / 8, PANELS = HEAD_DIM
 constexpr int PANEL_BYTES = BLOCK_N * 128, Q_PANEL_BYTES = BLOCK_M * 128, Q_BYTES = PANELS * Q_PANEL_BYTES;
 constexpr int UNIT_BYTES = (PANELS > V_PANELS ? PANELS : V_PANELS) * PANEL_BYTES;
 constexpr int O_COLUMNS = HEAD_DIM_V % 128 ? 64 : 128, O_PARTS = HEAD_DIM_V / O_COLUMNS;  // of one instruction
+constexpr int LAG = 1;             // units in flight behind the one started last
 constexpr int TILE_END = DONE + 1;  // a unit without rows, where a tile's next keys would be
 
 // What the consumers need to know of a row tile.
@@ -36,7 +37,7 @@ struct Ring {
     TileFacts facts[2];          // of row tiles in turn
     Step steps[UNITS];
     int index[UNITS][BLOCK_N];   // keys gathered for the history
-    float hidden[3][BLOCK_N];    // masked window: NaN where a value is not finite, else 0; for steps in turn
+    bool hidden[BLOCK_N];        // which of a masked step's values are not finite
     float bias[2][BLOCK_N];      // tail: added to a step's dot products, by consumer warpgroup
     float2 tail[BLOCK_M];        // sum and maximum at the tail's start, then the tail's sum and maximum
     // Of a row: its tau, negative if it has no vote; and what the last key tile added, then the most a tail key's product
@@ -49,7 +50,7 @@ struct Ring {
     int lowest[4], highest[4], ticket;
 };
 
-constexpr int RING_BYTES = UNITS * (32 + 4 * BLOCK_N) + 20 * BLOCK_N + 3584;
+constexpr int RING_BYTES = UNITS * (32 + 4 * BLOCK_N) + 9 * BLOCK_N + 3584;
 static_assert(sizeof(Ring) <= RING_BYTES && UNITS >= 4, "specialisations.sm90_shared_bytes counts RING_BYTES");
 
 struct Launch {
@@ -107,14 +108,6 @@ __device__ __forceinline__ bool any_producer(bool x) {
                  : "=r"(any) : "r"((int)x) : "memory");
     return any != 0;
 }
-#if TURNS
-// The consumers take turns at the tensor cores, so that one's exponentials overlap the other's products.
-__device__ __forceinline__ void await_turn(int warpgroup) { asm volatile("bar.sync %0, 256;" ::"r"(4 + warpgroup) : "memory"); }
-__device__ __forceinline__ void pass_turn(int warpgroup) { asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory"); }
-#else
-__device__ __forceinline__ void await_turn(int) {}
-__device__ __forceinline__ void pass_turn(int) {}
-#endif
 // The same in every lane, and known to be: wgmma must not lie on a path that the compiler thinks may diverge.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 // The thread in its warpgroup, read anew: what seldom runs must not hold registers in the loop.
@@ -123,19 +116,19 @@ __device__ __forceinline__ int thread_here() {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
     return x & 127;
 }
-// Transposes four words in four lanes: word i of lane j becomes word j of lane i.
-__device__ __forceinline__ void trade(unsigned int (&x)[4], int lane) {
+// NaN in either half once some x was not finite; else 0.
+__device__ __forceinline__ unsigned int not_finite(unsigned int (&x)[4], unsigned int seen) {
 #pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-        const bool high = lane & step;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (i & step) continue;
-            const unsigned int got = __shfl_xor_sync(0xffffffffu, high ? x[i] : x[i + step], step);
-            if (high) x[i] = got;
-            else x[i + step] = got;
-        }
-    }
+    for (int i = 0; i < 4; ++i)
+#if IS_BF16
+        asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(seen) : "r"(x[i]), "r"(0));
+#else
+        asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(seen) : "r"(x[i]), "r"(0));
+#endif
+    return seen;
+}
+__device__ __forceinline__ void load_chunk(unsigned int (&x)[4], unsigned int address) {
+    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
 }
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7fffffff); }
 
@@ -152,7 +145,8 @@ struct Place {
 struct Producer {
     Ring& ring;
     const unsigned int queries, units;
-    Place place;
+    Place place;                // of the unit to start
+    int started, with_queries;  // units started and not handed over; the unit that the queries travel with
 
     __device__ __forceinline__ int first() const { return (threadIdx.x & 127) / 8; }
     __device__ __forceinline__ int column() const { return threadIdx.x % 8; }
@@ -170,25 +164,37 @@ struct Producer {
         }
     }
 
-    __device__ __forceinline__ void hand_over(unsigned int full) {
-        barrier_arrive_after_copies(full);
+    // Gives the consumers the oldest unit; its copies are there.
+    __device__ __forceinline__ void hand_over() {
+        async_fence();
         __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(full);
+        const int unit = place.unit - started + (place.unit < started ? UNITS : 0);
+        const bool queries_too = with_queries == unit;
+        if (threadIdx.x % 32 == 0) {
+            if (queries_too) barrier_arrive(shared_address(&ring.q_full));
+            barrier_arrive(shared_address(ring.full + unit));
+        }
+        if (queries_too) with_queries = -1;
+        --started;
     }
-
     __device__ __forceinline__ unsigned int open() {
         barrier_wait(shared_address(ring.empty + place.unit), place.round ^ 1);
         return units + place.unit * UNIT_BYTES;
     }
     __device__ __forceinline__ void close() {
-        hand_over(shared_address(ring.full + place.unit));
+        commit_copies();
         place = place.after(1);
+        if (++started > LAG) wait_copies<LAG>(), hand_over();
+    }
+    __device__ __forceinline__ void flush() {
+        wait_copies<0>();
+        while (started) hand_over();
     }
 };
 
 __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsigned int units, const Launch& x) {
     constexpr int EACH = BLOCK_N / 16;
-    Producer producer = {ring, queries, units, {0, 0}};
+    Producer producer = {ring, queries, units, {0, 0}, 0, -1};
     const int thread = threadIdx.x & 127, first = producer.first();
     int id = blockIdx.x, number = 0;
     for (; id < x.tiles(); ++number) {
@@ -226,6 +232,24 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         walk.masked_stop = x.causal ? highest + shift + 1 : walk.masked_first;
         walk.block_k = x.block_k, walk.pool_blocks = tile.pool_blocks;
 
+        // Queries travel with the first unit.
+        barrier_wait(shared_address(&ring.q_empty), number & 1 ^ 1);
+        TileFacts& facts = ring.facts[number & 1];
+        facts.row[thread] = query_row();
+        if (thread == 0) {
+            facts.id = id, facts.rows = tile.rows, facts.history = tile.history, facts.pool_blocks = tile.pool_blocks;
+            facts.all_from = highest + shift + 1 - x.window, facts.all_until = lowest + shift + 1, facts.end = walk.masked_stop;
+            facts.tau = x.taus != nullptr ? x.taus[tile.head] : x.tau;
+            facts.out_at = tile.batch * x.out_batch + tile.head * x.out_head, facts.row_at = tile.flat_head * x.n_q;
+            facts.tile_at = tile.flat_head * x.row_tiles + tile.tile;
+        }
+        producers_sync();
+        int query_rows[BLOCK_M / 16];
+#pragma unroll
+        for (int i = 0; i < BLOCK_M / 16; ++i) query_rows[i] = facts.row[first + 16 * i];
+        producer.copy<BLOCK_M, PANELS>(queries, x.q + tile.batch * x.q_batch + tile.head * x.q_head, x.q_row, query_rows);
+        producer.with_queries = producer.place.unit;
+
         const int kv_head = tile.kv % x.heads_kv;
         const half_t* const keys = x.k + tile.batch * x.k_batch + kv_head * x.k_head;
         const half_t* const values = x.v + tile.batch * x.v_batch + kv_head * x.v_head;
@@ -246,7 +270,7 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         int rows[EACH], late_unit = 0;
         Step late = {DONE, 0, 0, 0};  // the step whose values are still to come
         rows_for(step, rows);
-        for (bool begins = true;; begins = false) {
+        while (true) {
             const int unit = producer.place.unit;
             const unsigned int to = producer.open();
             if (step.phase == HISTORY && stopped()) {
@@ -262,26 +286,9 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             }
             if (thread == 0) ring.steps[unit] = step.phase == DONE ? Step{TILE_END, 0, 0, 0} : step;
             producer.close();
-            if (begins) {
-                barrier_wait(shared_address(&ring.q_empty), number & 1 ^ 1);
-                TileFacts& facts = ring.facts[number & 1];
-                facts.row[thread] = query_row();
-                if (thread == 0) {
-                    facts.id = id, facts.rows = tile.rows, facts.history = tile.history, facts.pool_blocks = tile.pool_blocks;
-                    facts.all_from = highest + shift + 1 - x.window, facts.all_until = lowest + shift + 1, facts.end = walk.masked_stop;
-                    facts.tau = x.taus != nullptr ? x.taus[tile.head] : x.tau;
-                    facts.out_at = tile.batch * x.out_batch + tile.head * x.out_head, facts.row_at = tile.flat_head * x.n_q;
-                    facts.tile_at = tile.flat_head * x.row_tiles + tile.tile;
-                }
-                producers_sync();
-                int query_rows[BLOCK_M / 16];
-#pragma unroll
-                for (int i = 0; i < BLOCK_M / 16; ++i) query_rows[i] = facts.row[first + 16 * i];
-                producer.copy<BLOCK_M, PANELS>(queries, x.q + tile.batch * x.q_batch + tile.head * x.q_head, x.q_row, query_rows);
-                producer.hand_over(shared_address(&ring.q_full));
-            }
             if (late.phase != DONE) {
                 int late_rows[EACH];
+                __syncwarp();
 #pragma unroll
                 for (int i = 0; i < EACH; ++i) {
                     const int r = first + 16 * i;
@@ -298,13 +305,15 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             step = step_after(walk, step, BLOCK_N);
             rows_for(step, rows);
         }
+        producer.flush();
         producers_sync();
         id = *(volatile int*)&ring.ticket;
         producers_sync();
     }
     barrier_wait(shared_address(&ring.q_empty), number & 1 ^ 1);
     if (thread == 0) ring.facts[number & 1].id = -1;
-    producer.hand_over(shared_address(&ring.q_full));
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(shared_address(&ring.q_full));
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
@@ -331,36 +340,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     unsigned int* const walked = (unsigned int*)(&ring + 1);
 
     if (threadIdx.x == 0) {
-        constexpr int PRODUCED = PRODUCERS + PRODUCERS / 32, CONSUMED = CONSUMERS / 32;
+        constexpr int PRODUCED = PRODUCERS / 32, CONSUMED = CONSUMERS / 32;
         for (int i = 0; i < UNITS; ++i) barrier_init(shared_address(ring.full + i), PRODUCED), barrier_init(shared_address(ring.empty + i), CONSUMED);
         barrier_init(shared_address(&ring.q_full), PRODUCED), barrier_init(shared_address(&ring.q_empty), CONSUMED);
         barrier_init(shared_address(&ring.vote), CONSUMED);
         for (int i = 0; i < 4; ++i) ring.votes[i] = 0;
         ring.stopped = 0;
     }
-    if (threadIdx.x < BLOCK_N) ring.hidden[0][threadIdx.x] = 0.f;
     __syncthreads();
     const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == CONSUMERS / 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
         produce(ring, queries, units, launch);
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
 
     const int thread = threadIdx.x & 127, lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16;
     const int shift = causal ? n_k - n_q : 0;
     const unsigned int vote = shared_address(&ring.vote), mine = warpgroup ? 0x10000u : 1u;
     const unsigned int my_queries = descriptor_low(queries + warpgroup * 64 * 128, 1);
     Place place = {0, 0};
-    int number = 0, ballots = 0, masked_steps = 0;
+    int number = 0, ballots = 0;
     auto await = [&](const Place& at) { barrier_wait(shared_address(ring.full + at.unit), at.round); };
     auto release = [&](unsigned long long& barrier) {
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&barrier));
     };
     volatile float2* const row_state = ring.state + warp_row + lane / 4;
-    if (warpgroup == 1) pass_turn(1);
 
     for (;; ++number) {
         barrier_wait(shared_address(&ring.q_full), number & 1);
@@ -369,13 +376,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int r = warp_row + 8 * h + lane / 4;
-            bool bad = false;
-            for (int chunk = lane % 4; chunk < HEAD_DIM / 8; chunk += 4) {
+            unsigned int seen = 0;
+#pragma unroll
+            for (int chunk = 0; chunk < HEAD_DIM / 8; chunk += 4) {
                 unsigned int x[4];
-                const unsigned int address = queries + (chunk >> 3) * Q_PANEL_BYTES + swizzled(r, chunk & 7);
-                asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-                bad |= !(halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3]));
+                load_chunk(x, queries + (chunk >> 3) * Q_PANEL_BYTES + swizzled(r, chunk & 7 | lane % 4));
+                seen = not_finite(x, seen);
             }
+            bool bad = seen != 0;
             bad = (__ballot_sync(0xffffffffu, bad) >> (lane & 28) & 15) != 0;
             if (lane % 4 == 0) {
                 ring.poisoned[r] = bad;
@@ -397,15 +405,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             for (int i = 0; i < O_COLUMNS / 2; ++i) o[c][i] = 0.f;
         // `late`: the step before this one has values in the ring; `counts`: and weights for them.
         bool late = false, counts = false, voted = false, stopped = false, in_tail = false, found_blocks = false, queries_released = false;
+        bool in_history = false, late_masked = false;
+        int late_start = 0;  // first key of the step before this one, if it was masked
 
+        auto close_all = [&]() { soft[0].close(), soft[1].close(); };
         auto end_tail = [&]() {
             in_tail = false;
+            close_all();
             if (lane % 4) return;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float2& mark = ring.tail[warp_row + 8 * h + lane / 4];
                 const float before = mark.x * exp2_approx((mark.y - soft[h].frame()) * unit);
                 mark = make_float2(soft[h].closed - before, soft[h].frame());
+            }
+        };
+        // A masked step's value that is not finite must reach only the rows that see it: it is zeroed, and they become NaN.
+        // (Zero times NaN would reach every row of the tile.) Each warpgroup looks at all values, and both find the same.
+        auto hide_non_finite = [&](const Place& at) {
+            const int thread = thread_here();
+            const unsigned int values = units + at.unit * UNIT_BYTES;
+            unsigned int seen = 0, x[4];
+#pragma unroll 4
+            for (int i = thread; i < BLOCK_N * V_PANELS * 8; i += 128) load_chunk(x, values + 16 * i), seen = not_finite(x, seen);
+            if (warpgroup_count(warpgroup, seen != 0) == 0) return;
+            consumers_sync();
+            if (thread < BLOCK_N) ring.hidden[thread] = false;
+            consumers_sync();
+#pragma unroll 1
+            for (int i = thread + 128 * warpgroup; i < BLOCK_N * V_PANELS * 8; i += CONSUMERS) {
+                load_chunk(x, values + 16 * i);
+                if (not_finite(x, 0) == 0) continue;
+                ring.hidden[i / 8 % BLOCK_N] = true;
+                asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(values + 16 * i), "r"(0) : "memory");
+            }
+            async_fence();
+            consumers_sync();
+#pragma unroll 1
+            for (int c = 0; c < BLOCK_N; ++c) {
+                if (!ring.hidden[c]) continue;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int end = facts.row[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4] + shift + 1 - late_start;
+                    if (c < end && c >= end - window) soft[h].closed = not_a_number();
+                }
             }
         };
         auto multiply_values = [&](const Place& at) {
@@ -425,7 +468,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             if (stopped && threadIdx.x == 0) *(volatile int*)&ring.stopped = number + 1;
             voted = false;
         };
-        async_fence();
 
         while (true) {
             await(place);
@@ -434,18 +476,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             const Place key_place = place, value_place = place.after(1);  // these keys, the last step's values
             place = place.after(late ? 2 : 1);
             const bool ends = phase == TILE_END;
+            if (late) await(value_place);
+            if (late_masked) hide_non_finite(value_place);
+            late_masked = false;
             if (ends && in_tail) end_tail();
             if (ends && !queries_released) release(ring.q_empty);
             if (ends || (stopped && phase == HISTORY)) {  // past a stop, what is left of the history is let go
                 release(ring.empty[key_place.unit]);
-                if (late) await(value_place);
                 if (counts) {
-                    async_fence();
-                    await_turn(warpgroup);
-                    wgmma_fence();
+                            wgmma_fence();
                     multiply_values(value_place);
                     wgmma_commit();
-                    pass_turn(warpgroup);
                     wgmma_wait<0>();
 #pragma unroll
                     for (int c = 0; c < O_PARTS; ++c) settle(o[c]);
@@ -455,9 +496,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 if (ends) break;
                 continue;
             }
-            if (late) await(value_place);
-            async_fence();
-            await_turn(warpgroup);
+            const bool partial = step.count < BLOCK_N, closes = step.closes();
+            const bool masked = phase == MASKED_WINDOW && (partial || step.start < facts.all_from || step.start + step.count > facts.all_until);
             wgmma_fence();
             const unsigned int keys = descriptor_low(units + key_place.unit * UNIT_BYTES, 1);
             wgmma_rows<false>(p, matrix_descriptor(my_queries, 1024), matrix_descriptor(keys, 1024));
@@ -469,10 +509,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             if (uniform(counts)) {
                 multiply_values(value_place);
                 wgmma_commit();
-                pass_turn(warpgroup);
                 wgmma_wait<1>();
             } else {
-                pass_turn(warpgroup);
                 wgmma_wait<0>();
             }
             settle(p);
@@ -488,15 +526,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
 
             if (in_tail && phase != TAIL) end_tail();
-            const int count = step.count;
-            const bool masked = phase == MASKED_WINDOW && (count < BLOCK_N || step.start < facts.all_from || step.start + count > facts.all_until);
             if (phase == HISTORY) {
                 const int thread = thread_here();
-                if (thread == 0 && step.closes()) ++ring.walked_tiles[warpgroup], ring.last_keys[warpgroup] = (step.tile_stop - 1) % block_k + 1;
-                if (thread < count && facts.pool_blocks) atomicAdd(walked + (ring.index[key_place.unit][thread] >> log2_pool), mine);
+                if (!in_history) in_history = true, close_all();  // the window's sum is what the first key tile is held against
+                if (thread == 0 && closes) ++ring.walked_tiles[warpgroup], ring.last_keys[warpgroup] = (step.tile_stop - 1) % block_k + 1;
+                if (thread < step.count && facts.pool_blocks) atomicAdd(walked + (ring.index[key_place.unit][thread] >> log2_pool), mine);
             } else if (phase == TAIL) {
                 const int thread = thread_here();
                 warpgroup_sync(warpgroup);
+                if (!in_tail) close_all();
                 if (!in_tail && thread % 4 == 0) {
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
@@ -509,7 +547,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 }
                 in_tail = true;
                 float bias = NEGATIVE_INFINITY;
-                if (thread < count) {
+                if (thread < step.count) {
                     const int b = step.start + thread, size = min(1 << log2_pool, facts.history - (b << log2_pool));
                     const int left = size - (int)(warpgroup ? walked[b] >> 16 : walked[b] & 0xffffu);
                     if (4 * left >= size) bias = log2f((float)left) / unit;  // fewer are left out
@@ -518,63 +556,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 const int blocks = warpgroup_count(warpgroup, bias > NEGATIVE_INFINITY);
                 found_blocks |= blocks > 0;
                 if (thread == 0) ring.blocks_found[warpgroup] += blocks;
-            } else if (masked) {
-                // A value that is not finite must reach only the rows that see it: it is zeroed here, and the rows that
-                // see it get NaN through its logit. (Zero times NaN would reach every row of the tile.)
-                const int thread = warpgroup * 128 + thread_here();
-                const Place own = key_place.after(late ? 3 : 2);
-                await(own);
-#pragma unroll 1
-                for (int i = thread; i < BLOCK_N * V_PANELS * 8; i += CONSUMERS) {
-                    const int r = i / (V_PANELS * 8), chunk = i % (V_PANELS * 8);
-                    const unsigned int address = units + own.unit * UNIT_BYTES + (chunk >> 3) * PANEL_BYTES + swizzled(r, chunk & 7);
-                    unsigned int x[4];
-                    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
-                    if (halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3])) continue;
-                    ring.hidden[masked_steps][r] = not_a_number();
-                    asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(address), "r"(0) : "memory");
-                }
-                masked_steps = masked_steps == 2 ? 0 : masked_steps + 1;
-                if (thread < BLOCK_N) ring.hidden[masked_steps][thread] = 0.f;  // last read two steps ago
-                consumers_sync();
-            }
-            if (count < BLOCK_N || phase == TAIL || masked) {
-                const int thread = thread_here(), column_0 = 2 * (thread % 4);
-                const float* const bias = phase == TAIL ? ring.bias[warpgroup] : ring.hidden[masked_steps == 0 ? 2 : masked_steps - 1];
-                const unsigned int bias_at = shared_address(bias + column_0);
-                int floor[2], limit[2];  // columns before and from there on are hidden
-                float most[2];
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const int r = warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4;
-                    const int end = facts.row[r] + shift + 1 - step.start;
-                    floor[h] = (masked ? end - window : 0) - column_0;
-                    limit[h] = (masked ? min(count, end) : count) - column_0;
-                    most[h] = phase == TAIL ? ring.state[r].y : -NEGATIVE_INFINITY;
+                    const float most = ring.state[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4].y;
+#pragma unroll
+                    for (int i = 0; i < N_TILES * 2; ++i) p[4 * (i / 2) + 2 * h + i % 2] = fminf(p[4 * (i / 2) + 2 * h + i % 2], most);
                 }
+                const unsigned int bias_at = shared_address(ring.bias[warpgroup]) + 8 * (thread % 4);
 #pragma unroll
                 for (int j = 0; j < N_TILES; ++j) {
-                    float added[2] = {0.f, 0.f};
-                    if (phase >= TAIL) asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(added[0]), "=f"(added[1]) : "r"(bias_at + 32 * j) : "memory");
+                    float added[2];
+                    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(added[0]), "=f"(added[1]) : "r"(bias_at + 32 * j) : "memory");
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        float& y = p[4 * j + i];
-                        y = 8 * j + i % 2 >= floor[i / 2] && 8 * j + i % 2 < limit[i / 2] ? fminf(y, most[i / 2]) + added[i % 2] : NEGATIVE_INFINITY;
-                    }
-                    if (j % 2) __syncwarp();  // keeps the compiler from loading all at once, into registers that it lacks
+                    for (int i = 0; i < 4; ++i) p[4 * j + i] += added[i % 2];
+                    if (j % 4 == 3) __syncwarp();  // keeps the compiler from loading all at once, into registers that it lacks
                 }
             }
-            const bool closes = step.closes();
-            if (phase == MASKED_WINDOW && step.start + count == facts.end) queries_released = true, release(ring.q_empty);
+            if (phase != TAIL && (partial || masked)) {
+                const int thread = thread_here(), column_0 = 2 * (thread % 4);
+                late_masked = masked, late_start = step.start;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int end = facts.row[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4] + shift + 1 - step.start;
+                    const int limit = (masked ? min(step.count, end) : step.count) - column_0;  // columns from there on are hidden
+#pragma unroll
+                    for (int i = 0; i < N_TILES * 2; ++i) {
+                        float& y = p[4 * (i / 2) + 2 * h + i % 2];
+                        y = 8 * (i / 2) + i % 2 < limit ? y : NEGATIVE_INFINITY;
+                    }
+                    if (!masked || step.start >= facts.all_from) continue;
+                    const int floor = end - window - column_0;  // columns before it are hidden too
+#pragma unroll
+                    for (int i = 0; i < N_TILES * 2; ++i) {
+                        float& y = p[4 * (i / 2) + 2 * h + i % 2];
+                        y = 8 * (i / 2) + i % 2 >= floor ? y : NEGATIVE_INFINITY;
+                    }
+                }
+            }
+            if (phase == MASKED_WINDOW && step.start + step.count == facts.end) queries_released = true, release(ring.q_empty);
             release(ring.empty[key_place.unit]);
 
-            float shrink[2];
+            // The greatest logits come first: in most steps no row of the warp has a new maximum.
+            float greatest[2], shrink[2] = {1.f, 1.f};
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float greatest = fmaxf(p[2 * h], p[2 * h + 1]);
+                greatest[h] = fmaxf(p[2 * h], p[2 * h + 1]);
 #pragma unroll
-                for (int j = 1; j < N_TILES; ++j) greatest = fmaxf(greatest, fmaxf(p[4 * j + 2 * h], p[4 * j + 2 * h + 1]));
-                shrink[h] = soft[h].raise(quad_max(greatest), unit);
+                for (int j = 1; j < N_TILES; ++j) greatest[h] = fmaxf(greatest[h], fmaxf(p[4 * j + 2 * h], p[4 * j + 2 * h + 1]));
+            }
+            const bool moves = __any_sync(0xffffffffu, greatest[0] > soft[0].top || greatest[1] > soft[1].top);
+            if (moves) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) shrink[h] = soft[h].raise(quad_max(greatest[h]), unit);
             }
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
@@ -588,32 +621,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 }
                 soft[h].open += even + odd;
             }
-            if (closes) {
+            if (phase == HISTORY && closes) {
                 bool wanted = false;
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const float before = soft[h].closed, gained = soft[h].close();
-                    if (phase != HISTORY) continue;
-                    wanted |= row_state[8 * h].x >= 0.f && soft[h].wants(gained, before, row_state[8 * h].x);
+                    const float before = soft[h].closed, gained = soft[h].close(), row_tau = row_state[8 * h].x;
+                    wanted |= row_tau >= 0.f && soft[h].wants(gained, before, row_tau);
                     row_state[8 * h].y = gained;
                 }
-                if (phase == HISTORY) {
-                    // Slots are cleared two votes before they are used: every warp has read this one by then.
-                    wanted = __any_sync(0xffffffffu, wanted);
-                    if (lane == 0) {
-                        if (threadIdx.x == 0) *(volatile unsigned int*)&ring.votes[(ballots + 2) & 3] = 0;
-                        if (wanted) atomicOr(&ring.votes[ballots & 3], 1u);
-                        barrier_arrive(vote);
-                    }
-                    voted = true, ++ballots;
+                // Slots are cleared two votes before they are used: every warp has read this one by then.
+                wanted = __any_sync(0xffffffffu, wanted);
+                if (lane == 0) {
+                    if (threadIdx.x == 0) *(volatile unsigned int*)&ring.votes[(ballots + 2) & 3] = 0;
+                    if (wanted) atomicOr(&ring.votes[ballots & 3], 1u);
+                    barrier_arrive(vote);
                 }
+                voted = true, ++ballots;
             }
             wgmma_wait<0>();
 #pragma unroll
             for (int c = 0; c < O_PARTS; ++c) settle(o[c]);
             if (late) release(ring.empty[value_place.unit]);
-            // The greatest logits come first: most steps move no maximum.
-            if (__any_sync(0xffffffffu, shrink[0] != 1.f || shrink[1] != 1.f)) {
+            if (moves) {
 #pragma unroll
                 for (int c = 0; c < O_PARTS; ++c)
 #pragma unroll
@@ -627,25 +656,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         }
         read_vote();
 
-        // Normalise and write. A lane has two columns of every eight; the four lanes of a row trade them for whole eights.
+        close_all();
+
+        // Normalise and write: a lane has two columns of every eight.
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int r = warp_row + 8 * h + lane / 4, row = facts.row[r];
-            const bool poisoned = ring.poisoned[r], writes = r < facts.rows;
+            if (r >= facts.rows) continue;
+            const bool poisoned = ring.poisoned[r];
             const float inverse = poisoned ? not_a_number() : soft[h].closed == 0.f ? 0.f : 1.f / soft[h].closed;
-            half_t* const to = out + facts.out_at + row * out_row + 8 * (lane % 4);
+            half_t* const to = out + facts.out_at + row * out_row + 2 * (lane % 4);
 #pragma unroll
-            for (int d = 0; d < V_TILES; d += 4) {
-                unsigned int x[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const float* const pair = &o[(d + i) / (O_COLUMNS / 8)][(d + i) % (O_COLUMNS / 8) * 4 + 2 * h];
-                    x[i] = pack_halves(pair[0] * inverse, pair[1] * inverse);
-                }
-                trade(x, lane);
-                if (writes) *(uint4*)(to + 8 * d) = make_uint4(x[0], x[1], x[2], x[3]);
+            for (int d = 0; d < V_TILES; ++d) {
+                const float* const pair = &o[d / (O_COLUMNS / 8)][d % (O_COLUMNS / 8) * 4 + 2 * h];
+                *(unsigned int*)(to + 8 * d) = pack_halves(pair[0] * inverse, pair[1] * inverse);
             }
-            if (lane % 4 || !writes) continue;
+            if (lane % 4) continue;
             const float natural = soft[h].closed == 0.f ? NEGATIVE_INFINITY : soft[h].top * unit * LN_2 + logf(soft[h].closed);
             lse[facts.row_at + row] = poisoned ? not_a_number() : natural;
             if (tail_mass != nullptr) {

@@ -7,22 +7,11 @@
 // T and W are REAL; or T is float16 or bfloat16 (IS_BF16) and W bfloat16, whose range holds the product with a squared
 // key. A list is one segment's queries of one query head, or of a K/V head's (share_order): `members` of them. The step
 // starts at the finite queries floor(c n / R) + floor(n / 2R); a query joins the nearest centre, the smaller at a tie.
+// tiled: rows lie as tiled.cuh says, and share follows them; then per_list counts for whole chunks of an order head.
 // grid (segments of the slab, order heads of the slab)   block 256
 #pragma once
-#ifdef REAL
-typedef REAL element_t;
-typedef REAL real_t;
-__device__ __forceinline__ element_t to_element(real_t x) { return x; }
-__device__ __forceinline__ element_t to_weight(real_t x) { return x; }
-__device__ __forceinline__ real_t to_real(element_t x) { return x; }
-#else
-#include "half.cuh"
-typedef half_t element_t;
-typedef float real_t;
-__device__ __forceinline__ element_t to_element(float x) { return float_to_half(x); }
-__device__ __forceinline__ element_t to_weight(float x) { return float_to_bfloat16(x); }
-__device__ __forceinline__ float to_real(element_t x) { return half_to_float(x); }
-#endif
+#include "tiled.cuh"
+#include "elements.cuh"
 
 #ifndef NEGATIVE_INFINITY
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
@@ -69,16 +58,19 @@ __device__ __forceinline__ void find_centres(
     const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     element_t* __restrict__ rows, real_t* __restrict__ share, element_t* __restrict__ variance, int* __restrict__ place,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
-    int width, int terms, int per_list, int capacity, real_t scale) {
+    int width, int terms, int per_list, int capacity, int tiled, real_t scale) {
     __shared__ real_t queries[QUERIES][COLUMNS + 1], centre[CENTRES][COLUMNS + 1];
-    __shared__ real_t near[QUERIES][9], spread[CENTRE_WARPS][256];
+    __shared__ real_t near[QUERIES][9];
+    real_t(*const spread)[256] = (real_t(*)[256])queries;  // [CENTRE_WARPS][256], at the end
     __shared__ int nearest[QUERIES][9], counts[CENTRE_WARPS];
+    __shared__ const element_t* source[QUERIES + CENTRES];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, tx = threadIdx.x % 8, ty = threadIdx.x / 8;
     const int order_head = order_start + blockIdx.y, first = (segment_start + blockIdx.x) * segment;
     const int in_head = min(segment, n_q - first);
     const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;
     q += order_head / heads_order * q_batch + order_head % heads_order * members * q_head + first * q_row;
-    rows += list * per_list * width, share += list * per_list, variance += list * width;
+    const long long first_row = tiled ? (long long)blockIdx.y * tiled_rows(gridDim.x, per_list) + blockIdx.x * per_list : list * per_list;
+    share += first_row, variance += list * width;
     int* const kept = place + list * 2 * capacity;
     int* const group = kept + capacity;
     auto row_at = [&](int r) { return q + r / in_head * q_head + r % in_head * q_row; };
@@ -92,13 +84,17 @@ __device__ __forceinline__ void find_centres(
         int best_centre[2] = {0, 0};
         for (int first_centre = 0; first_centre < present; first_centre += CENTRES) {
             real_t x[2][4] = {}, square[4] = {};
+            if (threadIdx.x < QUERIES + CENTRES) {
+                const int r = threadIdx.x, c = first_centre + r - QUERIES;
+                source[r] = r < QUERIES ? (first_query + r < n ? row_at(kept[first_query + r]) : nullptr) : c < present ? start_of(c) : nullptr;
+            }
             for (int column = 0; column < dim; column += COLUMNS) {
                 __syncthreads();
+#pragma unroll 4
                 for (int i = threadIdx.x; i < (QUERIES + CENTRES) * COLUMNS; i += CENTRE_THREADS) {
-                    const int r = i / COLUMNS, d = column + i % COLUMNS, c = first_centre + r - QUERIES;
-                    const bool query = r < QUERIES, inside = d < dim && (query ? first_query + r < n : c < present);
-                    const real_t value = !inside ? 0 : to_real(query ? row_at(kept[first_query + r])[d] : start_of(c)[d]);
-                    if (query) queries[r][i % COLUMNS] = value;
+                    const int r = i / COLUMNS, d = column + i % COLUMNS;
+                    const real_t value = source[r] != nullptr && d < dim ? to_real(source[r][d]) : 0;
+                    if (r < QUERIES) queries[r][i % COLUMNS] = value;
                     else centre[r - QUERIES][i % COLUMNS] = value;
                 }
                 __syncthreads();
@@ -134,6 +130,7 @@ __device__ __forceinline__ void find_centres(
     }
     __syncthreads();
 
+    static_assert(sizeof(queries) >= CENTRE_WARPS * 256 * sizeof(real_t), "spread fits where the queries were");
     // Means of the groups, a warp each, its members in order; then how far they lie from it.
     real_t around[MOST_COLUMNS] = {};
     for (int c = warp; c < per_list; c += CENTRE_WARPS) {
@@ -158,7 +155,7 @@ __device__ __forceinline__ void find_centres(
                 for (int j = 0; j < MOST_COLUMNS; ++j) mean[j] /= size;
         }
         for (int j = 0; j < MOST_COLUMNS; ++j)
-            if (lane + 32 * j < width) rows[(long long)c * width + lane + 32 * j] = to_element(mean[j]);
+            if (lane + 32 * j < width) rows[tiled ? tiled_place(first_row + c, lane + 32 * j, width) : (first_row + c) * width + lane + 32 * j] = to_element(mean[j]);
         // Without a finite query there is one centre, 0.
         if (lane == 0) share[c] = n == 0 && c == 0 ? 0 : size ? log_2((real_t)size / n) : NEGATIVE_INFINITY;
     }

@@ -78,6 +78,12 @@ __device__ __forceinline__ unsigned int load_shared4(unsigned int address) {
     return x;
 }
 
+__device__ __forceinline__ float2 load_shared_pair(unsigned int address) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address));
+    return x;
+}
+
 __device__ __forceinline__ void zero_shared16(unsigned int address) {
     asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(address), "r"(0) : "memory");
 }

@@ -23,9 +23,8 @@ __device__ __forceinline__ float to_float(score_t x) { return x; }
 #endif
 
 constexpr int MAX_WARPS = 16;
-constexpr int AHEAD = 4;           // scores a lane loads before it deals the first of their keys out
-constexpr int GROUP = 32 * AHEAD;  // keys of a warp's step
-constexpr int AT_ONCE = 4;         // words of places that a warp writes at once
+constexpr int AHEAD = 8;          // scores a lane loads before it deals the first of their keys out
+constexpr int STEP = 32 * AHEAD;  // keys of a warp's step, which may come out in any order before they are sorted
 
 struct Scale {
     float high, factor;  // level = (high - score) * factor
@@ -48,42 +47,44 @@ __device__ __forceinline__ unsigned int exact_key(float x) {
     return ~(bits & 0x80000000u ? ~bits : bits | 0x80000000u);
 }
 
-// Adds to a counter in shared memory.
-__device__ __forceinline__ void add(unsigned int* counters, int i, unsigned int x) {
+// Adds 1 to a counter in shared memory.
+__device__ __forceinline__ void add_one(int* counters, int i) {
 #ifdef S2O_EMULATION
-    counters[i] += x;
+    ++counters[i];
 #else
-    asm volatile("red.shared.add.u32 [%0], %1;" ::"r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i), "r"(x) : "memory");
+    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i) : "memory");
 #endif
 }
 
-// What a counter in shared memory held before it was added to.
-__device__ __forceinline__ unsigned int take(unsigned int* counters, int i, unsigned int x) {
+// What a counter in shared memory held before 1 was added.
+__device__ __forceinline__ int take_one(int* counters, int i) {
 #ifdef S2O_EMULATION
-    const unsigned int before = counters[i];
-    counters[i] += x;
+    return counters[i]++;
 #else
-    unsigned int before;
-    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i), "r"(x) : "memory");
-#endif
+    int before;
+    asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"((unsigned int)__cvta_generic_to_shared(counters) + 4 * i) : "memory");
     return before;
+#endif
 }
 
 // Exclusive scan of `x` over the block, in thread order.
 __device__ int scan_block(int x) {
-    __shared__ int warp_totals[MAX_WARPS];
+    __shared__ int warp_totals[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int sum = x;
-    for (int step = 1; step < 32; step *= 2) {
-        const int before = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += before;
-    }
+    auto scan_warp = [&](int sum) {
+        for (int step = 1; step < 32; step *= 2) {
+            const int before = __shfl_up_sync(0xffffffffu, sum, step);
+            if (lane >= step) sum += before;
+        }
+        return sum;
+    };
+    const int sum = scan_warp(x);
     if (lane == 31) warp_totals[warp] = sum;
     __syncthreads();
-    int base = 0;
-    for (int w = 0; w < warp; ++w) base += warp_totals[w];
+    const int totals = scan_warp(lane < blockDim.x / 32 ? warp_totals[lane] : 0);
+    const int base = __shfl_sync(0xffffffffu, totals, max(warp - 1, 0));
     __syncthreads();
-    return base + sum - x;
+    return (warp ? base : 0) + sum - x;
 }
 
 // Calls `use` with each of the scores [first, last), `threads` of them sharing the work 16 bytes at a time. `first` is a
@@ -127,7 +128,7 @@ __device__ __forceinline__ unsigned int max_halves(unsigned int x, unsigned int 
 // not finite.
 __device__ __forceinline__ bool half_range(const score_t* scores, int n, float& low, float& high) {
     unsigned int least = 0x7c007c00u, greatest = 0xfc00fc00u;  // infinities
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 8 * threadIdx.x; i < n / 8 * 8; i += 8 * blockDim.x) {
         const uint4 x = *(const uint4*)(scores + i);
         least = min_halves(min_halves(least, min_halves(x.x, x.y)), min_halves(x.z, x.w));
@@ -174,20 +175,6 @@ __device__ Scale scale_of(const score_t* scores, int n, int levels) {
     return {0.f, 0.f, levels, special};  // every finite score has level 0
 }
 
-// `remap` takes a list a chunk of keys at a time. Each warp counts the bins of its run of the chunk; a scan over (bin,
-// warp) gives places; the warp deals its keys out into shared memory, 16 bits each, by atomics on its own counters, 32
-// keys an instruction. Then the chunk is written in whole sectors: a place belongs to the bin whose head is the last at
-// or before it. Equal keys of one instruction come out in order where the hardware serves lanes in order, which nothing
-// promises: what is written is checked on the way, and sorted where need be, so no answer depends on it.
-// Bins that start past the keys wanted are counted once and dealt never.
-// Counters are 16 bits, two warps a word. A place 65536 carries into the other half where no key is left to be placed.
-// shared memory (warps / 2 + 2) * bins * 4 + chunk / 4 + chunk * 2 bytes; bins = levels + 2; warps a multiple of 4
-//   chunk   a multiple of 128, from 2 * bins + 2 to 65536
-struct __align__(8) Heads {
-    unsigned int bits;  // of 32 places, those where a bin starts
-    int before;         // bins that start before them
-};
-
 // Calls `use` with two flags as compile-time constants.
 template <bool VALUE>
 struct Flag {
@@ -200,33 +187,34 @@ __device__ __forceinline__ void choose(bool special, bool all, Use use) {
     else use(Flag<false>(), Flag<false>());
 }
 
-// Counts `bins` of the scores [first, last) that are `most` or less.
-template <bool SPECIAL, bool ALL>
-__device__ __forceinline__ void count_bins(
-    const score_t* scores, int first, int last, int thread, int threads, const Scale& scale, int most, unsigned int* bins,
-    unsigned int one) {
-    for_each_score(scores, first, last, thread, threads, [&](float x) {
-        const int bin = bin_of<SPECIAL>(x, scale);
-        if (ALL || bin <= most) add(bins, bin, one);
-    });
-}
+// What of a list is dealt out at a time: the places [base, base + size), which belong to the bins [first_bin, last_bin],
+// and a step more of the first bin before and of the last bin behind, so that the sorted keys are the right ones.
+struct Window {
+    int base, size, first_bin, last_bin;
+};
 
-// Deals the keys [first, last) whose bin is `most` or less out to their places, by the warp that owns `next_place`.
+// Deals out those of a warp's keys [first, last) that the window takes (ALL: every key): each to its place less the
+// window's base, as its number less `origin`. `next_place` is where each bin's next key of this warp goes.
 template <bool SPECIAL, bool ALL>
 __device__ __forceinline__ void deal(
-    const score_t* scores, int first, int last, const Scale& scale, int most, unsigned int* next_place,
-    int odd, int base, unsigned short* places) {
-    const int lane = threadIdx.x % 32, whole = first + (last - first) / GROUP * GROUP;
-    auto group = [&](const float (&x)[AHEAD], int start, auto active) {
+    const score_t* scores, int first, int last, const Scale& scale, const Window& window, int* next_place, int origin,
+    unsigned short* places) {
+    const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
+    const unsigned int bins = window.last_bin - window.first_bin;
+    auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
         int bin[AHEAD], place[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) bin[j] = bin_of<SPECIAL>(x[j], scale);
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-            if (active(j, bin[j])) place[j] = take(next_place, bin[j], odd ? 0x10000u : 1u) >> 16 * odd & 0xffff;
+        for (int j = 0; j < AHEAD; ++j) {
+            place[j] = -1;
+            if (inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) <= bins))
+                place[j] = take_one(next_place, bin[j]) - window.base + STEP;
+        }
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j)
-            if (active(j, bin[j])) places[place[j]] = (unsigned short)(start - base + 32 * j);
+            if (inside(j) && (ALL || (unsigned int)place[j] < (unsigned int)window.size + 2 * STEP))
+                places[place[j]] = (unsigned short)(start - origin + 32 * j);
         __syncwarp();
     };
     // The next scores are on their way while these keys are dealt out.
@@ -236,158 +224,169 @@ __device__ __forceinline__ void deal(
         for (int j = 0; j < AHEAD; ++j) ahead[j] = scores[start + 32 * j];
     };
     if (first < whole) fetch(first + lane);
-    for (int start = first; start < whole; start += GROUP) {
+    for (int start = first; start < whole; start += STEP) {
         float x[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) x[j] = to_float(ahead[j]);
-        fetch(min(start + GROUP, whole - GROUP) + lane);
-        group(x, start + lane, [=](int, int bin) { return ALL || bin <= most; });
+        fetch(min(start + STEP, whole - STEP) + lane);
+        step(x, start + lane, [](int) { return true; });
     }
     if (whole < last) {
         float x[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) x[j] = to_float(scores[min(whole + lane + 32 * j, last - 1)]);
-        group(x, whole + lane, [=](int j, int bin) { return bin <= most && whole + lane + 32 * j < last; });
+        step(x, whole + lane, [=](int j) { return whole + lane + 32 * j < last; });
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 2) remap(
+// Sets the bits [from, to).
+__device__ __forceinline__ void set_bits(unsigned int* words, int from, int to) {
+    for (int i = from / 32; 32 * i < to; ++i) {
+        unsigned int bits = 0xffffffffu;
+        if (32 * i < from) bits &= 0xffffffffu << from % 32;
+        if (32 * i + 32 > to) bits &= (1u << to % 32) - 1;
+        atomicOr(words + i, bits);
+    }
+}
+
+// `remap`: each warp counts the bins of its run of a list; a scan over (bin, warp) gives places; a window of places at a
+// time, the warps deal their keys out into shared memory, by atomics on their own counters, 32 keys an instruction, and
+// the block writes them in whole sectors.
+// A key is kept in 16 bits, less the first of its group of warps; the group's number lies in bit planes.
+// Equal keys of one instruction come out in order where the hardware serves lanes in order, which nothing promises:
+// what is written is checked on the way, and sorted where need be, so no answer depends on it.
+// shared memory warps * bins * 4 + (1 + planes) * words * 4 + (window + 516) * 2 bytes; bins = levels + 2,
+//   words = window / 32 + 17
+//   window   a multiple of 128, at most 65536
+//   planes   2^planes divides the warps; a list has at most 65536 * 2^planes keys
+extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int segments,
-    int levels, int chunk) {
+    int levels, int window_size, int planes) {
     extern __shared__ int shared[];
-    __shared__ int last_wanted, dealt_end;
+    __shared__ int first_bin, last_bin, before, behind;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
     const int s = segments - 1 - blockIdx.x;  // the longest lists first
-    const int n = history[s], bins = levels + 2, rows = warps / 2, words = chunk / 32;
+    const int n = history[s], bins = levels + 2, words = (window_size + 2 * STEP) / 32 + 1;
     const long long* offsets = kv_offsets + blockIdx.y * offsets_stride + s;
     const int wanted = (int)(offsets[1] - offsets[0]);
     if (n == 0 || wanted == 0) return;
     scores += blockIdx.y * starts[segments] + starts[s];
     int* const out = kv_order + offsets[0];
-    unsigned int* const counts = (unsigned int*)shared;  // [rows][bins]
-    int* const next = (int*)(counts + rows * bins);      // [bins] where a bin's next key goes in the list
-    int* const shifts = next + bins;                     // [bins that have keys] from a place in the chunk to the list
-    Heads* const heads = (Heads*)(shifts + bins);        // [words]
-    unsigned short* const places = (unsigned short*)(heads + words);  // [chunk]
-    int* const bin_starts = (int*)places;                // [bins + 1] in the chunk, before anything is dealt
-    unsigned int* const mine = counts + warp / 2 * bins;
-    const unsigned int one = warp % 2 ? 0x10000u : 1u;
+    const int skew = STEP + (int)((size_t)out / sizeof(int) % 4);  // to where 16 bytes of the answer start
+    unsigned short* const places = (unsigned short*)shared;  // [window_size + 2 * STEP + 4]
+    unsigned int* const heads = (unsigned int*)(places + window_size + 2 * STEP + 4);  // [words] where a bin or group starts
+    unsigned int* const tops = heads + words;           // [planes][words] bits of a place's group
+    int* const counts = (int*)(tops + planes * words);  // [warps][bins]
+    int* const mine = counts + warp * bins;
     const int per_thread = (bins + threads - 1) / threads;
-    const int bin_first = min((int)threadIdx.x * per_thread, bins), bin_last = min(bin_first + per_thread, bins);
-    const int words_each = (words + threads - 1) / threads;
-    const int word_first = min((int)threadIdx.x * words_each, words), word_last = min(word_first + words_each, words);
+    const int bin_first = min((int)threadIdx.x * per_thread, bins), bin_stop = min(bin_first + per_thread, bins);
+    const int run = (n + warps * STEP - 1) / (warps * STEP) * STEP, group_warps = warps >> planes;
+    const int first = min(warp * run, n), last = min(first + run, n), group_keys = group_warps * run;
 
+    for (int i = threadIdx.x; i < (1 + planes) * words + warps * bins; i += threads) heads[i] = 0;
     const Scale scale = scale_of(scores, n, levels);
-    for (int i = threadIdx.x; i < bins; i += threads) next[i] = 0;
+    auto count = [&](auto special) {
+        constexpr bool SPECIAL = special();
+        for_each_score(scores, first, last, lane, 32, [&](float x) { add_one(mine, bin_of<SPECIAL>(x, scale)); });
+    };
+    if (scale.special) count(Flag<true>());
+    else count(Flag<false>());
+    __syncthreads();
 
-    for (int base = 0; base < n; base += chunk) {
-        const int size = min(chunk, n - base), run = (size + warps * GROUP - 1) / (warps * GROUP) * GROUP;
-        const int first = base + min(warp * run, size), last = min(first + run, base + size);
-        for (int i = threadIdx.x; i < rows * bins / 2; i += threads) ((unsigned long long*)counts)[i] = 0;
-        for (int i = threadIdx.x; i < words; i += threads) heads[i].bits = 0;
-        __syncthreads();
-        const int most = base == 0 ? bins : last_wanted;
-        auto count = [&](auto special, auto all) {
-            count_bins<special(), all()>(scores, first, last, lane, 32, scale, most, mine, one);
-            if (base == 0)
-                count_bins<special(), true>(scores, size, n, threadIdx.x, threads, scale, most, (unsigned int*)next, 1u);
-        };
-        choose(scale.special, most >= levels + 1, count);
-        __syncthreads();
+    int place = 0;
+    for (int b = bin_first; b < bin_stop; ++b) {
+#pragma unroll
+        for (int w = 0; w < MAX_WARPS; ++w)
+            if (w < warps) place += counts[w * bins + b];
+    }
+    place = scan_block(place);
+    for (int b = bin_first; b < bin_stop; ++b) {
+        int here[MAX_WARPS];
+#pragma unroll
+        for (int w = 0; w < MAX_WARPS; ++w) here[w] = w < warps ? counts[w * bins + b] : 0;
+#pragma unroll
+        for (int w = 0; w < MAX_WARPS; ++w) {
+            if (w < warps) counts[w * bins + b] = place;
+            place += here[w];
+        }
+    }
+    __syncthreads();
 
-        int here = 0, all = 0;
-        for (int b = bin_first; b < bin_last; ++b) {
-            unsigned int both = 0;
-#pragma unroll
-            for (int r = 0; r < MAX_WARPS / 2; ++r)
-                if (r < rows) both += counts[r * bins + b];
-            here += (both & 0xffff) + (both >> 16);
-            all += next[b];
-        }
-        int place = scan_block(here), list_place = base == 0 ? scan_block(here + all) : 0;
-        for (int b = bin_first; b < bin_last; ++b) {
-            const int start = place;
-            unsigned int both[MAX_WARPS / 2];
-#pragma unroll
-            for (int r = 0; r < MAX_WARPS / 2; ++r) both[r] = r < rows ? counts[r * bins + b] : 0;
-#pragma unroll
-            for (int r = 0; r < MAX_WARPS / 2; ++r) {
-                const int even = place, odd = even + (both[r] & 0xffff);
-                place = odd + (both[r] >> 16);
-                if (r < rows) counts[r * bins + b] = (even & 0xffff) | odd << 16;
+    for (int base = 0; base < wanted; base += window_size) {
+        const int size = min(window_size, wanted - base);
+        for (int b = bin_first; b < bin_stop; ++b) {
+            const int start = counts[b] - base, end = (b + 1 < bins ? counts[b + 1] : n) - base;
+            if (start == end || end <= 0 || start >= size) continue;
+            if (start <= 0) first_bin = b, before = max(start, -STEP);
+            if (end >= size) last_bin = b, behind = min(end, size + STEP);
+            for (int g = 0; g < 1 << planes; ++g) {
+                const int from = counts[g * group_warps * bins + b] - base;
+                const int to = g + 1 < 1 << planes ? counts[(g + 1) * group_warps * bins + b] - base : end;
+                if (from == to || to <= -STEP || from >= size + STEP) continue;
+                const int left = skew + max(from, -STEP), right = skew + min(to, size + STEP);
+                set_bits(heads, left, left + 1);
+                for (int plane = 0; plane < planes; ++plane)
+                    if (g >> plane & 1) set_bits(tops + plane * words, left, right);
             }
-            if (base == 0) {
-                const int count = place - start + next[b];
-                next[b] = list_place;
-                if (list_place < wanted && list_place + count >= wanted) last_wanted = b;
-                list_place += count;
-            }
-            bin_starts[b] = start;
-            if (b == bins - 1) bin_starts[bins] = place;
-            if (place > start) atomicOr(&heads[start / 32].bits, 1u << start % 32);
         }
         __syncthreads();
-        const int last_bin = last_wanted;
-        int bits = 0;
-        for (int i = word_first; i < word_last; ++i) bits += __popc(heads[i].bits);
-        bits = scan_block(bits);
-        for (int i = word_first; i < word_last; ++i) heads[i].before = bits, bits += __popc(heads[i].bits);
-        __syncthreads();
-        for (int b = bin_first; b < min(bin_last, last_bin + 1); ++b) {
-            const int start = bin_starts[b], end = bin_starts[b + 1];
-            if (b == last_bin) dealt_end = end;
-            if (start == end) continue;
-            const Heads& head = heads[start / 32];
-            shifts[head.before + __popc(head.bits & ((1u << start % 32) - 1))] = next[b] - start;
-            next[b] += end - start;
-        }
-        __syncthreads();
-        const int dealt = dealt_end;
-        choose(scale.special, last_bin >= levels + 1, [&](auto special, auto all) {
-            deal<special(), all()>(scores, first, last, scale, last_bin, mine, warp % 2, base, places);
+        const Window window = {base, size, first_bin, last_bin};
+        choose(scale.special, size == n, [&](auto special, auto all) {
+            deal<special(), all()>(scores, first, last, scale, window, mine, warp / group_warps * group_keys, places + skew - STEP);
         });
         __syncthreads();
 
         for (bool sorted = false; !sorted;) {
             bool disordered = false;
-            auto write = [&](int first_place, auto whole) {  // AT_ONCE words of places
-                const Heads* const here = heads + first_place / 32;
-                const unsigned short* const from = places + first_place + lane;
-                int key[AT_ONCE], shift[AT_ONCE];
+            for (int i = (skew + before) / 4 * 4 + 4 * threadIdx.x; i < skew + behind; i += 4 * threads) {
+                const uint2 both = *(const uint2*)(places + i);
+                const unsigned int starting = heads[i / 32] >> i % 32;
+                const bool whole = i >= skew && i + 4 <= skew + size;
+                int previous = places[max(i - 1, 0)];
+                int key[4] = {(int)(both.x & 0xffff), (int)(both.x >> 16), (int)(both.y & 0xffff), (int)(both.y >> 16)};
 #pragma unroll
-                for (int j = 0; j < AT_ONCE; ++j) {
-                    const Heads head = here[j];
-                    key[j] = from[32 * j];
-                    const bool inside = whole() || first_place + 32 * j + lane < dealt;
-                    disordered |= from[32 * j - 1] >= key[j] && !(head.bits & 1u << lane) && inside;
-                    shift[j] = shifts[head.before + __popc(head.bits & (2u << lane) - 1) - 1];
-                    if (!inside) shift[j] = wanted;
+                for (int j = 0; j < 4; ++j) {
+                    const bool dealt = whole || (i + j >= skew + before && i + j < skew + behind);
+                    disordered |= previous > key[j] && !(starting >> j & 1) && dealt;
+                    previous = key[j];
                 }
+                for (int plane = 0; plane < planes; ++plane) {
+                    const unsigned int top = tops[plane * words + i / 32] >> i % 32;
 #pragma unroll
-                for (int j = 0; j < AT_ONCE; ++j) {
-                    const int to = first_place + lane + 32 * j + shift[j];
-                    if (to < wanted) out[to] = base + key[j];
+                    for (int j = 0; j < 4; ++j)
+                        if (top >> j & 1) key[j] += group_keys << plane;
                 }
-            };
-            for (int i = 32 * AT_ONCE * warp; i < dealt; i += 32 * AT_ONCE * warps) {
-                if (i + 32 * AT_ONCE <= dealt) write(i, Flag<true>());
-                else write(i, Flag<false>());
+                int* const to = out + base + i - skew;
+                if (whole) {
+                    *(uint4*)to = {(unsigned int)key[0], (unsigned int)key[1], (unsigned int)key[2], (unsigned int)key[3]};
+                } else {
+                    for (int j = 0; j < 4; ++j)
+                        if (i + j >= skew && i + j < skew + size) to[j] = key[j];
+                }
             }
             sorted = !__syncthreads_or(disordered);
             for (bool moved = !sorted; moved;) {  // odd-even transposition inside the bins
                 moved = false;
                 for (int odd = 0; odd < 2; ++odd) {
-                    for (int at = 2 * threadIdx.x + 1 + odd; at < dealt; at += 2 * threads) {
-                        const unsigned short before = places[at - 1], key = places[at];
-                        if (before < key || heads[at / 32].bits >> at % 32 & 1) continue;
-                        places[at - 1] = key, places[at] = before, moved = true;
+                    for (int i = skew + before + 2 * threadIdx.x + 1 + odd; i < skew + behind; i += 2 * threads) {
+                        const unsigned short previous = places[i - 1], key = places[i];
+                        if (previous <= key || heads[i / 32] >> i % 32 & 1) continue;
+                        places[i - 1] = key, places[i] = previous, moved = true;
                     }
                     __syncthreads();
                 }
                 moved = __syncthreads_or(moved);
             }
         }
+        if (base + size == wanted) return;
+        // The last bin goes on in the next window: back to where its counters started.
+        int restored = 0;
+        if (lane == 0) restored = warp ? counts[(warp - 1) * bins + last_bin] : last_bin ? counts[(warps - 1) * bins + last_bin - 1] : 0;
+        __syncthreads();
+        if (lane == 0) mine[last_bin] = restored;
+        for (int i = threadIdx.x; i < (1 + planes) * words; i += threads) heads[i] = 0;
+        __syncthreads();
     }
 }
 

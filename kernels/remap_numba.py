@@ -5,45 +5,49 @@ bits       the same memory                      uint32
 history    [segments of the slab]               int32    scores of a list
 kv_offsets [lists' heads, segments + 1]         int64    where a list goes
 kv_order   [keys]                               int32    answer: the first offsets[s+1] - offsets[s] keys of a list
-scratch    [2, lists, longest history]          int32    keys on their way from pass to pass
-codes      [lists, longest history]             uint32   what a list is sorted by, ascending
-levels > 0: finite scores are cut into that many equal steps between the list's least and greatest, in float32;
-0: exact. +inf leads, -inf and NaN close, ties go to the smaller key. A stable counting sort, 4 bits a pass: a thread
-counts the digits of its own run of keys, a scan over (digit, thread) gives places, and the thread deals its run out.
-grid (segments, lists' heads)   block at most 128   shared memory 16 * 128 int32 and 2 * 128 float32
+scratch    [2, lists, longest history + THREADS] int64   items on their way from pass to pass
+An item is a key, and above its 32 bits the code that it is sorted by, ascending. levels > 0: finite scores are cut into
+that many equal steps between the list's least and greatest, in float32; 0: exact. +inf leads, -inf and NaN close, ties
+go to the smaller key. A stable counting sort, DIGIT_BITS bits a pass: a thread counts the digits of its own run of
+places, a scan over (digit, thread) turns counts into places, and the thread deals its run out.
+grid (segments, lists' heads)   block THREADS at most
+shared memory DIGITS * (THREADS + 1 + 2 * RUNS) int32, 2 * THREADS float32
 """
 
 from math import inf, isfinite
 
-from numba import cuda, float32, int32, int64, uint32
+from numba import cuda, float32, int32, int64
 
-THREADS = 128
-DIGITS = 16
+THREADS, RUNS, DIGIT_BITS = 512, 32, 4
+DIGITS, STRIDE = 2**DIGIT_BITS, THREADS + 1  # the digits of a thread lie in banks of their own
+SUMS = DIGITS * RUNS
 PLUS_ZERO, LAST = 0x7FFFFFFF, 0xFFFFFFFF
 
 
 @cuda.jit(device=True)
-def run_of_thread(n):
-    """The run of a list's places that this thread counts and deals out."""
-    share = (n + cuda.blockDim.x - 1) // cuda.blockDim.x
-    first = min(n, cuda.threadIdx.x * share)
-    return first, min(n, first + share)
+def slot(place, share):
+    """Where in scratch a place lies: the threads, each at its own run of `share` places, read neighbouring slots."""
+    return place % share * cuda.blockDim.x + place // share
 
 
 @cuda.jit(device=True)
 def finite_range(scores, index, n, least, greatest):
     """The least and the greatest finite score of a list; least > greatest where none is finite."""
-    first, stop = run_of_thread(n)
+    me, span = cuda.threadIdx.x, cuda.blockDim.x
     low, high = float32(inf), float32(-inf)
-    for i in range(first, stop):
+    for i in range(me, n, cuda.blockDim.x):
         x = scores[index, i]
         if isfinite(x):
             low, high = min(low, x), max(high, x)
-    least[cuda.threadIdx.x], greatest[cuda.threadIdx.x] = low, high
+    least[me], greatest[me] = low, high
     cuda.syncthreads()
-    for t in range(cuda.blockDim.x):
-        low, high = min(low, least[t]), max(high, greatest[t])
-    return low, high
+    while span > 1:
+        half = (span + 1) // 2
+        if me + half < span:
+            least[me], greatest[me] = min(least[me], least[me + half]), max(greatest[me], greatest[me + half])
+        cuda.syncthreads()
+        span = half
+    return least[0], greatest[0]
 
 
 @cuda.jit(device=True)
@@ -67,79 +71,78 @@ def exact_code(x, bits):
 
 
 @cuda.jit(device=True)
-def write_codes(scores, bits, codes, keys, index, n, levels, low, high):
-    """The codes of a list's scores, and its keys in their own order."""
+def write_items(scores, bits, items, index, n, share, levels, low, high):
+    """A list's items, in the order of its keys."""
     factor = float32(0)
     if high > low:
         factor = float32(levels) / float32(high - low)
         if not isfinite(factor):
             factor = float32(0)
-    first, stop = run_of_thread(n)
-    for i in range(first, stop):
+    for i in range(cuda.threadIdx.x, n, cuda.blockDim.x):
         x = scores[index, i]
         code = level_code(x, high, factor, levels) if levels else exact_code(x, bits[index, i])
-        codes[index, i] = uint32(code)
-        keys[index, i] = i
-
-
-@cuda.jit(device=True)
-def digit_of(codes, index, key, shift):
-    return (int64(codes[index, key]) >> shift) & (DIGITS - 1)
-
-
-@cuda.jit(device=True)
-def count_digits(codes, keys, index, n, shift, places):
-    """How many keys of its run this thread has of each digit."""
-    for digit in range(DIGITS):
-        places[digit, cuda.threadIdx.x] = 0
-    first, stop = run_of_thread(n)
-    for i in range(first, stop):
-        places[digit_of(codes, index, keys[index, i], shift), cuda.threadIdx.x] += 1
-
-
-@cuda.jit(device=True)
-def scan_counts(places):
-    """Counts to first places, over the digits and within one over the threads; one thread's work."""
-    cuda.syncthreads()
-    if cuda.threadIdx.x == 0:
-        place = 0
-        for digit in range(DIGITS):
-            for thread in range(cuda.blockDim.x):
-                count = places[digit, thread]
-                places[digit, thread] = place
-                place += count
+        items[slot(i, share)] = (code << 32) + i
     cuda.syncthreads()
 
 
 @cuda.jit(device=True)
-def deal_keys(codes, keys, index, n, shift, places, to, start, room):
-    """Write this thread's run in order, each key at its digit's next place, `room` places at most."""
-    first, stop = run_of_thread(n)
-    for i in range(first, stop):
-        digit = digit_of(codes, index, keys[index, i], shift)
-        place = places[digit, cuda.threadIdx.x]
-        places[digit, cuda.threadIdx.x] = place + 1
-        if place < room:
-            to[start + place] = keys[index, i]
+def digit_of(item, shift):
+    return (item >> (32 + shift)) & (DIGITS - 1)
+
+
+@cuda.jit(device=True)
+def scan_counts(places, sums):
+    """Counts to first places, over the digits and within one over the threads, by runs of threads."""
+    me, threads = cuda.threadIdx.x, cuda.blockDim.x
+    runs = min(RUNS, threads)
+    share, now, step = (threads + runs - 1) // runs, 0, 1
+    cuda.syncthreads()
+    for i in range(me, DIGITS * runs, threads):
+        digit, first, total = i % DIGITS, i // DIGITS * share, 0
+        for thread in range(first, min(first + share, threads)):
+            total += places[digit, thread]
+        sums[0, digit * runs + i // DIGITS] = total
+    cuda.syncthreads()
+    while step < DIGITS * runs:  # each sum becomes that of itself and all before it
+        for i in range(me, DIGITS * runs, threads):
+            sums[1 - now, i] = sums[now, i] + (sums[now, i - step] if i >= step else 0)
+        cuda.syncthreads()
+        now, step = 1 - now, 2 * step
+    for i in range(me, DIGITS * runs, threads):
+        digit, first, before = i % DIGITS, i // DIGITS * share, i % DIGITS * runs + i // DIGITS - 1
+        place = sums[now, before] if before >= 0 else 0
+        for thread in range(first, min(first + share, threads)):
+            count = places[digit, thread]
+            places[digit, thread] = place
+            place += count
     cuda.syncthreads()
 
 
 @cuda.jit
-def remap(scores, bits, history, kv_offsets, kv_order, scratch, codes, levels, passes):
+def remap(scores, bits, history, kv_offsets, kv_order, scratch, levels, passes):
     least = cuda.shared.array(THREADS, float32)
     greatest = cuda.shared.array(THREADS, float32)
-    places = cuda.shared.array((DIGITS, THREADS), int32)
-    s, head = cuda.blockIdx.x, cuda.blockIdx.y
+    places = cuda.shared.array((DIGITS, STRIDE), int32)
+    sums = cuda.shared.array((2, SUMS), int32)
+    s, head, me, threads = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x, cuda.blockDim.x
     index, n = head * cuda.gridDim.x + s, history[s]
+    start, room = kv_offsets[head, s], kv_offsets[head, s + 1] - kv_offsets[head, s]
+    share = max(1, (n + threads - 1) // threads)
     low, high = finite_range(scores, index, n, least, greatest)
-    write_codes(scores, bits, codes, scratch[0], index, n, levels, low, high)
-    cuda.syncthreads()
+    write_items(scores, bits, scratch[0, index], index, n, share, levels, low, high)
     for i in range(passes):
-        keys = scratch[i % 2]
-        count_digits(codes, keys, index, n, 4 * i, places)
-        scan_counts(places)
-        if i + 1 < passes:
-            deal_keys(codes, keys, index, n, 4 * i, places, scratch[(i + 1) % 2, index], 0, n)
-        else:
-            start = kv_offsets[head, s]
-            deal_keys(codes, keys, index, n, 4 * i, places, kv_order, start, kv_offsets[head, s + 1] - start)
+        items, dealt, shift = scratch[i % 2, index], scratch[(i + 1) % 2, index], DIGIT_BITS * i
+        for digit in range(DIGITS):
+            places[digit, me] = 0
+        for j in range(min(share, n - me * share)):
+            places[digit_of(items[j * threads + me], shift), me] += 1
+        scan_counts(places, sums)
+        for j in range(min(share, n - me * share)):
+            item = items[j * threads + me]
+            place = places[digit_of(item, shift), me]
+            places[digit_of(item, shift), me] = place + 1
+            if i + 1 < passes:
+                dealt[slot(place, share)] = item
+            elif place < room:
+                kv_order[start + place] = item & 0xFFFFFFFF
+        cuda.syncthreads()

@@ -1,5 +1,5 @@
 // score.cu: stage 1, last part. One score for each (order head, segment, history key): a tensor-core product of the
-// keys with every segment's rows (factor.cu), summed up in registers.
+// keys with every segment's rows (factor.cuh), summed up in registers.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
 //   rows     [order heads of the slab, segments, PER_LIST, WIDTH] T   mean query, then covariance factors
 //   mean     [order heads of the slab, segments, WIDTH]   float  scale * mean query; score_full alone reads it
@@ -9,17 +9,19 @@
 // T is float16 or bfloat16 (IS_BF16). One kernel for each number of rows a list has: score_1 (mean rank), score_8,
 // score_16, score_32, score_64; the first row is linear, the others are squared. score_full: WIDTH rows, and
 // score = sum_i (row_i . k + mean_i) k_i.
-// The mixture rank (centres.cuh) takes three kernels: score_square, as score_1 with squared keys, leaves a list's
-// quadratic term where its scores will be; normalise sums a centre's exponentials over the history; score_mixture adds
-// the centres up.
+// The mixture rank (centres.cuh) takes four kernels: score_square, as score_1 with squared keys, leaves a list's
+// quadratic term where its scores will be; normalise sums a centre's exponentials over part_keys keys (a multiple of 64), and join_parts
+// over the history; score_mixture adds the centres up.
 //   rows     [order heads of the slab, segments, per_list, WIDTH]  T  centres; per_list is 32 or a multiple of 64
-//   offset   [order heads of the slab, segments, per_list]  float  log2 of a centre's share; normalise takes twice log2
+//   partial  [order heads of the slab, parts, segments * per_list, 2]  float  exponent and sum of a part of the keys
+//   offset   [order heads of the slab, segments, per_list]  float  log2 of a centre's share; join_parts takes twice log2
 //                                                                  of its sum from that
 // grid (key tiles of the longest history, order heads of a K/V head, K/V heads of the slab)   block WARPS * 32
-//   normalise: tiles of WARPS * 32 rows of a head in place of key tiles
+//   normalise: for each part of the longest history, tiles of WARPS * 32 rows of a head, in place of key tiles
+//   join_parts: (rows of a head / 256, order heads of the slab)   block 256
 // shared memory (WARPS * 32 + 2 * 64) * WIDTH * 2 + 512 bytes   macros IS_BF16, WIDTH (64, 128, 256), WARPS
 #include "gather.cuh"
-#include "online_softmax.cuh"
+#include "scores.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int TILE_KEYS = WARPS * 32;
@@ -27,11 +29,6 @@ constexpr int CHUNK_ROWS = 64;
 constexpr int CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
 constexpr int D_STEPS = WIDTH / 16;
 typedef SharedTile<WIDTH> Tile;
-
-__device__ __forceinline__ unsigned short score_bits(float x) {
-    const float clamped = fminf(fmaxf(x, -65504.f), 65504.f);
-    return float_to_score(x - x == 0.f ? clamped : x);  // infinities and NaN stay what they are
-}
 
 enum { FULL = 0, SQUARE = -1 };  // in place of PER_LIST
 
@@ -80,14 +77,6 @@ __device__ __forceinline__ void reduce_quad(float (&u)[LISTS][4]) {
             const float other = LISTS >= 4 ? (quad & 1 ? u[j][i] : u[LISTS / 4 + j][i]) : u[j][i];
             u[j][i] = mine + __shfl_xor_sync(0xffffffffu, other, 1);
         }
-}
-
-// The first list whose history reaches `first_key`: histories grow with the segment.
-__device__ __forceinline__ int first_list_at(const int* history, int segments, int first_key) {
-    int first = 0;
-    for (int step = 1 << 20; step; step /= 2)
-        if (first + step <= segments && history[first + step - 1] <= first_key) first += step;
-    return first;
 }
 
 // Starts the copy of a chunk of 64 factor rows, or centres, to its half of `chunks`.
@@ -243,39 +232,24 @@ SCORE(score_64, 64, 64)
 SCORE(score_full, FULL, 64)
 SCORE(score_square, SQUARE, 128)
 
-// A sum of powers of 2 and the exponent it is scaled by; the exponent starts below any logit, above -inf.
-struct PowerSum {
-    float frame, sum;
-
-    __device__ __forceinline__ void clear() { frame = -1e30f, sum = 0.f; }
-    __device__ __forceinline__ void raise(float top) {
-        sum *= exp2_approx(frame - top);
-        frame = top;
-    }
-    __device__ __forceinline__ void add(float other_frame, float other_sum) {
-        const float top = fmaxf(frame, other_frame);
-        sum = sum * exp2_approx(frame - top) + other_sum * exp2_approx(other_frame - top);
-        frame = top;
-    }
-    __device__ __forceinline__ float log2() const { return frame + log2f(sum); }
-};
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
-    const half_t* __restrict__ rows, float* __restrict__ offset, const int* __restrict__ history,
+    const half_t* __restrict__ rows, float2* __restrict__ partial, const int* __restrict__ history,
     const long long* __restrict__ starts, const unsigned short* __restrict__ scores, int heads_kv, int kv_start,
-    int n_keys, int dim, int segments, int per_list, float unit) {
+    int n_keys, int dim, int segments, int per_list, float unit, int part_keys) {
     extern __shared__ __align__(128) char shared_memory[];
     __shared__ int index[2][CHUNK_ROWS];
     constexpr int TILE_ROWS = THREADS;
     const unsigned int mine = shared_address(shared_memory), chunks = mine + TILE_ROWS * WIDTH * 2;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
     const int kv = kv_start + blockIdx.z, order_head = blockIdx.z * gridDim.y + blockIdx.y;
-    const int first_row = (gridDim.x - 1 - blockIdx.x) * TILE_ROWS, total_rows = segments * per_list;  // longest first
+    const int total_rows = segments * per_list, tiles = (total_rows + TILE_ROWS - 1) / TILE_ROWS, part = blockIdx.x / tiles;
+    const int first_row = (tiles - 1 - (int)blockIdx.x % tiles) * TILE_ROWS, part_key = part * part_keys;  // longest first
     const int list = (first_row + warp * 32) / per_list, stop = list < segments ? history[list] : 0;
-    const int last = history[min((first_row + TILE_ROWS - 1) / per_list, segments - 1)];
+    const int last = min(history[min((first_row + TILE_ROWS - 1) / per_list, segments - 1)], part_key + part_keys);
+    if (part_key >= last) return;
     rows += (long long)order_head * total_rows * WIDTH;
-    offset += (long long)order_head * total_rows;
+    partial += ((long long)order_head * (gridDim.x / tiles) + part) * total_rows;
     scores += order_head * starts[segments] + (list < segments ? starts[list] : 0) + 2 * quad;
     const Rows from = rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned);
 
@@ -291,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
         const int r = i / Tile::CHUNKS, c = i % Tile::CHUNKS;
         copy16_async(Tile::address(mine, r, c), rows + (long long)min(first_row + r, total_rows - 1) * WIDTH + 8 * c);
     }
-    fetch(0);
+    fetch(part_key / CHUNK_ROWS);
     wait_copies<0>();
     __syncthreads();
     unsigned int a[2][D_STEPS][4];  // the warp's 32 centres
@@ -302,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
 
     PowerSum sums[4];  // of rows lane / 4 + 8 i, over this lane's keys
     for (int i = 0; i < 4; ++i) sums[i].clear();
-    for (int chunk = 0; chunk * CHUNK_ROWS < last; ++chunk) {
+    for (int chunk = part_key / CHUNK_ROWS; chunk * CHUNK_ROWS < last; ++chunk) {
         const int first_key = chunk * CHUNK_ROWS;
         wait_copies<0>();
         __syncthreads();
@@ -342,11 +316,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
             sums[r].add(frame, sum);
         }
         const int row = first_row + warp * 32 + lane / 4 + 8 * r;
-        if (quad == 0 && row < total_rows) {
-            const float share = offset[row];
-            offset[row] = share == NEGATIVE_INFINITY ? share : share - 2.f * sums[r].log2();
-        }
+        if (quad == 0 && row < total_rows) partial[row] = make_float2(sums[r].frame, sums[r].sum);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) join_parts(
+    const float2* __restrict__ partial, float* __restrict__ offset, const int* __restrict__ history, int parts,
+    int segments, int per_list, int head_rows, int part_keys) {
+    const int row = blockIdx.x * 256 + threadIdx.x;
+    if (row >= segments * per_list) return;
+    partial += (long long)blockIdx.y * parts * head_rows + row;
+    offset += (long long)blockIdx.y * head_rows + row;
+    if (*offset == NEGATIVE_INFINITY) return;  // a centre without queries
+    PowerSum sum;
+    sum.clear();
+    for (int part = 0; part * part_keys < history[row / per_list]; ++part) {
+        const float2 x = partial[(long long)part * head_rows];
+        sum.add(x.x, x.y);
+    }
+    *offset -= 2.f * sum.log2();
 }
 
 constexpr int GROUP_ROWS = WIDTH <= 128 ? 32 : 16;  // products held at once

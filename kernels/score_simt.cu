@@ -4,8 +4,8 @@
 //   count   [order heads of the slab, segments]           int32  how many
 //   moment  [order heads of the slab, segments, dim, dim] float  their covariance; null: not wanted (mean rank)
 //   k       [batch, heads_kv, n_keys, dim]                REAL   element strides given
-//   rows    [order heads of the slab, segments, per_list, dim] REAL  from factor.cu
-//   mean    [order heads of the slab, segments, dim]      float  in full mode (see factor.cu), else null
+//   rows    [order heads of the slab, segments, per_list, dim] REAL  from factor (factor.cuh)
+//   mean    [order heads of the slab, segments, dim]      float  in full mode (see factor.cuh), else null
 //   history, starts, score: as in score.cu, score float
 // moments: grid (segments, order heads, dim tiles of 32 squared, 1 when moment is null)   block 256
 // score:   grid (key tiles of 32, segments of the slab, order heads of the slab)   block 256
@@ -16,6 +16,7 @@
 // normalise: grid (segments, order heads, row tiles of 32)   score_mixture: as score   block 256
 // shared memory (dynamic, all but moments): 32 * (dim + 1) + 512 REAL   macro REAL
 #include "centres.cuh"
+#include "factor.cuh"
 
 __device__ __forceinline__ real_t power_2(real_t x) { return sizeof(real_t) == 4 ? (real_t)exp2f((float)x) : (real_t)exp2((double)x); }
 
@@ -157,9 +158,9 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
     const real_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     real_t* __restrict__ rows, real_t* __restrict__ share, real_t* __restrict__ variance, int* __restrict__ place,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
-    int width, int terms, int per_list, int capacity, real_t scale) {
+    int width, int terms, int per_list, int capacity, int tiled, real_t scale) {
     find_centres(q, q_batch, q_head, q_row, rows, share, variance, place, heads_order, members, order_start, n_q, dim,
-                 segment, segment_start, width, terms, per_list, capacity, scale);
+                 segment, segment_start, width, terms, per_list, capacity, tiled, scale);
 }
 
 extern "C" __global__ void __launch_bounds__(256) normalise(
@@ -223,4 +224,12 @@ extern "C" __global__ void __launch_bounds__(256) score_mixture(
         for (int w = 1; w < 8; ++w) sum.add(partial[w * 32 + lane], partial[256 + w * 32 + lane]);
         scores[order_head * starts[segments] + starts[s] + first_key + lane] = (float)(bias + (real_t)0.34657359027997264 * sum.log2());
     }
+}
+
+extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 4) factor(
+    const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
+    element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
+    int centred, int full, int tiled, float scale) {
+    extern __shared__ double shared_memory[];
+    make_factors(shared_memory, sum, count, moment, rows, mean_out, width, dim, terms, terms_rows, centred, full, tiled, scale);
 }

@@ -1,16 +1,24 @@
-// score_sm90.cu: stage 1, last part, on Hopper: score.cu's products by `wgmma`, which mma.sync holds to two thirds of
-// its rate. Mean query and covariance factors of 8, 16, 32 or 64 rows a list, head dims to 128; score.cu does the rest.
+// score_sm90.cu: stage 1, last part, on Hopper: score.cu's products by `wgmma`, where mma.sync reaches two thirds of the
+// rate. Covariance factors of 8, 16, 32 or 64 rows a list, and the mixture's centres; head dims to 128. score.cu does the
+// rest.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
-//   rows     [order heads of the slab, chunks, WIDTH / 64, 64, 64]  T  mean query, then covariance factors: chunks of 64
-//            rows as they lie in shared memory (factor.cu's `tiled`), so that one bulk copy fetches a chunk
+//   rows     [order heads of the slab, chunks of 64, WIDTH]  T  mean query, then covariance factors; or centres: as
+//            tiled.cuh says
+//   tiles    [K/V heads of the slab, chunks of 64, WIDTH]    T  keys as tiled.cuh says, from tile_keys; 0 past the last
+//   offset, partial: as in score.cu, over whole chunks of an order head
 //   history, starts, score: as in score.cu
 // A block keeps TILE_KEYS keys in registers as the left operand, 64 a warpgroup; one more warp streams the rows past
 // them. A warpgroup waits for its product before it adds up the squares: the tensor cores meanwhile have the other
 // warpgroups of this block and of its neighbour.
 // grid (key tiles of the longest history, order heads of a K/V head, K/V heads of the slab)   block TILE_KEYS * 2 + 32
-// shared memory 1024 + TILE_KEYS * WIDTH * 2 + STAGES * 64 * WIDTH * 2 + 16 * STAGES bytes
-// kernels score_8_64 .. score_64_128, by rows of a list and WIDTH   macros IS_BF16
+//   normalise: for each part of the longest history, tiles of 128 rows of a head, in place of key tiles
+//   tile_keys: (chunks of the longest history, K/V heads of the slab)   block 256
+// shared memory 1024 + TILE_KEYS * WIDTH * 2 + STAGES * (64 * WIDTH * 2 + 256 + 16) bytes
+// kernels score_8_64 .. score_64_128, by rows of a list and WIDTH; normalise_64, score_mixture_64, tile_keys_64 and
+// their like of 128   macros IS_BF16
 #include "gather.cuh"
+#include "scores.cuh"
+#include "tiled.cuh"
 
 constexpr int TILE_KEYS = 128;
 constexpr int THREADS = 2 * TILE_KEYS;  // that multiply
@@ -78,11 +86,6 @@ __device__ __forceinline__ unsigned long long descriptor(unsigned int address) {
     return (unsigned long long)((address & 0x3ffff) >> 4) | 1ull << 16 | (unsigned long long)(1024 >> 4) << 32 | 1ull << 62;
 }
 
-__device__ __forceinline__ unsigned int score_bits(float x) {
-    const float clamped = fminf(fmaxf(x, -65504.f), 65504.f);
-    return float_to_score(x - x == 0.f ? clamped : x);  // infinities and NaN stay what they are
-}
-
 // Adds up the quad's shares of LISTS lists for two keys; lane `quad` ends with its own lists' sums in the first places.
 template <int LISTS>
 __device__ __forceinline__ void reduce_quad(float (&u)[LISTS][2]) {
@@ -103,62 +106,99 @@ __device__ __forceinline__ void reduce_quad(float (&u)[LISTS][2]) {
     }
 }
 
+// The shared memory of a block: stages of 64 rows, its own keys, what goes with a stage, barriers.
+template <int WIDTH>
+struct Layout {
+    static constexpr int CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
+    unsigned int stages, keys, offsets, full, empty;
+
+    // `arrivals`: bulk copies that fill a stage. The block must meet before it uses the barriers.
+    __device__ __forceinline__ void set_up(const char* memory, int arrivals) {
+        stages = (shared_address(memory) + 1023) & ~1023u;
+        keys = stages + STAGES * CHUNK_BYTES, offsets = keys + TILE_KEYS * WIDTH * 2;
+        full = offsets + STAGES * CHUNK_ROWS * 4, empty = full + 8 * STAGES;
+        if (threadIdx.x == 0)
+            for (int s = 0; s < STAGES; ++s) barrier_init(full + 8 * s, arrivals), barrier_init(empty + 8 * s, THREADS / 32);
+    }
+    __device__ __forceinline__ unsigned int stage(int turn) const { return stages + turn % STAGES * CHUNK_BYTES; }
+    // For the thread that copies: waits until the stage is free.
+    __device__ __forceinline__ void claim(int turn) const {
+        if (turn >= STAGES) barrier_wait(empty + 8 * (turn % STAGES), (turn / STAGES - 1) & 1);
+    }
+};
+
+// Starts the copy of a block's keys. `index` holds TILE_KEYS numbers.
+template <int WIDTH>
+__device__ __forceinline__ void fetch_keys(unsigned int keys, const Rows& from, int first_key, int n_keys, int* index) {
+    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
+    __syncthreads();
+    if (threadIdx.x < THREADS) load_rows<WIDTH, TILE_KEYS, THREADS>(keys, from, index);
+    commit_copies();
+}
+
+// The warp's 16 keys in registers, once they came. Row g of the product is key 2 g, row g + 8 the one after it.
+template <int WIDTH>
+__device__ __forceinline__ void load_keys(unsigned int (&a)[WIDTH / 16][4], unsigned int keys) {
+    typedef SharedTile<WIDTH> Tile;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    wait_copies<0>();
+    multipliers_sync();
+#pragma unroll
+    for (int d = 0; d < WIDTH / 16; ++d)
+        load_matrices(a[d], Tile::address(keys, warp * 16 + 2 * (lane & 7) + ((lane >> 3) & 1), 2 * d + (lane >> 4)));
+}
+
+// c = a times the rows of the stage that belongs to `turn`, which it waits for and gives back.
+template <int WIDTH>
+__device__ __forceinline__ void multiply(float (&c)[32], const unsigned int (&a)[WIDTH / 16][4], const Layout<WIDTH>& layout, int turn) {
+    barrier_wait(layout.full + 8 * (turn % STAGES), turn / STAGES & 1);
+    const unsigned int here = layout.stage(turn);
+    wgmma_fence();
+    wgmma<false>(c, a[0], descriptor(here));
+#pragma unroll
+    for (int d = 1; d < WIDTH / 16; ++d) wgmma<true>(c, a[d], descriptor(here + d / 4 * HALF_BYTES + d % 4 * 32));
+    wgmma_finish(c);
+}
+
 template <int PER_LIST, int WIDTH>
 __device__ __forceinline__ void score_tile(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
     const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,
     unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments) {
-    typedef SharedTile<WIDTH> Tile;
-    constexpr int D_STEPS = WIDTH / 16, CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2, LISTS = CHUNK_ROWS / PER_LIST;
+    constexpr int LISTS = CHUNK_ROWS / PER_LIST, CHUNK = CHUNK_ROWS * WIDTH;
     extern __shared__ __align__(128) char shared_memory[];
     __shared__ int index[TILE_KEYS];
-    const unsigned int stages = (shared_address(shared_memory) + 1023) & ~1023u, keys = stages + STAGES * CHUNK_BYTES;
-    const unsigned int full = keys + TILE_KEYS * WIDTH * 2, empty = full + 8 * STAGES;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
     const int first_key = blockIdx.x * TILE_KEYS, kv = kv_start + blockIdx.z;
     const int order_head = blockIdx.z * gridDim.y + blockIdx.y;
-    const int chunk_stop = (segments * PER_LIST + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    rows += (long long)order_head * chunk_stop * CHUNK_ROWS * WIDTH;
+    const int chunk_stop = tiled_rows(segments, PER_LIST) / CHUNK_ROWS;
+    rows += (long long)order_head * chunk_stop * CHUNK;
     scores += order_head * starts[segments];
-
-    // Histories grow with the segment: the first list that reaches this tile of keys.
-    int first_list = 0;
-    for (int step = 1 << 20; step; step /= 2)
-        if (first_list + step <= segments && history[first_list + step - 1] <= first_key) first_list += step;
-    if (first_list == segments) return;
-    const int first_chunk = first_list / LISTS;
-
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < STAGES; ++s) barrier_init(full + 8 * s, 1), barrier_init(empty + 8 * s, THREADS / 32);
+    Layout<WIDTH> layout;
+    layout.set_up(shared_memory, 1);
+    fetch_keys<WIDTH>(layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
+    const int first_list = first_list_at(history, segments, first_key), first_chunk = first_list / LISTS;
+    if (first_list == segments) {
+        wait_copies<0>();
+        return;
     }
-    __syncthreads();
     if (threadIdx.x >= THREADS) {
         if (threadIdx.x == THREADS)
             for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
-                const int turn = chunk - first_chunk, s = turn % STAGES;
-                if (turn >= STAGES) barrier_wait(empty + 8 * s, (turn / STAGES - 1) & 1);
-                copy_bulk(stages + s * CHUNK_BYTES, rows + (long long)chunk * CHUNK_ROWS * WIDTH, CHUNK_BYTES, full + 8 * s);
+                const int turn = chunk - first_chunk;
+                layout.claim(turn);
+                copy_bulk(layout.stage(turn), rows + (long long)chunk * CHUNK, 2 * CHUNK, layout.full + 8 * (turn % STAGES));
             }
         return;
     }
-
-    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
-    multipliers_sync();
-    load_rows<WIDTH, TILE_KEYS, THREADS>(keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), index);
-    commit_copies();
-    wait_copies<0>();
-    multipliers_sync();
-    // The warp's 16 keys, for good. Row g of the product is key 2 g, row g + 8 the one after it.
-    unsigned int a[D_STEPS][4];
-#pragma unroll
-    for (int d = 0; d < D_STEPS; ++d)
-        load_matrices(a[d], Tile::address(keys, warp * 16 + 2 * (lane & 7) + ((lane >> 3) & 1), 2 * d + (lane >> 4)));
+    unsigned int a[WIDTH / 16][4];
+    load_keys<WIDTH>(a, layout.keys);
 
     const int key = first_key + warp * 16 + 2 * (lane / 4);
     constexpr int EACH = LISTS >= 4 ? LISTS / 4 : 1;  // lists that a lane writes
     const bool writes = LISTS >= 4 || quad % (4 / LISTS) == 0;
     for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
-        const int turn = chunk - first_chunk, s = turn % STAGES;
+        const int turn = chunk - first_chunk;
         int stop[EACH];
         long long start[EACH];
 #pragma unroll
@@ -167,15 +207,9 @@ __device__ __forceinline__ void score_tile(
             stop[j] = list < segments ? history[list] : 0;
             start[j] = list < segments ? starts[list] : 0;
         }
-        barrier_wait(full + 8 * s, turn / STAGES & 1);
-        const unsigned int here = stages + s * CHUNK_BYTES;
         float c[32];
-        wgmma_fence();
-        wgmma<false>(c, a[0], descriptor(here));
-#pragma unroll
-        for (int d = 1; d < D_STEPS; ++d) wgmma<true>(c, a[d], descriptor(here + d / 4 * HALF_BYTES + d % 4 * 32));
-        wgmma_finish(c);
-        if (lane == 0) barrier_arrive(empty + 8 * s);
+        multiply<WIDTH>(c, a, layout, turn);
+        if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
 
         float u[LISTS][2];
 #pragma unroll
@@ -193,7 +227,179 @@ __device__ __forceinline__ void score_tile(
         reduce_quad<LISTS>(u);
 #pragma unroll
         for (int j = 0; j < EACH; ++j)
-            if (writes && key < stop[j]) *(unsigned int*)(scores + start[j] + key) = score_bits(u[j][0]) | score_bits(u[j][1]) << 16;
+            if (writes && key < stop[j]) *(unsigned int*)(scores + start[j] + key) = score_bits(u[j][0]) | (unsigned int)score_bits(u[j][1]) << 16;
+    }
+}
+
+// Sums of a part of the keys, for 16 centres a warp: they stay in registers and keys stream past.
+template <int WIDTH>
+__device__ __forceinline__ void normalise_tile(
+    const half_t* __restrict__ tiles, const half_t* __restrict__ rows, float2* __restrict__ partial, const int* __restrict__ history,
+    const long long* __restrict__ starts, const unsigned short* __restrict__ scores, int key_chunks, int segments, int per_list,
+    float unit, int part_keys) {
+    constexpr int CHUNK = CHUNK_ROWS * WIDTH, TILE_ROWS = THREADS / 2;
+    extern __shared__ __align__(128) char shared_memory[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
+    const int order_head = blockIdx.z * gridDim.y + blockIdx.y, head_rows = tiled_rows(segments, per_list);
+    const int row_tiles = (head_rows + TILE_ROWS - 1) / TILE_ROWS, part = blockIdx.x / row_tiles;
+    const int first_row = (row_tiles - 1 - (int)blockIdx.x % row_tiles) * TILE_ROWS, part_key = part * part_keys;  // longest first
+    const int last = min(history[min((first_row + TILE_ROWS - 1) / per_list, segments - 1)], part_key + part_keys);
+    if (part_key >= last) return;
+    const int first_chunk = part_key / CHUNK_ROWS, chunk_stop = (last + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    rows += (long long)order_head * head_rows * WIDTH;
+    tiles += (long long)blockIdx.z * key_chunks * CHUNK;
+    partial += ((long long)order_head * (gridDim.x / row_tiles) + part) * head_rows;
+
+    Layout<WIDTH> layout;
+    layout.set_up(shared_memory, 1);
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        if (threadIdx.x == THREADS)
+            for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
+                const int turn = chunk - first_chunk;
+                layout.claim(turn);
+                copy_bulk(layout.stage(turn), tiles + (long long)chunk * CHUNK, 2 * CHUNK, layout.full + 8 * (turn % STAGES));
+            }
+        return;
+    }
+    const int row = first_row + warp * 16 + lane / 4, list = (first_row + warp * 16) / per_list;
+    const int stop = list < segments ? history[list] : 0;
+    scores += order_head * starts[segments] + (list < segments ? starts[list] : 0) + 2 * quad;
+    unsigned int a[WIDTH / 16][4];
+#pragma unroll
+    for (int d = 0; d < WIDTH / 16; ++d)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            a[d][i] = *(const unsigned int*)(rows + tiled_place(min(row, head_rows - 9) + i % 2 * 8, 16 * d + i / 2 * 8 + 2 * quad, WIDTH));
+
+    PowerSum sums[2];  // of rows `row` and row + 8, over this lane's keys
+    sums[0].clear(), sums[1].clear();
+    for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
+        const int turn = chunk - first_chunk, first_key = chunk * CHUNK_ROWS;
+        unsigned int quadratic[8];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) quadratic[n] = first_key < stop ? *(const unsigned int*)(scores + first_key + 8 * n) : 0;
+        float c[32];
+        multiply<WIDTH>(c, a, layout, turn);
+        if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
+        if (first_key >= stop) continue;
+        if (first_key + CHUNK_ROWS > stop)  // -inf past the history
+#pragma unroll
+            for (int i = 0; i < 16; ++i)
+                if (first_key + 8 * (i / 2) + 2 * quad + i % 2 >= stop) quadratic[i / 2] = quadratic[i / 2] & ~(0xffffu << 16 * (i % 2)) | 0xfc00u << 16 * (i % 2);
+        float top[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
+#pragma unroll
+        for (int i = 0; i < 16; ++i) {
+            const float bias = LOG2_E * score_to_float((unsigned short)(quadratic[i / 2] >> 16 * (i % 2)));
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float& x = c[4 * (i / 2) + 2 * h + i % 2];
+                x = fmaf(x, unit, bias);
+                top[h] = fmaxf(top[h], x);
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if (top[h] > sums[h].frame + 8.f) sums[h].raise(top[h]);  // seldom, once the great ones were seen
+            float sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < 16; ++i) sum += exp2_approx(c[4 * (i / 2) + 2 * h + i % 2] - sums[h].frame);
+            sums[h].sum += sum;
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        for (int step = 1; step < 4; step *= 2) {
+            const float frame = __shfl_xor_sync(0xffffffffu, sums[h].frame, step), sum = __shfl_xor_sync(0xffffffffu, sums[h].sum, step);
+            sums[h].add(frame, sum);
+        }
+        if (quad == 0 && row + 8 * h < head_rows) partial[row + 8 * h] = make_float2(sums[h].frame, sums[h].sum);
+    }
+}
+
+template <int WIDTH>
+__device__ __forceinline__ void mixture_tile(
+    const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
+    const half_t* __restrict__ rows, const float* __restrict__ offset, const int* __restrict__ history,
+    const long long* __restrict__ starts, unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim,
+    int segments, int per_list, float unit) {
+    constexpr int CHUNK = CHUNK_ROWS * WIDTH;
+    extern __shared__ __align__(128) char shared_memory[];
+    __shared__ int index[TILE_KEYS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
+    const int first_key = blockIdx.x * TILE_KEYS, kv = kv_start + blockIdx.z;
+    const int order_head = blockIdx.z * gridDim.y + blockIdx.y, chunk_stop = tiled_rows(segments, per_list) / CHUNK_ROWS;
+    rows += (long long)order_head * chunk_stop * CHUNK;
+    offset += (long long)order_head * chunk_stop * CHUNK_ROWS;
+    scores += order_head * starts[segments];
+    Layout<WIDTH> layout;
+    layout.set_up(shared_memory, 2);
+    fetch_keys<WIDTH>(layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
+    const int first_list = first_list_at(history, segments, first_key), first_chunk = (int)((long long)first_list * per_list / CHUNK_ROWS);
+    if (first_list == segments) {
+        wait_copies<0>();
+        return;
+    }
+    if (threadIdx.x >= THREADS) {
+        if (threadIdx.x == THREADS)
+            for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
+                const int turn = chunk - first_chunk;
+                const unsigned int full = layout.full + 8 * (turn % STAGES);
+                layout.claim(turn);
+                copy_bulk(layout.stage(turn), rows + (long long)chunk * CHUNK, 2 * CHUNK, full);
+                copy_bulk(layout.offsets + turn % STAGES * CHUNK_ROWS * 4, offset + chunk * CHUNK_ROWS, CHUNK_ROWS * 4, full);
+            }
+        return;
+    }
+    unsigned int a[WIDTH / 16][4];
+    load_keys<WIDTH>(a, layout.keys);
+
+    const int key = first_key + warp * 16 + 2 * (lane / 4) + quad / 2;  // the one that this lane writes, if quad is even
+    int list = (int)((long long)first_chunk * CHUNK_ROWS / per_list), row = (int)((long long)first_chunk * CHUNK_ROWS % per_list);
+    PowerSum sums[2];  // of the lane's two keys, over its columns of a list
+    for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
+        const int turn = chunk - first_chunk;
+        float c[32];
+        multiply<WIDTH>(c, a, layout, turn);
+        float2 shift[8];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) shift[n] = load_shared_pair(layout.offsets + (turn % STAGES * CHUNK_ROWS + 8 * n + 2 * quad) * 4);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
+#pragma unroll
+        for (int part = 0; part < 8; part += 4) {  // n-tiles, 32 rows
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                float top = -1e30f, sum = 0.f;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const float2 bias = shift[part + i / 2];
+                    float& x = c[4 * (part + i / 2) + 2 * h + i % 2];
+                    x = fmaf(x, 2.f * unit, i % 2 ? bias.y : bias.x);
+                    top = fmaxf(top, x);
+                }
+                if (row == 0) sums[h].frame = top, sums[h].sum = 0.f;
+                else if (top > sums[h].frame) sums[h].raise(top);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sum += exp2_approx(c[4 * (part + i / 2) + 2 * h + i % 2] - sums[h].frame);
+                sums[h].sum += sum;
+            }
+            row += 32;
+            if (row < per_list) continue;
+            // The quad's lanes add up: first a key each, then its two halves.
+            const bool upper = quad & 2;
+            PowerSum sum = upper ? sums[1] : sums[0];
+            const PowerSum other = upper ? sums[0] : sums[1];
+            const float other_frame = __shfl_xor_sync(0xffffffffu, other.frame, 2), other_sum = __shfl_xor_sync(0xffffffffu, other.sum, 2);
+            sum.add(other_frame, other_sum);
+            const float half_frame = __shfl_xor_sync(0xffffffffu, sum.frame, 1), half_sum = __shfl_xor_sync(0xffffffffu, sum.sum, 1);
+            sum.add(half_frame, half_sum);
+            if (quad % 2 == 0 && list < segments && key < history[list]) {
+                unsigned short* to = scores + starts[list] + key;
+                *to = score_bits(score_to_float(*to) + 0.5f * LN_2 * sum.log2());
+            }
+            row = 0, ++list;
+        }
     }
 }
 
@@ -213,3 +419,44 @@ SCORE(score_8_128, 8, 128)
 SCORE(score_16_128, 16, 128)
 SCORE(score_32_128, 32, 128)
 SCORE(score_64_128, 64, 128)
+
+#define NORMALISE(NAME, WIDTH)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) NAME(                                                 \
+        const half_t* __restrict__ tiles, const half_t* __restrict__ rows, float2* __restrict__ partial,                \
+        const int* __restrict__ history, const long long* __restrict__ starts,                                          \
+        const unsigned short* __restrict__ scores, int key_chunks, int segments, int per_list, float unit,              \
+        int part_keys) {                                                                                                \
+        normalise_tile<WIDTH>(tiles, rows, partial, history, starts, scores, key_chunks, segments, per_list, unit,      \
+                              part_keys);                                                                               \
+    }
+NORMALISE(normalise_64, 64)
+NORMALISE(normalise_128, 128)
+
+#define MIXTURE(NAME, WIDTH)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) NAME(                                                 \
+        const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
+        const half_t* __restrict__ rows, const float* __restrict__ offset, const int* __restrict__ history,             \
+        const long long* __restrict__ starts, unsigned short* __restrict__ scores, int heads_kv, int kv_start,          \
+        int n_keys, int dim, int segments, int per_list, float unit) {                                                  \
+        mixture_tile<WIDTH>(k, k_batch, k_head, k_row, aligned, rows, offset, history, starts, scores, heads_kv,        \
+                            kv_start, n_keys, dim, segments, per_list, unit);                                           \
+    }
+MIXTURE(score_mixture_64, 64)
+MIXTURE(score_mixture_128, 128)
+
+extern "C" __global__ void __launch_bounds__(256) tile_keys(
+    const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
+    half_t* __restrict__ tiles, int heads_kv, int kv_start, int n_keys, int dim, int width) {
+    const int kv = kv_start + blockIdx.y;
+    k += kv / heads_kv * k_batch + kv % heads_kv * k_head;
+    tiles += (long long)blockIdx.y * gridDim.x * CHUNK_ROWS * width;
+    for (int i = threadIdx.x; i < CHUNK_ROWS * width / 8; i += 256) {
+        const int row = blockIdx.x * CHUNK_ROWS + i / (width / 8), column = i % (width / 8) * 8;
+        const half_t* from = k + row * k_row + column;
+        uint4* const to = (uint4*)(tiles + tiled_place(row, column, width));
+        if (row >= n_keys || column >= dim) *to = make_uint4(0, 0, 0, 0);
+        else if (aligned && column + 8 <= dim) *to = *(const uint4*)from;
+        else
+            for (int d = 0; d < 8; ++d) ((half_t*)to)[d] = column + d < dim ? from[d] : (half_t)0;
+    }
+}

@@ -14,8 +14,8 @@ MAX, CLOSED, OPEN, TAIL = range(4)
 
 
 @cache
-def softmax_functions(real):
-    """The device functions that compute in `real` (numba.float32 or numba.float64)."""
+def softmax_functions(real, width):
+    """The device functions that compute in `real` (numba.float32 or numba.float64) on rows of `width` columns."""
 
     @cuda.jit(device=True)
     def frame_of(state):
@@ -27,16 +27,16 @@ def softmax_functions(real):
         return real(log(x)) if x > 0 else real(-inf) if x == 0 else real(nan)
 
     @cuda.jit(device=True)
-    def logit_of(query, k_tile, i, dim, scale):
+    def logit_of(query, k_tile, i, scale):
         total = real(0)
-        for d in range(dim):
+        for d in range(width):
             total += query[d] * k_tile[i, d]
         return total * scale
 
     @cuda.jit(device=True)
-    def start_row(state, acc, dim_v):
+    def start_row(state, acc):
         state[MAX], state[CLOSED], state[OPEN], state[TAIL] = real(-inf), real(0), real(0), real(0)
-        for d in range(dim_v):
+        for d in range(width):
             acc[d] = real(0)
 
     @cuda.jit(device=True)
@@ -45,18 +45,18 @@ def softmax_functions(real):
         return (ceiling if logit > ceiling else logit) + log_of(real(left))
 
     @cuda.jit(device=True)
-    def add_key(logit, kind, v_tile, i, state, acc, dim_v):
+    def add_key(logit, kind, v_tile, i, state, acc):
         """Add one key, whose weight counts as `kind`; a new maximum rescales what is there."""
         if logit > state[MAX]:
             shrink = exp(state[MAX] - logit)
             state[MAX] = logit
             for part in range(CLOSED, TAIL + 1):
                 state[part] *= shrink
-            for d in range(dim_v):
+            for d in range(width):
                 acc[d] *= shrink
         weight = exp(logit - frame_of(state))
         state[kind] += weight
-        for d in range(dim_v):
+        for d in range(width):
             acc[d] += weight * v_tile[i, d]
 
     @cuda.jit(device=True)

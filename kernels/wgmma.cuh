@@ -8,10 +8,6 @@ __device__ __forceinline__ void barrier_init(unsigned int barrier, int count) {
 __device__ __forceinline__ void barrier_arrive(unsigned int barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives when the copies that this thread has started so far are there.
-__device__ __forceinline__ void barrier_arrive_after_copies(unsigned int barrier) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
 __device__ __forceinline__ void barrier_wait(unsigned int barrier, int parity) {
     asm volatile(
         "{\n.reg .pred ready;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ready, [%0], %1;\n@ready bra done;\nbra again;\n"

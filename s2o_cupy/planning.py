@@ -187,8 +187,8 @@ def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order, backend) -> N
             first, stop = (problem.orders * (kv - slab.kv_start) for kv in (part.kv_start, part.kv_stop))
             segments = slice(part.segment_start - slab.segment_start, part.segment_stop - slab.segment_start + 1)
             offsets = kv_offsets[first:stop, segments]
-        scores = backend.score(problem, q, k, part)
-        backend.remap(problem, scores, part, offsets, kv_order)
+        # No name holds the scores, so that the next part's do not find them still there.
+        backend.remap(problem, backend.score(problem, q, k, part), part, offsets, kv_order)
 
 
 def query_order(problem: Problem, q, k):

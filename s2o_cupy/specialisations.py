@@ -76,14 +76,14 @@ def sm90_macros(dtype: str, dim_qk: int, dim_v: int, block_k: int) -> dict:
     """Macros of attend_sm90.cu: steps of 128 keys where key tiles and registers allow, and as many units as fit."""
     block_n = 64 if block_k % 128 or max(dim_qk, dim_v) > 128 else 128
     room = shared_limit("sm_90a") - 1024 - 256 * dim_qk - 20 * 1024
-    units = min(room // (2 * block_n * max(dim_qk, dim_v)), 12)
+    units = min(room // (2 * block_n * max(dim_qk, dim_v)), 4 if block_n * dim_qk > 2**13 else 8)
     return DTYPE_MACROS[dtype] | {"HEAD_DIM": dim_qk, "HEAD_DIM_V": dim_v, "BLOCK_N": block_n, "UNITS": units}
 
 
 def sm90_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
     """Dynamic shared memory of attend_sm90.cu, with counters for ``pool_blocks``; its own layout."""
     units, n, dim, dim_v = (macros[name] for name in ("UNITS", "BLOCK_N", "HEAD_DIM", "HEAD_DIM_V"))
-    ring = units * (32 + 4 * n) + 20 * n + 3584
+    ring = units * (32 + 4 * n) + 9 * n + 3584
     return 1024 + 256 * dim + 2 * units * n * max(dim, dim_v) + ring + 4 * pool_blocks
 
 
@@ -105,7 +105,7 @@ def rank_width(dim: int) -> int:
 
 
 def factor_shared_bytes(width: int, terms: int, full: bool) -> int:
-    """Dynamic shared memory of factor.cu: Gram matrix, basis and its image, triangles."""
+    """Dynamic shared memory of factor.cuh: Gram matrix, basis and its image, triangles."""
     if full or not terms:
         return 4 * width
     group, padded, pairs = (8 if terms <= 8 else 16), -(-terms // 8) * 8, terms * (terms + 1) // 2
@@ -127,8 +127,8 @@ def score_shared_bytes(macros: dict) -> int:
 
 
 def score_sm90_shared_bytes(width: int) -> int:
-    """Dynamic shared memory of score_sm90.cu: 128 keys, and four chunks of 64 rows with their barriers."""
-    return 1024 + (128 + 4 * 64) * width * 2 + 16 * 4
+    """Dynamic shared memory of score_sm90.cu: 128 keys, and four chunks of 64 rows with their offsets and barriers."""
+    return 1024 + (128 + 4 * 64) * width * 2 + 4 * (256 + 16)
 
 
 def remap_macros(dtype: str) -> dict:
@@ -137,14 +137,15 @@ def remap_macros(dtype: str) -> dict:
 
 
 @functools.lru_cache(maxsize=256)
-def remap_fit(levels: int, arch: str) -> tuple[int, int, int] | None:
-    """Warps, keys of a chunk and bytes of shared memory of remap.cu's kernel by levels; None where they do not fit."""
-    bins = levels + 2
-    for blocks in (2, 1):
-        room = (shared_limit(arch) + 1024) // blocks - 1024 - 512  # a block takes 1 KiB more, and some of its own
-        chunk = min((room - 4 * (16 // 2 + 2) * bins) * 4 // 9 // 128 * 128, 2**16)
-        if levels and chunk >= max(2**14, 2 * bins + 2):
-            return 16, chunk, 4 * (16 // 2 + 2) * bins + chunk // 4 + 2 * chunk
+def remap_fit(levels: int, longest: int, arch: str) -> tuple[int, int, int, int] | None:
+    """Warps, window, bit planes and shared bytes of remap.cu's kernel by levels; None where it does not fit."""
+    planes = max((longest - 1).bit_length() - 16, 0)
+    for warps in (16, 8):
+        counters = 4 * warps * (levels + 2)
+        room = shared_limit(arch) - 1024 - counters - 4 * 17 * (1 + planes) - 2 * 516
+        window = min(room * 8 // (17 + planes) // 128 * 128, 2**16)
+        if levels and window >= 2**13 and 2**planes <= warps:
+            return warps, window, planes, counters + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 516)
     return None
 
 
@@ -184,7 +185,7 @@ def shipped(arch: str) -> list[Specialisation]:
             full = rows == 128 and 96 <= dim_v <= 128  # 32 rows a warp: registers are full, a few values spill
             if sm90_serves(arch, dtype, dim, dim_v, 128, 1):
                 for block_k in (64, 128):
-                    add("attend_sm90", sm90_macros(dtype, dim, dim_v, block_k))
+                    add("attend_sm90", sm90_macros(dtype, dim, dim_v, block_k), no_spills=dim < 256)
             else:
                 add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
             add("score", score_macros(dtype, dim, arch))
@@ -197,7 +198,6 @@ def shipped(arch: str) -> list[Specialisation]:
             add("attend_simt", simt_macros(dtype, dim_v), no_spills=False)
     for dtype in DTYPE_MACROS:
         add("pool", DTYPE_MACROS[dtype])
-        add("factor", DTYPE_MACROS[dtype])
         add("remap", remap_macros(dtype))
     return list(found)
 

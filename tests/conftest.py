@@ -6,16 +6,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads: thread
 
 import pytest
 from hypothesis import HealthCheck, settings
-from properties import CPU, CUDA
+from properties import CPU, CUDA, NUMBA
 
 settings.register_profile("quick", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "quick")
 
 
-@pytest.fixture(scope="session", params=[CPU, pytest.param(CUDA, marks=pytest.mark.gpu)], ids=str)
+ON_DEVICES = [pytest.param(backend, marks=pytest.mark.gpu) for backend in (CUDA, NUMBA)]
+
+
+@pytest.fixture(scope="session", params=[CPU, *ON_DEVICES], ids=str)
 def backend(request):
     """A `properties.Backend`; one that cannot run here is skipped, with the reason."""
-    if missing := request.param.missing():
+    chosen = request.param
+    if missing := chosen.missing():
         pytest.skip(missing)
-    return request.param
+    if chosen.on_host and chosen is NUMBA:
+        pytest.skip("the simulator has small cases of its own, in test_numba_cuda.py")
+    return chosen

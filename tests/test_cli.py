@@ -60,6 +60,17 @@ def test_run_json_reports_the_error_against_dense(heads):
     assert report["settings"]["tail"] is None
 
 
+def test_run_with_a_window(heads):
+    path, q, k, v = heads
+    done = s2o_command("run", path, "--dense", "--json", "--window", 50)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["path"], report["settings"]["window"]) == ("dense", 50)
+    assert max(head["error"] for head in report["heads"]) == 0
+    assert np.abs(s2o.dense_attention(q, k, v) - s2o.attention(q, k, v, window=50)).max() > 0.01
+    refused(s2o_command("run", path, "--window", 50, "--no-causal"), 2, "window is 50 and causal False")
+
+
 def test_run_takes_three_npy_files_and_a_settings_file(heads, tmp_path):
     _, q, k, v = heads
     for name, x in (("q", q), ("k", k), ("v", v)):

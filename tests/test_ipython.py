@@ -185,7 +185,7 @@ def test_without_a_gpu_it_says_what_it_cannot_do(shell):
         ("%s2o frob", "%s2o frob: allowed: kernels, show, ptx, sass, keep, history"),
         ("%s2o show frob", "allowed: attend.cu"),
         ("%s2o show ../README.md", "allowed: attend.cu"),
-        ("%s2o keep factor x.cu", "no variant of factor compiled in this shell"),
+        ("%s2o keep score x.cu", "no variant of score compiled in this shell"),
     ],
 )
 def test_bad_input_is_told_plainly(shell, text, message):

@@ -216,6 +216,21 @@ def test_calibration_starts_from_the_settings_given(llama):
     assert {(x.segment, x.rank) for x in settings.values()} == {(64, "mean")}
 
 
+def test_a_tau_for_each_head_costs_less(llama, story, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(prose(2000, seed=9), encoding="utf-8")
+    arguments = ["eval", llama, "--text", story, "--length", 2304, "--error", 0.2]
+    arguments = [str(x) for x in [*arguments, "--calibrate-text", tmp_path / "other.txt"]]
+    one, each = ({}, {})
+    for report, flags in ((one, []), (each, ["--per-head"])):
+        assert command.main([*arguments, *flags, "--json"]) == 0
+        report |= json.loads(capsys.readouterr().out)
+    assert np.shape(one["tau"]["0"]) == ()
+    assert len(set(each["tau"]["0"])) == HEADS
+    assert each["mean_density"] < one["mean_density"]
+    assert command.main([*arguments, "--per-head"]) == 0
+    assert "a tau a head" in capsys.readouterr().out
+
+
 def test_attention_in_float16_is_near(tmp_path):
     write(tmp_path / "m.gguf", "gemma3", 7)
     ids, seen = np.random.default_rng(5).integers(0, 200, 300), []

@@ -42,7 +42,7 @@ def _quick_threads():
 def small(rank=None, **fixed):
     """Cases of few keys and small tiles: a simulated thread is a Python thread."""
     sizes = {"dims": st.integers(1, 5), "max_keys": 18, "max_batch": 1, **fixed}
-    ranks = st.sampled_from(["mean", "gaussian"]) if rank is None else st.just(rank)
+    ranks = st.sampled_from(["mean", "gaussian", "mixture"]) if rank is None else st.just(rank)
     return st.tuples(cases(**sizes), ranks).map(lambda drawn: shrunk(*drawn))
 
 
@@ -164,6 +164,13 @@ def test_ranks_as_the_reference(case):
 
 
 @simulator
+@settings(max_examples=10)
+@given(small(rank="mixture", contents=("randn",), dtypes=("float32", "float64"), min_keys=8))
+def test_ranks_mixtures_as_the_reference(case):
+    properties.ranks_as_the_reference(NUMBA, case)
+
+
+@simulator
 @few
 @given(small(query_order="guide"))
 def test_guide_orders_as_the_reference(case):
@@ -229,8 +236,6 @@ def test_workspace_does_not_matter(monkeypatch):
 def test_what_it_does_not_support_is_refused_by_name():
     case = wide_case(4)
     q, k, v = case.arrays
-    with pytest.raises(ValueError, match="rank is 'mixture'; the Numba CUDA backend supports 'mean' and 'gaussian'"):
-        s2o.plan(q, k, case.settings, rank="mixture", backend="numba")
     plan = s2o.plan(q, k, case.settings, backend="numba")
     with pytest.raises(ValueError, match="block_q is 257; the Numba CUDA backend supports 1 to 256"):
         s2o.attend(q, k, v, plan, block_q=257, backend="numba")
@@ -277,13 +282,16 @@ def array(dtype, axes):
 def signature(kernel: str, x, real):
     """The types that numba_cuda.py launches a kernel with, for inputs of type x."""
     i32, i64, f32, u32 = numba.int32, numba.int64, numba.float32, numba.uint32
+    mixture = array(x, 4), array(real, 3), array(real, 2), array(i32, 1)
     tuples = [numba.types.UniTuple(i64, n) for n in (3, 9)]
     plan = [array(i32, 1), array(i64, 2), array(i32, 3)]
     answers = [array(t, n) for t, n in ((x, 4), (real, 3), (i32, 3), (i32, 3), (f32, 3))]
-    order = [array(t, n) for t, n in ((f32, 2), (u32, 2), (i32, 1), (i64, 2), (i32, 1), (i32, 3), (u32, 2))]
+    order = [array(t, n) for t, n in ((f32, 2), (u32, 2), (i32, 1), (i64, 2), (i32, 1), (i64, 3))]
     return {
         "pool": (array(x, 4), array(real, 4), i64),
         "score": (array(x, 4), array(real, 3), array(i32, 1), array(f32, 2), i64, i64, real),
+        "norm": (*mixture, array(real, 2), i64, i64, real),
+        "mixture": (*mixture, array(real, 2), array(f32, 2), i64, i64, real),
         "remap": (*order, i64, i64),
         "attend": (*[array(x, 4)] * 3, *[array(real, 4)] * 2, *plan, array(real, 1), *answers, *tuples, real),
     }[kernel]
@@ -292,7 +300,7 @@ def signature(kernel: str, x, real):
 @needs_numba_cuda
 @pytest.mark.parametrize("cc", [(8, 0), (9, 0)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("kernel", ["pool", "score", "remap", "attend"])
+@pytest.mark.parametrize("kernel", ["pool", "score", "norm", "mixture", "remap", "attend"])
 def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
     from numba import cuda
     from numba.cuda import types as cuda_types
@@ -300,9 +308,10 @@ def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
     # Compiling a device function asks for the current device, which is all that would need a driver.
     here = SimpleNamespace(compute_capability=cc)
     monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: here)
-    module = importlib.import_module(f"s2o_cupy.kernels.{kernel}_numba")
+    module = importlib.import_module(f"s2o_cupy.kernels.{'mixture' if kernel == 'norm' else kernel}_numba")
     real = numba.float64 if dtype == "float64" else numba.float32
-    made = module.remap if kernel == "remap" else getattr(module, f"{kernel}_kernel").__wrapped__(real)
+    widths = () if kernel == "pool" else (64,)
+    made = module.remap if kernel == "remap" else getattr(module, f"{kernel}_kernel").__wrapped__(real, *widths)
     x = getattr(cuda_types, dtype)
     ptx, _ = cuda.compile_ptx(made.py_func, signature(kernel, x, real), cc=cc)
     assert f".target sm_{cc[0]}{cc[1]}" in ptx

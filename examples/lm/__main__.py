@@ -108,7 +108,8 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
         seen = _arrays(options.device).asarray(encode(model, options.calibrate_text, options.length))
     start = time.perf_counter()
     base = Settings.precise() if options.precise else Settings()
-    settings = calibrate_layers(model, seen, options.error, VARIANTS if options.all_variants else TAU_ALONE, base)
+    variants = VARIANTS if options.all_variants else TAU_ALONE
+    settings = calibrate_layers(model, seen, options.error, variants, base, options.per_head)
     return settings, {
         "model": model.name,
         "device": options.device,
@@ -116,6 +117,7 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
         "text": os.path.basename(options.text),
         "calibrated_on": os.path.basename(options.calibrate_text or options.text),
         "settings": "precise" if options.precise else "default",
+        "tau_per_head": options.per_head,
         "error": options.error,
         "calibration_s": time.perf_counter() - start,
     }
@@ -143,10 +145,11 @@ def _table(r: dict) -> str:
     if r["path"] == "dense":
         lines.append("attention was dense by itself: the text is too short for ranking to pay")
     if r["density"]:
-        lines.append(f"{'layer':>5} {'tau':>9} {'density':>8}  least to greatest of its heads")
+        lines.append(f"{'layer':>5} {'least tau':>9} {'density':>8}  least to greatest of its heads")
     for layer, heads in r["density"].items():
         mean = sum(heads) / len(heads)
-        lines.append(f"{layer:>5} {r['tau'][layer]:9.2g} {mean:8.3f}  {min(heads):.3f} to {max(heads):.3f}")
+        tau = min(np.atleast_1d(r["tau"][layer]))
+        lines.append(f"{layer:>5} {tau:9.2g} {mean:8.3f}  {min(heads):.3f} to {max(heads):.3f}")
     return "\n".join(lines)
 
 
@@ -166,9 +169,10 @@ def _needle_table(r: dict) -> str:
 
 def _heading(r: dict) -> list[str]:
     same = "" if r["calibrated_on"] != r["text"] else " (the text itself: no held-out result)"
+    tau = "a tau a head" if r["tau_per_head"] else "a tau a layer"
     return [
         f"{r['model']}, {r['text']}, {r['tokens']} tokens, {r['device']}, attention in {r['attention_dtype']}",
-        f"{r['settings']} settings, error {r['error']:g} calibrated on {r['calibrated_on']}{same}",
+        f"{r['settings']} settings, {tau}, error {r['error']:g} calibrated on {r['calibrated_on']}{same}",
     ]
 
 
@@ -210,6 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument("--error", type=float, required=True, metavar="E", help="relative error of a head accepted")
     sparse.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
     sparse.add_argument("--precise", action="store_true", help="Settings.precise() in place of the defaults")
+    sparse.add_argument(
+        "--per-head", action="store_true", help="a tau for each head, so that each comes near the error"
+    )
     sparse.add_argument("--all-variants", action="store_true", help="calibrate tries other rankings too, not tau alone")
     sparse.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="NumPy, or CuPy on the current GPU")
     sparse.add_argument("--dtype", choices=_DTYPES, help="attention's (default: float32, on a GPU float16)")

@@ -25,11 +25,13 @@ class Calibration:
     error: float
     base: s2o.Settings
     variants: tuple = TAU_ALONE
+    per_head: bool = False
     settings: dict[int, s2o.Settings] = field(default_factory=dict)
 
     def __call__(self, layer: int, q, k, v):
+        choices = {"per_head": self.per_head, "settings": self.base, "variants": self.variants}
         try:
-            self.settings[layer] = s2o.calibrate(q, k, v, self.error, settings=self.base, variants=self.variants)
+            self.settings[layer] = s2o.calibrate(q, k, v, self.error, **choices)
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from None
         return dense(layer, q, k, v)
@@ -77,10 +79,10 @@ class Attention:
 
 
 def calibrate_layers(
-    model: Model, ids, error: float, variants=TAU_ALONE, base: s2o.Settings | None = None
+    model: Model, ids, error: float, variants=TAU_ALONE, base: s2o.Settings | None = None, per_head: bool = False
 ) -> dict[int, s2o.Settings]:
     """Settings of each global layer, from `base` on, whose relative error here is at most `error` in every head."""
-    calibration = Calibration(error, base or s2o.Settings(), tuple(variants))
+    calibration = Calibration(error, base or s2o.Settings(), tuple(variants), per_head)
     with Bar("calibrate", model.layers) as bar:
         prefill(model, ids, calibration, step=bar.step)
     return calibration.settings

@@ -16,6 +16,7 @@ from s2o_cupy.specialisations import shared_limit
 
 # Keys of the longest history from which ranking pays (docs/kernels.md: between N=4096 and 8192 on an H100).
 RANKING_PAYS_FROM = 4096
+PART_KEYS = 4096  # of a list, that one block sums up for the mixture rank; a multiple of 64
 SCORE_BYTES = 2**28  # a slab's scores, counted at 4 bytes each; 16-bit inputs keep 2
 _LOG2_E = 1.4426950408889634
 _HALVES = ("float16", "bfloat16")
@@ -71,7 +72,8 @@ def score(problem: Problem, q, k, slab: Slab) -> Scores:
         raise ValueError(f"rank_terms is {terms} at head dim {p.dim_qk}, which needs {shared} bytes of shared memory")
     sizes = (width, p.dim_qk, terms, per_list, not halves, full, segments if hopper else 0)
     arguments = (*map(_pointer, (totals, counts, moment, rows, mean)), *map(np.int32, sizes), np.float32(p.scale))
-    _kernel("factor", p.dtype)[0]((lists,), (256,), arguments, shared_mem=shared)
+    kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="factor")
+    kernel((lists,), (256,), arguments, shared_mem=shared)
 
     scores = cp.empty(heads * total, np.float16 if halves else np.float32)
     if not longest:
@@ -111,14 +113,16 @@ def _score_mixture(p: Problem, q, k, slab: Slab) -> Scores:
     if not longest:
         return Scores(scores, starts, history, longest)
 
-    rows = cp.empty((lists, per_list, width), np.uint16 if halves else p.dtype)
+    hopper = halves and device_target() == "sm_90a" and width <= 128
+    head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
+    rows = cp.empty((heads, head_rows, width), np.uint16 if halves else p.dtype)
     variance = cp.empty((lists, width), rows.dtype)
-    offset = cp.empty((lists, per_list), p.compute_dtype)
+    offset = cp.empty((heads, head_rows), p.compute_dtype)
     members, order_start, real = p.group // p.orders, slab.kv_start * p.orders, p.compute_dtype.type
     capacity = members * min(p.settings.segment, p.n_q)
     arrays = (q, *_strides(q), rows, offset, variance, cp.empty((lists, 2, capacity), np.int32))
     sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
-    sizes = (*sizes, width, p.terms, per_list, capacity)
+    sizes = (*sizes, width, p.terms, per_list, capacity, hopper)
     kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="centres")
     kernel((segments, heads), (256,), (*arrays, *map(np.int32, sizes), real(p.scale)))
 
@@ -133,18 +137,36 @@ def _score_mixture(p: Problem, q, k, slab: Slab) -> Scores:
         grid = (-(-longest // 32), segments, heads)
         kernel(grid, (256,), (*arrays, starts, scores, *sizes, unit), shared_mem=shared)
         return Scores(scores, starts, history, longest)
-    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
+
     keys, lengths = (k, *_strides(k), np.int32(_aligned(k))), (history, starts, scores)
-    last = (np.int32(per_list), unit)
-    square, macros = _kernel("score", p.dtype, p.dim_qk, "score_square")
-    block, shared, heads = 32 * macros["WARPS"], kernels.score_shared_bytes(macros), (p.orders, heads // p.orders)
-    grid = (-(-longest // block), *heads)
-    square(grid, (block,), (*keys, variance, _pointer(None), *lengths, *sizes), shared_mem=shared)
-    kernel, _ = _kernel("score", p.dtype, p.dim_qk, "normalise")
-    tiles = -(-segments * per_list // block)
-    kernel((tiles, *heads), (block,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
-    kernel, _ = _kernel("score", p.dtype, p.dim_qk, "score_mixture")
-    kernel(grid, (block,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
+    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
+    kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_square")
+    block, shared, kv_heads = 32 * macros["WARPS"], kernels.score_shared_bytes(macros), heads // p.orders
+    grid = (-(-longest // block), p.orders, kv_heads)
+    kernel(grid, (block,), (*keys, variance, _pointer(None), *lengths, *sizes), shared_mem=shared)
+
+    last, parts, part_keys = (np.int32(per_list), unit), -(-longest // PART_KEYS), np.int32(PART_KEYS)
+    partial = cp.empty((heads, parts, head_rows, 2), np.float32)
+    if hopper:
+        chunks, block, threads, shared = -(-longest // 64), 128, 288, kernels.score_sm90_shared_bytes(width)
+        tiles = cp.empty((kv_heads, chunks, 64, width), np.uint16)
+        kernel, _ = _kernel("score_sm90", p.dtype, entry="tile_keys")
+        kernel((chunks, kv_heads), (256,), (*keys, tiles, *sizes[:4], np.int32(width)))
+        kernel, _ = _kernel("score_sm90", p.dtype, entry=f"normalise_{width}")
+        arguments = (tiles, rows, partial, *lengths, np.int32(chunks), sizes[4], *last, part_keys)
+        final, _ = _kernel("score_sm90", p.dtype, entry=f"score_mixture_{width}")
+    else:
+        threads = block
+        kernel, _ = _kernel("score", p.dtype, p.dim_qk, "normalise")
+        arguments = (*keys, rows, partial, *lengths, *sizes, *last, part_keys)
+        final, _ = _kernel("score", p.dtype, p.dim_qk, "score_mixture")
+    row_tiles = -(-head_rows // block)
+    kernel((row_tiles * parts, p.orders, kv_heads), (threads,), arguments, shared_mem=shared)
+    kernel, _ = _kernel("score", p.dtype, p.dim_qk, "join_parts")
+    counts = (np.int32(parts), np.int32(segments), np.int32(per_list), np.int32(head_rows), part_keys)
+    kernel((-(-segments * per_list // 256), heads), (256,), (partial, offset, history, *counts))
+    grid = (-(-longest // block), p.orders, kv_heads)
+    final(grid, (threads,), (*keys, rows, offset, *lengths, *sizes, *last), shared_mem=shared)
     return Scores(scores, starts, history, longest)
 
 
@@ -154,11 +176,11 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
         return
     levels, segments, heads = problem.settings.rank_levels or 0, slab.segments, kv_offsets.shape[0]
     lists = (scores.data, scores.starts, scores.history, kv_offsets, _stride(kv_offsets), kv_order)
-    fit = kernels.remap_fit(levels, device_target())
+    fit = kernels.remap_fit(levels, scores.longest, device_target())
     if fit is not None:
-        warps, chunk, shared = fit
+        warps, window, planes, shared = fit
         kernel, _ = _kernel("remap", problem.dtype)
-        arguments = (*lists, *map(_int, (segments, levels, chunk)))
+        arguments = (*lists, *map(_int, (segments, levels, window, planes)))
     else:
         bins, warps, passes = 256, 16, -(-(levels + 1).bit_length() // 8) if levels else 4
         kernel, _ = _kernel("remap", problem.dtype, entry="remap_digits")

@@ -1,12 +1,13 @@
 """The Numba CUDA backend: what each stage launches, over CuPy arrays, or NumPy arrays in Numba's simulator.
 
-The kernels are the readable twins of the raw ones (``kernels/*_numba.py``). Means and covariance factors of the
-queries are linear algebra of the arrays' own module, in float64.
+The kernels are the readable twins of the raw ones (``kernels/*_numba.py``). Means, covariance factors
+and centres of the queries are linear algebra of the arrays' own module, in float64.
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import cache, lru_cache
 
 import numba
 import numpy as np
@@ -14,7 +15,10 @@ from numba import cuda
 
 from s2o_cupy.arrays import namespace
 from s2o_cupy.kernels.attend_numba import MAX_BLOCKS, MAX_ROWS, attend_kernel
+from s2o_cupy.kernels.mixture_numba import mixture_kernel, norm_kernel
 from s2o_cupy.kernels.pool_numba import pool_kernel
+from s2o_cupy.kernels.remap_numba import DIGIT_BITS
+from s2o_cupy.kernels.remap_numba import THREADS as REMAP_THREADS
 from s2o_cupy.kernels.remap_numba import remap as remap_kernel
 from s2o_cupy.kernels.score_numba import score_kernel
 from s2o_cupy.problem import Problem, Slab
@@ -25,48 +29,62 @@ SCORE_BYTES = 2**27
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 _WARP = 1 if SIMULATED else 32
 _THREADS = 4 if SIMULATED else 128  # a simulated thread is a Python thread
-_DENSE_ROWS = 4 if SIMULATED else 64
+_DENSE_ROWS = 4 if SIMULATED else 128
+_WIDTHS = (64, 128, 256)
 
 
 def score(problem: Problem, q, k, slab: Slab):
     """Stage 1: (lists of the slab, longest history) float32 scores; beyond a list's history undefined."""
     p, xp = problem, namespace(q)
-    if p.settings.rank == "mixture":
-        raise ValueError("rank is 'mixture'; the Numba CUDA backend supports 'mean' and 'gaussian'")
-    history = p.history[slab.segment_start : slab.segment_stop].astype(np.int32)
-    rows = xp.stack(
-        [_list_rows(p, xp, q, kv, s) for kv in range(slab.kv_start, slab.kv_stop) for s in _segments(slab)]
-    )  # (kv * segments, orders, 1 + terms, D): the kernel's lists have the orders outside the segments
-    rows = rows.reshape(-1, slab.segments, p.orders, *rows.shape[2:]).swapaxes(1, 2).reshape(-1, *rows.shape[2:])
-    rows = xp.ascontiguousarray(rows.astype(p.compute_dtype))
-    width = int(history.max(initial=0))
-    scores = xp.empty((len(rows), width), np.float32)
-    grid = (-(-width // _THREADS), len(rows))
-    scale = p.compute_dtype.type(p.scale)
-    _launch(
-        score_kernel(_real(p)), grid, _THREADS, k, rows, xp.asarray(history), scores, slab.kv_start, p.orders, scale
-    )
+    history = xp.asarray(p.history[slab.segment_start : slab.segment_stop].astype(np.int32))
+    lists = (slab.kv_stop - slab.kv_start) * p.orders * slab.segments
+    width = int(p.history[slab.segment_start : slab.segment_stop].max(initial=0))
+    scores = xp.empty((lists, width), np.float32)
+    if not scores.size:
+        return scores
+    blocks, scale = -(-width // _THREADS), p.compute_dtype.type(p.scale)
+    kinds = _real(p), _width(p.dim_qk)
+    describe = _centres if p.settings.rank == "mixture" else _means_and_factors
+    parts = [describe(p, xp, _queries(p, xp, q, kv, slab)) for kv in range(slab.kv_start, slab.kv_stop)]
+    rows, *mixture = (xp.concatenate(part).astype(p.compute_dtype) for part in zip(*parts))
+    if mixture:
+        variance, share = mixture
+        norm = xp.empty(share.shape, p.compute_dtype)
+        given = (k, rows, variance, history)
+        _launch(norm_kernel(*kinds), (rows.shape[1], lists), _THREADS, *given, norm, slab.kv_start, p.orders, scale)
+        with np.errstate(all="ignore"):  # a centre whose every key weighs nothing, or a list without keys
+            weights = share - 2 * norm
+        _launch(
+            mixture_kernel(*kinds), (blocks, lists), _THREADS, *given, weights, scores, slab.kv_start, p.orders, scale
+        )
+    else:
+        _launch(
+            score_kernel(*kinds), (blocks, lists), _THREADS, k, rows, history, scores, slab.kv_start, p.orders, scale
+        )
     return scores
 
 
-def _segments(slab: Slab) -> range:
-    return range(slab.segment_start, slab.segment_stop)
+def _queries(p: Problem, xp, q, kv: int, slab: Slab):
+    """The queries of each list of a K/V head, (lists, queries, D) float64; NaN rows fill the last segment."""
+    b, h = divmod(kv, p.heads_kv)
+    size = p.settings.segment
+    x = q[b, h * p.group : (h + 1) * p.group, slab.segment_start * size : slab.segment_stop * size]
+    x = xp.ascontiguousarray(x).astype(np.float64)
+    x = xp.pad(x, ((0, 0), (0, slab.segments * size - x.shape[1]), (0, 0)), constant_values=np.nan)
+    x = x.reshape(p.orders, -1, slab.segments, size, p.dim_qk).swapaxes(1, 2)
+    return x.reshape(p.orders * slab.segments, -1, p.dim_qk)
 
 
-def _list_rows(p: Problem, xp, q, kv: int, s: int):
-    """(orders, 1 + terms, D) float64: the mean query of each list of a K/V head and segment, then its factors.
+def _means_and_factors(p: Problem, xp, x):
+    """(lists, 1 + terms, D): the mean query of each list, then its covariance factors.
 
     A query that is not finite is left out; a covariance that is not finite counts as none.
     """
-    b, h = divmod(kv, p.heads_kv)
-    rows = slice(s * p.settings.segment, (s + 1) * p.settings.segment)
-    x = xp.ascontiguousarray(q[b, h * p.group : (h + 1) * p.group, rows]).astype(np.float64)
-    x = x.reshape(p.orders, -1, p.dim_qk)
     keep = xp.isfinite(x).all(axis=-1, keepdims=True)
     count = xp.maximum(keep.sum(axis=1, keepdims=True), 1)
     mean = xp.where(keep, x, 0).sum(axis=1, keepdims=True) / count
     if not p.terms:
-        return mean
+        return (mean,)
     with np.errstate(all="ignore"):
         centred = xp.where(keep, x - mean, 0)
         covariance = centred.swapaxes(1, 2) @ centred / count
@@ -75,18 +93,42 @@ def _list_rows(p: Problem, xp, q, kv: int, s: int):
     basis, _ = xp.linalg.qr(xp.take_along_axis(covariance, axes[:, None], axis=2))
     values, vectors = xp.linalg.eigh(basis.swapaxes(1, 2) @ covariance @ basis)
     factors = basis @ vectors * xp.sqrt(xp.maximum(values, 0))[:, None]
-    return xp.concatenate([mean, factors.swapaxes(1, 2)], axis=1)
+    return (xp.concatenate([mean, factors.swapaxes(1, 2)], axis=1),)
+
+
+def _centres(p: Problem, xp, x):
+    """Centres (lists, terms, D) of each list's finite queries, their variance (lists, D) and the log of their shares.
+
+    A list with fewer queries than terms has centres of no share; one without queries has a centre at 0.
+    """
+    keep = xp.isfinite(x).all(axis=-1)
+    found = keep.sum(axis=1)[:, None]
+    x = xp.take_along_axis(xp.where(keep[..., None], x, 0), xp.argsort(~keep, axis=1, kind="stable")[..., None], axis=1)
+    c, terms = xp.arange(p.terms)[None], xp.clip(found, 1, p.terms)
+    start = xp.minimum(c * found // terms + found // (2 * terms), x.shape[1] - 1)
+    centres = xp.take_along_axis(x, start[..., None], axis=1)
+    near = x @ centres.swapaxes(1, 2) - (centres**2).sum(axis=2)[:, None] / 2
+    near = xp.where(c[:, None] < terms[..., None], near, -np.inf)
+    member = (near.argmax(axis=2)[..., None] == c[:, None]) & (xp.arange(x.shape[1]) < found)[..., None]
+    count = member.sum(axis=1)
+    member = member.astype(np.float64)
+    means = member.swapaxes(1, 2) @ x / xp.maximum(count, 1)[..., None]
+    centres = xp.where(count[..., None] > 0, means, centres)
+    around = (member.sum(axis=2, keepdims=True) * (x - member @ centres)) ** 2
+    with np.errstate(divide="ignore"):
+        share = xp.log(xp.where(found > 0, count / xp.maximum(found, 1), c == 0))
+    return centres, around.sum(axis=1) / xp.maximum(found, 1), share
 
 
 def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
     """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
     xp, levels = namespace(scores), problem.settings.rank_levels or 0
     history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
-    scratch, codes = xp.empty((2, *scores.shape), np.int32), xp.empty(scores.shape, np.uint32)
-    passes = -(-(levels + 1).bit_length() // 4) if levels else 8
+    scratch = xp.empty((2, len(scores), scores.shape[1] + REMAP_THREADS), np.int64)
+    passes = -(-((levels + 1).bit_length() if levels else 32) // DIGIT_BITS)
     grid = (slab.segments, kv_offsets.shape[0])
-    arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch, codes)
-    _launch(remap_kernel, grid, _THREADS, *arrays, levels, passes)
+    arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch)
+    _launch(remap_kernel, grid, _THREADS if SIMULATED else REMAP_THREADS, *arrays, levels, passes)
 
 
 def pool(problem: Problem, k, v):
@@ -137,23 +179,67 @@ def _walk(p, xp, arrays, pooled, order, answer, place, sizes, grid) -> None:
     answers = (answer.out, answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass)
     threads = -(-min(sizes[3], p.n_q) // _WARP) * _WARP
     scale = p.compute_dtype.type(p.scale)
-    _launch(attend_kernel(_real(p)), grid, threads, *arrays, *pooled, *order, taus, *answers, place, sizes, scale)
+    kernel = attend_kernel(_real(p), _width(max(p.dim_qk, p.dim_v)))
+    _launch(kernel, grid, threads, *arrays, *pooled, *order, taus, *answers, place, sizes, scale)
 
 
 def _real(p: Problem):
     return numba.float64 if p.dtype == "float64" else numba.float32
 
 
+def _width(dim: int) -> int:
+    """Columns that a kernel is compiled for: few widths on a device, where compiling takes seconds."""
+    return dim if SIMULATED else next(width for width in _WIDTHS if dim <= width)
+
+
 def _launch(kernel, grid, threads: int, *arguments) -> None:
-    """Launch on CuPy's current stream, or run in the simulator; an empty grid is no launch."""
+    """Launch on CuPy's current device and stream, or run in the simulator; an empty grid is no launch."""
     if not all(grid):
         return
-    if not SIMULATED:
-        import cupy
-
-        stream = cuda.external_stream(cupy.cuda.get_current_stream().ptr)
-        kernel[grid, threads, stream](*arguments)
+    if SIMULATED:
+        _simulate(kernel, grid, threads, arguments)
         return
+    import cupy
+
+    device, stream = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
+    with cuda.gpus[device]:
+        compiled = _compiled(kernel, tuple(map(_kind, arguments)), device)
+        _configured(compiled, grid, threads, stream)(*arguments)
+
+
+@cache
+def _compiled(kernel, kinds: tuple, device: int):
+    """The kernel for arguments of these kinds; arrays of any strides share one."""
+    from numba.cuda.np.numpy_support import from_dtype  # of numba-cuda, which knows bfloat16
+
+    def type_of(kind):
+        if kind is int:
+            return numba.int64
+        if isinstance(kind, int):
+            return numba.types.UniTuple(numba.int64, kind)
+        return from_dtype(kind) if isinstance(kind, np.dtype) else numba.types.Array(from_dtype(kind[0]), kind[1], "A")
+
+    return cuda.jit(tuple(map(type_of, kinds)))(kernel.py_func)
+
+
+def _kind(x):
+    """int; the length of a tuple of ints; the dtype of a number; the dtype and axes of an array."""
+    if isinstance(x, int):
+        return int
+    if isinstance(x, tuple):
+        return len(x)
+    return x.dtype if isinstance(x, np.floating) else (x.dtype, x.ndim)
+
+
+@lru_cache(maxsize=1024)
+def _configured(compiled, grid, threads: int, stream: int):
+    """A compiled kernel with its grid, block and stream."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Grid size")  # numba-cuda's advice to launch more blocks
+        return compiled[grid, threads, cuda.external_stream(stream)]
+
+
+def _simulate(kernel, grid, threads: int, arguments) -> None:
     from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 
     wrapped = [FakeCUDAArray(x) if isinstance(x, np.ndarray) else x for x in arguments]

@@ -28,8 +28,8 @@ def problem(stage: str, at: Focus, name: str = "", keys: int = KEYS) -> Problem:
     s = Settings(rank_terms=15, block_q=at.block_q, block_k=at.block_k, segment=512, pool=256)
     if stage == "attend":  # every row tile walks a tenth of its history: the same work for every variant
         s = s.replace(tau=0.0, cap=0.1)
-    if name == "score":  # Hopper's own kernel serves the other ranks
-        s = s.replace(rank="mixture", rank_terms=31)
+    if name == "score" and at.dim <= 128:  # Hopper's own kernel serves the other ranks
+        s = s.replace(rank="mean")
     return Problem(1, *heads, keys, keys, at.dim, at.dim_v, at.dtype, s)
 
 
@@ -126,8 +126,6 @@ def _work(stage: str, name: str, p: Problem) -> tuple[float, float]:
         return keys * (p.dim_qk + p.dim_v) * size * (1 + 1 / p.settings.pool), 0
     if name == "moments":
         return p.n_q * p.heads_q * p.dim_qk * size, second_moment
-    if name == "factor":
-        return p.segments * heads * p.dim_qk**2 * 4, 0
     if stage == "score":
         rows = 2 * p.terms + 1 if p.settings.rank == "mixture" else 1 + p.terms  # the mixture's product is done twice
         flops = 2.0 * scores * rows * p.dim_qk

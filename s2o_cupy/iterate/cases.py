@@ -25,7 +25,7 @@ UNIT = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64"
 ARITHMETIC = {"float16": 2.0**-23, "bfloat16": 2.0**-23, "float32": 2.0**-23, "float64": 2.0**-51}
 MIXTURE_ERROR = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 2e-6}
 STAGES = {
-    "moments": "score", "factor": "score", "score": "score", "score_sm90": "score", "score_simt": "score",
+    "moments": "score", "score": "score", "score_sm90": "score", "score_simt": "score",
     "remap": "remap", "pool": "pool", "attend": "attend", "attend_sm90": "attend",
     "attend_simt": "attend",
 }  # fmt: skip
@@ -106,8 +106,7 @@ class Case:
 def cases(stage: str, at: Focus, sizes: Sizes) -> list[Case]:
     """The cases of a stage: "score", "remap", "pool" or "attend"."""
     makers = {"score": _score_cases, "remap": _remap_cases, "pool": _pool_cases, "attend": _attend_cases}
-    found = makers[stage](at, sizes)
-    return [c for c in found if "mixture" not in c.label] if sizes is SIMULATED else found  # the twins refuse it
+    return makers[stage](at, sizes)
 
 
 def worst_of(compared) -> Worst | None:

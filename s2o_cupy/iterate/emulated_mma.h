@@ -84,5 +84,10 @@ static inline unsigned int load_shared4(unsigned int address) {
     memcpy(&x, s2o_emulation::shared(address), 4);
     return x;
 }
+static inline float2 load_shared_pair(unsigned int address) {
+    float2 x;
+    memcpy(&x, s2o_emulation::shared(address), 8);
+    return x;
+}
 static inline void zero_shared16(unsigned int address) { memset(s2o_emulation::shared(address), 0, 16); }
 static inline void store_shared2(unsigned int address, half_t x) { memcpy(s2o_emulation::shared(address), &x, 2); }

@@ -29,6 +29,8 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint2 make_uint2(unsigned int x, unsigned int y) { return {x, y}; }
 
+static inline uint4 make_uint4(unsigned int x, unsigned int y, unsigned int z, unsigned int w) { return {x, y, z, w}; }
+
 namespace s2o_emulation {
 struct Copy {
     unsigned int to;  // in dynamic shared memory
@@ -166,6 +168,8 @@ static inline int __syncthreads_or(int x) { return s2o_emulation::vote_sum(x != 
 static inline void __syncwarp() { s2o_emulation::wait_warp(); }
 template <typename T>
 static inline T __shfl_xor_sync(unsigned int, T x, int mask) { return s2o_emulation::exchange(x, s2o_emulation::current->index.x % 32 ^ mask); }
+template <typename T>
+static inline T __shfl_sync(unsigned int, T x, int source) { return s2o_emulation::exchange(x, source); }
 template <typename T>
 static inline T __shfl_up_sync(unsigned int, T x, int step) {
     const int lane = s2o_emulation::current->index.x % 32;

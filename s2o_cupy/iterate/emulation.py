@@ -25,9 +25,12 @@ def compiler() -> str | None:
     return shutil.which("g++")
 
 
-def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False, edit=None, **macros):
-    """Runs ``kernels/NAME.cu``'s kernel on NumPy arrays, in place. `edit` may change the source (to break it)."""
-    source = current(name).text
+def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False, edit=None, source=None, **macros):
+    """Runs ``kernels/NAME.cu``'s kernel on NumPy arrays, in place. `edit` may change the source (to break it).
+
+    `source` is another text than that file's.
+    """
+    source = source or current(name).text
     if edit is not None:
         changed = edit(source)
         assert changed != source, "the edit changes nothing"
@@ -47,6 +50,17 @@ def call(function, types, grid, block, arguments, shared=0, reverse=False) -> No
     function(*map(ctypes.c_int, (*grid, block, shared, int(reverse))), *values)
 
 
+def parameter_list(source: str, entry: str) -> str:
+    """A kernel's parameters, from its declaration or from that of the macro that declares it."""
+    source = re.sub(r"//[^\n]*", "", source).replace("\\\n", " ")
+    macro = re.search(rf"^([A-Z]+)\({entry},", source, re.MULTILINE)
+    if macro:
+        found = re.search(rf"#define {macro[1]}\(.*?\bNAME\(\s*(const[^{{]*)\) \{{", source, re.DOTALL)
+    else:
+        found = re.search(rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)\) \{{', source)
+    return found[1].replace("\n", " ")
+
+
 @functools.cache
 def built(source: str, entry: str, macros: tuple):
     """A kernel compiled for the CPU, and the kinds of its arguments: "*" or a scalar's C type."""
@@ -56,18 +70,15 @@ def built(source: str, entry: str, macros: tuple):
         r"\1* const \2 = (\1*)s2o_emulation::dynamic_shared.data();",
         source,
     )
-    match = re.search(rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)\) \{{', source)
-    if match is None:  # declared by a macro, as in score.cu
-        assert re.search(rf"^[A-Z]+\({entry},", source, re.MULTILINE)
-        match = re.search(r"\bNAME\(\s*(const[^{]*)\) \{", source.replace("\\\n", " "))
+    declared = parameter_list(source, entry)
     types, parameters = [], []
-    for i, parameter in enumerate(match[1].replace("\n", " ").split(",")):
+    for i, parameter in enumerate(declared.split(",")):
         parameter = re.sub(r"\s+", " ", parameter).strip()
         kind = "*" if "*" in parameter else re.sub(r" \w+$", "", parameter) if " " in parameter else parameter
         kind = re.sub(r"^long long.*", "long long", kind)
         types.append(real if kind in ("real_t", "element_t") else kind)
         parameters.append(("void*" if kind == "*" else types[-1]) + f" a{i}")
-    casts = ", ".join(_cast(p, i) for i, p in enumerate(match[1].replace("\n", " ").split(",")))
+    casts = ", ".join(_cast(p, i) for i, p in enumerate(declared.split(",")))
     source = '#include "emulation.h"\n' + source
     source += f"""
 extern "C" void emulate(int x, int y, int z, int block, int shared, int reversed, {", ".join(parameters)}) {{

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
-def remap(lists, listed, levels, *, half=True, warps=4, chunk=4096, reverse=False, edit=None):
+def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, reverse=False, edit=None):
     """Orders `lists` (one head, a list a segment), keeping the first `listed` of each."""
     starts = np.concatenate([[0], np.cumsum([-(-len(x) // 8) * 8 for x in lists])]).astype(np.int64)
     scores = np.full(starts[-1], np.nan, np.float16 if half else np.float32)
@@ -23,8 +23,8 @@ def remap(lists, listed, levels, *, half=True, warps=4, chunk=4096, reverse=Fals
     order = np.full(offsets[-1] + 4, -7, np.int32)
     arguments = (scores, starts, history, offsets, len(offsets), order)
     if levels and levels < 3000:
-        entry, shared = "remap", 4 * (warps // 2 + 2) * (levels + 2) + chunk // 4 + 2 * chunk
-        arguments = (*arguments, len(lists), levels, chunk)
+        shared = 4 * warps * (levels + 2) + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 516)
+        entry, arguments = "remap", (*arguments, len(lists), levels, window, planes)
     else:
         bins, passes = 256, 3 if levels else 4
         entry, shared = "remap_digits", 4 * warps * bins
@@ -64,11 +64,11 @@ def test_remap_is_the_reference_order(levels, half, reverse):
 
 @ORDERS
 @pytest.mark.parametrize("share", [0.02, 0.25, 1])
-@pytest.mark.parametrize("chunk", [640, 1024, 4096])
-def test_remap_by_any_chunks(chunk, share, reverse):
+@pytest.mark.parametrize(("window", "planes"), [(128, 0), (128, 2), (512, 1), (4096, 2)])
+def test_remap_by_any_windows(window, planes, share, reverse):
     lists = awkward_lists(True)
-    listed = [-(-int(len(x) * share) // 1) or 1 for x in lists]
-    got = remap(lists, listed, 300, chunk=chunk, reverse=reverse)
+    listed = [max(int(len(x) * share), 1) for x in lists]
+    got = remap(lists, listed, 300, window=window, planes=planes, reverse=reverse)
     for mine, x, n in zip(got, lists, listed):
         np.testing.assert_array_equal(mine, reference.remap(x, n, 300))
 
@@ -76,20 +76,21 @@ def test_remap_by_any_chunks(chunk, share, reverse):
 @pytest.mark.parametrize("count", [70_000, 140_000])
 def test_remap_of_long_lists(count):
     x = np.random.default_rng(9).standard_normal(count).astype(np.float16)
-    np.testing.assert_array_equal(remap([x], [count], 1024, chunk=65536)[0], reference.remap(x, count, 1024))
+    planes = (count - 1).bit_length() - 16
+    np.testing.assert_array_equal(
+        remap([x], [count], 1024, window=65536, planes=planes)[0], reference.remap(x, count, 1024)
+    )
 
 
 def test_a_missing_barrier_shows():
     """The emulation is worth something only if it notices: without a barrier, places are wrong."""
 
     def without(source):
-        return source.replace("        __syncthreads();\n\n        int here", "\n        int here")
+        return source.replace("    __syncthreads();\n\n    int place", "\n    int place")
 
     x = [np.round(np.random.default_rng(1).standard_normal(3000) * 4).astype(np.float16)]
     wrong = [
-        not np.array_equal(
-            remap(x, [3000], 64, chunk=4096, reverse=reverse, edit=without)[0], reference.remap(x[0], 3000, 64)
-        )
+        not np.array_equal(remap(x, [3000], 64, reverse=reverse, edit=without)[0], reference.remap(x[0], 3000, 64))
         for reverse in (False, True)
     ]
     assert any(wrong)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 from s2o_cupy.sources import current
@@ -51,12 +52,8 @@ class Kernel:
 
 
 def parameters(name, entry):
-    """A kernel's parameters from its source; some files declare kernels by a macro."""
-    source = re.sub(r"//[^\n]*", "", current(name).text).replace("\\\n", " ")
-    by_macro = re.search(rf"^[A-Z]+\({entry},", source, re.MULTILINE)
-    start = r"\bNAME\(\s*(const[^{]*)" if by_macro else rf'extern "C" __global__ void [^;{{]*?\b{entry}\(([^{{]*)'
-    inside = re.search(start + r"\) \{", source, re.DOTALL)[1]
-    return [re.sub(r"\s+", " ", part).strip() for part in inside.split(",")]
+    """A kernel's parameters from its source."""
+    return [re.sub(r"\s+", " ", part).strip() for part in run.parameter_list(current(name).text, entry).split(",")]
 
 
 @pytest.fixture

@@ -99,6 +99,22 @@ def test_slabs_score_alike(monkeypatch, rank, dtype):
                 np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_more_lists_than_threads(monkeypatch, arch):
+    p = Problem(1, 1, 1, 330, 360, 16, 16, "float16", Settings(segment=1, pool=1, rank_terms=7))
+    check(emulated(monkeypatch, arch=arch), p, *inputs(p))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize(("dim", "terms"), [(64, 31), (100, 70)])
+def test_sums_in_parts(monkeypatch, dim, terms, arch):
+    """The mixture's sums over histories of several parts, some of them of one part only."""
+    p = Problem(1, 2, 1, 150, 300, dim, dim, "float16", Settings(segment=50, pool=2, rank="mixture", rank_terms=terms))
+    cuda = emulated(monkeypatch, arch=arch)
+    monkeypatch.setattr(cuda, "PART_KEYS", 64)
+    check(cuda, p, *inputs(p))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_a_segment_without_a_finite_query_keeps_its_keys_in_order(monkeypatch, dtype):
     p = Problem(1, 1, 1, 64, 64, 8, 8, dtype, Settings(segment=32, pool=16, rank="mixture", rank_terms=4))

@@ -1,12 +1,11 @@
-// factor.cu: stage 1, second part. The rows whose products with a key make its score: the mean query, then the
+// factor.cuh: stage 1, second part. The rows whose products with a key make its score: the mean query, then the
 // factors of the segment's covariance, scaled so that score = row0 . k + sum_i (row_i . k)^2.
 //   sum     [lists, width]         float  sum of the segment's finite queries
 //   count   [lists]                int32  how many
 //   moment  [lists, width, width]  float  sum of q q^T (raw), or the covariance itself (`centred`); null: mean rank
 //   rows    [lists, terms_rows, width]  T   the answer; rows past 1 + terms are zero
 //   mean    [lists, width]         float  scale * mean, written when `full`
-// tiled: how many segments an order head has; its rows then lie in chunks of 64 as score_sm90.cu's shared memory holds
-// them: 64 columns after 64, rows of 128 bytes whose 16-byte pieces are permuted by row % 8. 0: row after row.
+// tiled: how many segments an order head has, whose rows then lie as tiled.cuh says; 0: row after row.
 // full: the answer is scale^2 / 2 times the covariance, width rows (score = sum_i (row_i . k + mean_i) k_i).
 // Else one step of subspace iteration from the `terms` axes of largest variance: basis = orth(cov[:, axes]), by the
 // Gram matrix of those columns, and a Cholesky factor of basis^T cov basis (any square root of it gives the same scores
@@ -14,17 +13,12 @@
 // A block waits more than it computes: every loop of one step after another runs over columns of a terms x terms matrix,
 // with one barrier a step, and all else is a number a thread.
 // T is float16 or bfloat16 (IS_BF16), or REAL.
-// grid lists   block 256   shared memory: layout below; specialisations.factor_shared_bytes   macros IS_BF16 or REAL
-#ifdef REAL
-typedef REAL element_t;
-__device__ __forceinline__ element_t to_element(float x) { return (element_t)x; }
-#else
-#include "half.cuh"
-typedef half_t element_t;
-__device__ __forceinline__ element_t to_element(float x) { return float_to_half(x); }
-#endif
+// grid lists   block 256   shared memory: layout below; specialisations.factor_shared_bytes
+#pragma once
+#include "tiled.cuh"
+#include "elements.cuh"
 
-constexpr int THREADS = 256;
+constexpr int FACTOR_THREADS = 256;
 constexpr int BLOCK = 8;  // terms that go through registers together
 
 #ifndef S2O_EMULATION
@@ -56,11 +50,11 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
+__device__ __forceinline__ void make_factors(
+    double* shared_memory,
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
     int centred, int full, int tiled, float scale) {
-    extern __shared__ double shared_memory[];
     const int group = terms <= 8 ? 8 : 16, stride = (terms + group - 1) / group * group + 4;
     const int padded = (terms + BLOCK - 1) / BLOCK * BLOCK, pairs = triangle(terms, 0), all_pairs = triangle(padded, 0);
     double* gram = shared_memory;                        // [all_pairs], later the pivots of its elimination
@@ -81,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
     sum += list * width;
     if (moment != nullptr) moment += list * width * width;
     if (full || terms == 0) mean = (float*)shared_memory;
-    for (int d = threadIdx.x; d < width; d += THREADS) mean[d] = sum[d] * share;
+    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) mean[d] = sum[d] * share;
     __syncthreads();
     auto covariance = [&](int i, int j) {
         const float raw = moment[(long long)i * width + j];
@@ -89,28 +83,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
     };
 
     const int own_row = tiled ? (int)(list % tiled) * terms_rows : 0;
-    rows += tiled ? list / tiled * ((tiled * terms_rows + 63) / 64 * 64) * width : list * terms_rows * width;
+    rows += (tiled ? list / tiled * tiled_rows(tiled, terms_rows) : list * terms_rows) * width;
     auto write = [&](int r, int d, float x) {
-        const int row = own_row + r, turned = row % 64 * 64 + (d % 64 / 8 ^ row % 8) * 8 + d % 8;
-        rows[tiled ? (row / 64 * (width / 64) + d / 64) * 4096ll + turned : (long long)row * width + d] = to_element(x);
+        rows[tiled ? tiled_place(own_row + r, d, width) : (long long)r * width + d] = to_element(x);
     };
 
     if (full) {
-        for (int d = threadIdx.x; d < width; d += THREADS) mean_out[list * width + d] = scale * mean[d];
-        for (int i = threadIdx.x; i < width * width; i += THREADS)
+        for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) mean_out[list * width + d] = scale * mean[d];
+        for (int i = threadIdx.x; i < width * width; i += FACTOR_THREADS)
             write(i / width, i % width, scale * scale / 2 * covariance(i / width, i % width));
         return;
     }
-    for (int d = threadIdx.x; d < width; d += THREADS) write(0, d, scale * mean[d]);
-    for (int i = (1 + terms) * width + threadIdx.x; i < terms_rows * width; i += THREADS) write(i / width, i % width, 0.f);
+    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) write(0, d, scale * mean[d]);
+    for (int i = (1 + terms) * width + threadIdx.x; i < terms_rows * width; i += FACTOR_THREADS) write(i / width, i % width, 0.f);
     if (terms == 0) return;
 
     // The axes of largest variance, ties by smaller axis: as many axes as go before this one.
-    for (int d = threadIdx.x; d < width; d += THREADS) variance[d] = d < dim ? fmaxf(covariance(d, d), 0.f) : -1.f;
-    for (int i = threadIdx.x; i < terms; i += THREADS)
+    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) variance[d] = d < dim ? fmaxf(covariance(d, d), 0.f) : -1.f;
+    for (int i = threadIdx.x; i < terms; i += FACTOR_THREADS)
         for (int j = 0; j <= i; ++j) place[triangle(i, j)] = (unsigned short)(i << 8 | j);
     __syncthreads();
-    for (int d = threadIdx.x; d < dim; d += THREADS) {
+    for (int d = threadIdx.x; d < dim; d += FACTOR_THREADS) {
         const float mine = variance[d];
         int before = 0;
 #pragma unroll 8
@@ -118,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
         if (before < terms) axes[before] = d;
     }
     __syncthreads();
-    for (int d = threadIdx.x; d < width; d += THREADS)
+    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS)
 #pragma unroll 4
         for (int t = 0; t < stride; t += 4) {
             float x[4];
@@ -126,10 +119,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
             for (int i = 0; i < 4; ++i) x[i] = t + i < terms ? covariance(axes[t + i], d) : 0.f;
             *(float4*)(basis + d * stride + t) = make_float4(x[0], x[1], x[2], x[3]);
         }
-    for (int p = threadIdx.x; p < all_pairs; p += THREADS) inverse[p] = 0, ritz[p] = 0.f;
+    for (int p = threadIdx.x; p < all_pairs; p += FACTOR_THREADS) inverse[p] = 0, ritz[p] = 0.f;
     __syncthreads();
 
-    for (int tile = warp; tile < triangle(padded / 8, 0); tile += THREADS / 32) {
+    for (int tile = warp; tile < triangle(padded / 8, 0); tile += FACTOR_THREADS / 32) {
         int down = 0;
         while (triangle(down + 1, 0) <= tile) ++down;
         const int right = tile - triangle(down, 0), i = 8 * down + lane / 4, j = 8 * right + 2 * (lane % 4);
@@ -145,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
             if (j + h <= i) gram[triangle(i, j + h)] = c[h];
     }
     __syncthreads();
-    for (int t = threadIdx.x; t < padded; t += THREADS) {
+    for (int t = threadIdx.x; t < padded; t += FACTOR_THREADS) {
         inverse[triangle(t, t)] = 1;
         root[t] = (float)gram[triangle(t, t)];
     }
@@ -155,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
     for (int j = 0; j < terms; ++j) {
         const double pivot = gram[triangle(j, j)];
         const double scaled = pivot > 1e-10 * root[j] ? 1 / pivot : 0;
-        for (int p = threadIdx.x; p < pairs; p += THREADS) {
+        for (int p = threadIdx.x; p < pairs; p += FACTOR_THREADS) {
             const int i = place[p] >> 8, c = place[p] & 255;
             if (i <= j) continue;
             const double part = gram[triangle(i, j)] * scaled;
@@ -164,12 +157,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
         }
         __syncthreads();
     }
-    for (int t = threadIdx.x; t < padded; t += THREADS) {
+    for (int t = threadIdx.x; t < padded; t += FACTOR_THREADS) {
         const double pivot = gram[triangle(t, t)];
         root[t] = pivot > 1e-10 * root[t] ? (float)(1 / sqrt(pivot)) : 0.f;
     }
     __syncthreads();
-    for (int d = threadIdx.x; d < width; d += THREADS)
+    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS)
         for (int last = padded - BLOCK; last >= 0; last -= BLOCK) {  // from the last on: they read those before them
             double x[BLOCK] = {};
             for (int first = 0; first <= last; first += BLOCK) {
@@ -188,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
         }
     __syncthreads();
 
-    for (int t = warp; t < padded; t += THREADS / 32) {
+    for (int t = warp; t < padded; t += FACTOR_THREADS / 32) {
         float x = 0.f;
         for (int d = lane; d < width; d += 32) x += mean[d] * basis[d * stride + t];
         x = warp_sum(x);
@@ -197,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
     __syncthreads();
     for (int first = 0; first < terms; first += group) {
         // The covariance times some rows of the basis, eight to a thread.
-        for (int i = threadIdx.x; i < width * (group / BLOCK); i += THREADS) {
+        for (int i = threadIdx.x; i < width * (group / BLOCK); i += FACTOR_THREADS) {
             const int d = i % width, t0 = i / width * BLOCK;
             const float* column = moment + d;
             const float* row = basis + first + t0;
@@ -215,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
             store_block(image + d * (group + 4) + t0, x);
         }
         __syncthreads();
-        for (int start = 0; start < 2 * pairs; start += THREADS) {  // two threads to a product, neighbours
+        for (int start = 0; start < 2 * pairs; start += FACTOR_THREADS) {  // two threads to a product, neighbours
             const int p = min((start + (int)threadIdx.x) / 2, pairs - 1), i = place[p] >> 8, j = (place[p] & 255) - first;
             const bool mine = start + (int)threadIdx.x < 2 * pairs && j >= 0 && j < group;
             float x = 0.f;
@@ -234,23 +227,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) factor(
     for (int j = 0; j < terms; ++j) {
         const float pivot = ritz[triangle(j, j)], scaled = pivot > 1e-6f * largest ? 1.f / pivot : 0.f;
         if (threadIdx.x == 0) root[j] = scaled > 0.f ? scale * 0.70710678118654752f * rsqrtf(pivot) : 0.f;
-        for (int p = threadIdx.x; p < pairs; p += THREADS) {
+        for (int p = threadIdx.x; p < pairs; p += FACTOR_THREADS) {
             const int i = place[p] >> 8, c = place[p] & 255;
             if (c > j) ritz[p] -= ritz[triangle(i, j)] * scaled * ritz[triangle(c, j)];
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < width * (padded / BLOCK); i += THREADS) {
+    for (int i = threadIdx.x; i < width * (padded / BLOCK); i += FACTOR_THREADS) {
         const int d = i % width, first = i / width * BLOCK;
         float x[BLOCK] = {};
         for (int last = first; last < terms; last += BLOCK) {
-            float y[BLOCK];
-            load_block(y, basis + d * stride + last);
-#pragma unroll
-            for (int j = 0; j < BLOCK; ++j)
+#pragma unroll 2
+            for (int j = 0; j < BLOCK; ++j) {
+                const float y = basis[d * stride + last + j];
 #pragma unroll
                 for (int t = 0; t < BLOCK; ++t)
-                    if (first < last || t <= j) x[t] += y[j] * ritz[triangle(last + j, first + t)];
+                    if (first < last || t <= j) x[t] += y * ritz[triangle(last + j, first + t)];
+            }
         }
 #pragma unroll
         for (int t = 0; t < BLOCK; ++t)
