@@ -13,6 +13,7 @@ from s2o_cupy.quality import audit, sweep
 from s2o_cupy.results import AttentionResult, Stats
 from s2o_cupy.samples import load_sample
 from s2o_cupy.settings import Settings
+from s2o_cupy.variants import use_kernel
 
 __all__ = [
     "AttentionResult",
@@ -28,4 +29,19 @@ __all__ = [
     "load_sample",
     "plan",
     "sweep",
+    "use_kernel",
 ]
+
+
+def load_ipython_extension(shell) -> None:
+    """``%load_ext s2o_cupy``: the magics of `s2o_cupy.ipython`."""
+    from s2o_cupy import ipython
+
+    ipython.load(shell)
+
+
+def unload_ipython_extension(shell) -> None:
+    """``%unload_ext s2o_cupy``."""
+    from s2o_cupy import ipython
+
+    ipython.unload(shell)

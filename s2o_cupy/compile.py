@@ -1,4 +1,4 @@
-"""Source to cubin: options, the kernels' hash, the cache of compiled kernels and the resource report.
+"""Source to cubin: options, the cache of compiled kernels and the resource report.
 
 `get_kernel` is the only caller of `cupy.RawModule`. `compile_report` compiles the same sources with the same
 options through cuda.core, on machines without a GPU or a driver.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.resources
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from s2o_cupy.sources import Source, current, kernel_folder
 from s2o_cupy.specialisations import Specialisation, shared_limit, shipped, target
 
 STATIC_SHARED_BYTES = 48 * 1024
@@ -31,30 +31,8 @@ class KernelCompileError(RuntimeError):
     """A kernel did not compile; the message holds the compiler's, with the kernel's file and line."""
 
 
-def kernel_folder() -> Path:
-    """The folder of `.cu` and `.cuh` files: beside the package in a checkout, inside it when installed."""
-    inside = Path(str(importlib.resources.files("s2o_cupy"))) / "kernels"
-    folder = inside if inside.is_dir() else inside.parent.parent / "kernels"
-    if not (folder / "attend.cu").is_file():
-        raise FileNotFoundError(f"no CUDA sources in {inside} or {folder}")
-    return folder
-
-
-@functools.cache
-def kernels_hash() -> str:
-    """A hash of every source and header: CuPy's own cache key ignores included files."""
-    digest = hashlib.sha256()
-    for path in sorted(kernel_folder().glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
-
-
-def kernel_source(name: str) -> str:
-    """The text of ``kernels/NAME.cu``, so numbered that an error names that file and line."""
-    return f'#line 1 "kernels/{name}.cu"\n' + (kernel_folder() / f"{name}.cu").read_text()
-
-
 # --- runtime: RawModule ---------------------------------------------------------------------------
+MORE_OPTIONS: tuple[str, ...] = ()  # for every kernel of this process: line numbers, when a sanitizer watches
 _kernels: dict = {}
 _lock = threading.Lock()
 
@@ -62,7 +40,7 @@ _lock = threading.Lock()
 def options(arch: str, macros: dict) -> tuple[str, ...]:
     """NVRTC's options for one macro set."""
     defines = [f"-D{name}={value}" for name, value in sorted(macros.items())]
-    return (f"-arch={arch}", "-std=c++17", f"-I{kernel_folder()}", f"-DS2O_HASH=0x{kernels_hash()}", *defines)
+    return (f"-arch={arch}", "-std=c++17", f"-I{kernel_folder()}", *defines, *MORE_OPTIONS)
 
 
 class Kernel:
@@ -111,19 +89,19 @@ class _Slots:
 _SLOTS = {"i": "i4x", "l": "q", "q": "q", "f": "f4x", "d": "d"}
 
 
-def get_kernel(name: str, entry: str | None = None, **macros) -> Kernel:
-    """The kernel ``entry`` (default: ``name``) of ``kernels/NAME.cu`` for the current CuPy device.
+def get_kernel(name: str, entry: str | None = None, source: Source | None = None, **macros) -> Kernel:
+    """The kernel ``entry`` (default: ``name``) of ``kernels/NAME.cu`` as it is now, for the current CuPy device.
 
-    Compiled once for each device and macro set; CuPy keeps the cubin on disk.
+    Compiled once for each device, source and macro set; CuPy keeps the cubin on disk.
     """
     import cupy
 
-    device = cupy.cuda.runtime.getDevice()
-    key = (device, name, entry or name, *sorted(macros.items()))
+    device, source = cupy.cuda.runtime.getDevice(), source or current(name)
+    key = (device, name, entry or name, source, *sorted(macros.items()))
     kernel = _kernels.get(key)
     if kernel is None:
         with _lock:
-            kernel = _kernels.get(key) or _kernels.setdefault(key, _build(cupy, device, name, entry or name, macros))
+            kernel = _kernels.get(key) or _kernels.setdefault(key, _build(cupy, device, source, entry or name, macros))
     return kernel
 
 
@@ -141,9 +119,9 @@ def _device_target(device: int) -> str:
     return target(int(cupy.cuda.Device(device).compute_capability))
 
 
-def _build(cupy, device: int, name: str, entry: str, macros: dict):
-    arch = _device_target(device)
-    module = cupy.RawModule(code=kernel_source(name), options=options(arch, macros), backend="nvrtc")
+def _build(cupy, device: int, source: Source, entry: str, macros: dict):
+    arch, name = _device_target(device), source.name
+    module = cupy.RawModule(code=source.text, options=options(arch, macros), backend="nvrtc")
     try:
         kernel = module.get_function(entry)
     except cupy.cuda.compiler.CompileException as error:
@@ -165,7 +143,7 @@ def kernel_resources() -> list[dict]:
             "static_shared_bytes": kernel.shared_size_bytes,
             "max_threads": kernel.max_threads_per_block,
         }
-        for (device, name, entry, *macros), kernel in sorted(_kernels.items(), key=lambda item: str(item[0]))
+        for (device, name, entry, _, *macros), kernel in sorted(_kernels.items(), key=lambda item: str(item[0]))
     ]
 
 
@@ -235,13 +213,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("S2O_CACHE_DIR") or Path.home() / ".cache" / "s2o_cupy")
 
 
-def compile_cubin(arch: str, name: str, macros: dict) -> tuple[bytes, str]:
-    """One cubin and the assembler's report, through cuda.core."""
+def compile_cubin(
+    arch: str, name: str, macros: dict, source: Source | None = None, kind: str = "cubin"
+) -> tuple[bytes, str]:
+    """One cubin (or its ``"ptx"``) and the assembler's report, through cuda.core."""
     Program, ProgramOptions = _compiler_classes()
     log = io.StringIO()
     try:
         program = Program(
-            kernel_source(name),
+            (source or current(name)).text,
             "c++",
             ProgramOptions(
                 name=f"kernels/{name}.cu",
@@ -254,10 +234,10 @@ def compile_cubin(arch: str, name: str, macros: dict) -> tuple[bytes, str]:
                 ptxas_options=["-v"],
             ),
         )
-        cubin = program.compile("cubin", logs=log).code
+        code = program.compile(kind, logs=log).code
     except Exception as error:  # cuda.core raises several kinds, with the log in the message
         raise KernelCompileError(f"kernels/{name}.cu for {arch}: {error}\n{log.getvalue()}") from None
-    return bytes(cubin), log.getvalue()
+    return bytes(code), log.getvalue()
 
 
 def _compiler_classes():
@@ -269,7 +249,9 @@ def _compiler_classes():
 
 
 def _resources(arch: str, spec: Specialisation) -> tuple[dict, bool]:
-    key = hashlib.sha256(json.dumps([arch, spec.name, spec.macros, kernels_hash(), _compiler()]).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([arch, spec.name, spec.macros, current(spec.name).text, _compiler()]).encode()
+    ).hexdigest()
     path = cache_folder() / f"{key[:32]}.json"
     if path.is_file():
         return json.loads(path.read_text()), True

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from s2o_cupy import reprs
 from s2o_cupy.arrays import namespace, natives, on_host
 from s2o_cupy.files import load_arrays, save_arrays
 from s2o_cupy.problem import Problem, Slab, make_problem
@@ -59,6 +60,14 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of the plan's arrays."""
         return sum(x.nbytes for x in (self.kv_order, self.kv_offsets, self.query_order) if x is not None)
+
+    def __repr__(self) -> str:
+        p = self.problem
+        sizes = f"{p.batch} x {p.heads_order} order heads x {p.segments} segments, {p.n_q} queries, {p.n_k} keys"
+        return f"Plan({sizes}, {self.nbytes} bytes, {self.settings!r})"
+
+    def _repr_html_(self) -> str:
+        return reprs.plan_html(self)
 
     @classmethod
     def from_arrays(

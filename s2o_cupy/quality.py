@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from s2o_cupy import reprs
 from s2o_cupy.api import attend, plan
 from s2o_cupy.arrays import as_four_axes, check_finite, natives, on_host
 from s2o_cupy.exact import RowErrors, compare_rows, exact_rows, positive, sample_rows
@@ -58,6 +59,11 @@ class Audit:
                 f"{x['error_p99']:.5f}  {x['cosine']:.5f}  {x['captured_mass']:.4f} ({x['captured_min']:.4f})"
             )
         return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return reprs.audit_html(self)
 
 
 def audit(q, k, v, result: AttentionResult, rows: int = 256, seed: int = 0) -> Audit:
@@ -128,6 +134,14 @@ class Sweep:
     error: np.ndarray
     captured_mass: np.ndarray
     tail_mass: np.ndarray
+
+    def __repr__(self) -> str:
+        lines = ["     tau  density  rel. error  captured  tail mass   (means over heads)"]
+        lines += ["{:8.5f} {:8.4f}  {:10.5f}  {:8.4f}  {:9.5f}".format(*row) for row in reprs.sweep_rows(self)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return reprs.sweep_html(self)
 
     def error_at(self, density: float) -> np.ndarray:
         """(B, Hq) relative error at a density, interpolated in its logarithm; NaN outside of what was swept."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from s2o_cupy import reprs
 from s2o_cupy.arrays import on_host
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
@@ -86,3 +87,6 @@ class AttentionResult:
 
     def __repr__(self) -> str:
         return f"AttentionResult(out={tuple(self.out.shape)} {self.out.dtype}, {self.stats!r})"
+
+    def _repr_html_(self) -> str:
+        return reprs.result_html(self)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from s2o_cupy import reprs
 from s2o_cupy.files import save_json
 
 MAX_HEAD_DIM = 256
@@ -134,6 +135,9 @@ class Settings:
             allowed = ", ".join(f.name for f in dataclasses.fields(self))
             raise TypeError(f"unknown setting {unknown[0]!r}; allowed: {allowed}")
         return dataclasses.replace(self, **changes) if changes else self
+
+    def _repr_html_(self) -> str:
+        return reprs.settings_html(self)
 
     def as_dict(self) -> dict:
         """The fields by name, as JSON can hold them."""

@@ -156,6 +156,19 @@ def remap_fit(levels: int, longest: int, arch: str) -> tuple[int, int, int, int]
     return None
 
 
+def launch_macros(name: str, dtype: str, dim: int | None, dim_v: int | None, block: int | None, arch: str) -> dict:
+    """Macros that ``kernels/NAME.cu`` is compiled with for these arrays; `block`: block_q, or attend_sm90's block_k."""
+    if name == "attend":
+        return attend_macros(dtype, dim, dim_v, block, arch)
+    if name == "attend_simt":
+        return simt_macros(dtype, dim_v)
+    if name == "attend_sm90":
+        return sm90_macros(dtype, dim, dim_v, block)
+    if name == "score":
+        return score_macros(dtype, dim, arch)
+    return remap_macros(dtype) if name == "remap" else DTYPE_MACROS[dtype]
+
+
 @dataclass(frozen=True)
 class Specialisation:
     """One kernel file under one macro set, as shipped."""

@@ -35,11 +35,6 @@ def test_target_refuses_old_devices():
         specialisations.target(75)
 
 
-def test_sources_are_hashed_with_their_headers():
-    assert len(kernels.kernels_hash()) == 16
-    assert any("S2O_HASH=0x" + kernels.kernels_hash() in option for option in kernels.options("sm_90a", {}))
-
-
 def test_row_tiles_that_do_not_fit_are_refused():
     assert specialisations.attend_macros("float16", 256, 256, 64, "sm_86")["BLOCK_M"] == 64
     with pytest.raises(ValueError, match="bytes of shared memory; sm_86 allows"):

@@ -11,7 +11,8 @@ import numpy as np
 from s2o_cupy import specialisations as kernels
 from s2o_cupy.compile import device_target, get_kernel
 from s2o_cupy.problem import Problem, Slab
-from s2o_cupy.specialisations import DTYPE_MACROS, shared_limit
+from s2o_cupy.sources import Source, current
+from s2o_cupy.specialisations import shared_limit
 
 # Keys of the longest history from which ranking pays (docs/kernels.md: between N=4096 and 8192 on an H100).
 RANKING_PAYS_FROM = 4096
@@ -223,7 +224,9 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     blocks = problem.pool_blocks if pooled is not None else 0
     q, k, v, out = _rows(q), _rows(k), _rows(v), _rows(result.out)
     aligned = sum(_aligned(x) << bit for bit, x in enumerate((q, k, v, out)))
-    launch = _attend_launch(cp.cuda.runtime.getDevice(), problem, slab, blocks, aligned == 15)
+    names = ("attend", "attend_sm90") if problem.dtype in _HALVES else ("attend_simt",)
+    sources, device = tuple(map(current, names)), cp.cuda.runtime.getDevice()
+    launch = _attend_launch(device, sources, problem, slab, blocks, aligned == 15)
     if launch is None:
         return
     kernel, grid, threads, shared, tau, sizes, tickets = launch
@@ -242,7 +245,7 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
 
 
 @functools.lru_cache(maxsize=1024)
-def _attend_launch(device: int, p: Problem, slab: Slab | None, blocks: int, aligned: bool):
+def _attend_launch(device: int, sources: tuple[Source, ...], p: Problem, slab: Slab | None, blocks: int, aligned: bool):
     """What stage 3 launches for a slab (None: dense), apart from arrays: kernel, grid, threads, shared bytes, scalars,
     and how many counters that are zero. `aligned`: all rows start on 16 bytes.
 
@@ -268,15 +271,15 @@ def _attend_launch(device: int, p: Problem, slab: Slab | None, blocks: int, alig
         raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
     served = aligned and kernels.sm90_serves(arch, p.dtype, p.dim_qk, p.dim_v, block_q, s.pool)
     if served:
-        kernel, macros = _kernel_on(device, "attend_sm90", p.dtype, p.dim_qk, None, p.dim_v, s.block_k if walk else 128)
+        kernel, macros = _kernel_on(device, sources[1], p.dtype, p.dim_qk, None, p.dim_v, s.block_k if walk else 128)
         served = kernels.sm90_shared_bytes(macros, blocks) <= shared_limit(arch)
     if served:
         shared, threads = kernels.sm90_shared_bytes(macros, blocks), 384
     elif p.dtype in _HALVES:
-        kernel, macros = _kernel_on(device, "attend", p.dtype, p.dim_qk, None, p.dim_v, block_q)
+        kernel, macros = _kernel_on(device, sources[0], p.dtype, p.dim_qk, None, p.dim_v, block_q)
         shared, threads = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros)
     else:
-        kernel, macros = _kernel_on(device, "attend_simt", p.dtype, None, None, p.dim_v, None)
+        kernel, macros = _kernel_on(device, sources[0], p.dtype, None, None, p.dim_v, None)
         shared, threads = kernels.simt_shared_bytes(macros, blocks), 256
     if shared > shared_limit(arch) - (0 if served else 1024):
         raise ValueError(f"{blocks} pool blocks need {shared} bytes of shared memory; choose a pool above {s.pool}")
@@ -313,23 +316,14 @@ def _stride(offsets):
 
 def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=None, block_q=None):
     """A kernel on the current device, and its macros."""
-    return _kernel_on(cp.cuda.runtime.getDevice(), name, dtype, dim, entry, dim_v, block_q)
+    return _kernel_on(cp.cuda.runtime.getDevice(), current(name), dtype, dim, entry, dim_v, block_q)
 
 
 @functools.lru_cache(maxsize=512)
-def _kernel_on(device: int, name: str, dtype: str, dim, entry, dim_v, block_q):
-    arch = device_target(device)
-    if name == "attend":
-        macros = kernels.attend_macros(dtype, dim, dim_v, block_q, arch)
-    elif name == "attend_sm90":
-        macros = kernels.sm90_macros(dtype, dim, dim_v, block_q)
-    elif name == "attend_simt":
-        macros = kernels.simt_macros(dtype, dim_v)
-    elif name == "score":
-        macros = kernels.score_macros(dtype, dim, arch)
-    else:
-        macros = kernels.remap_macros(dtype) if name == "remap" else DTYPE_MACROS[dtype]
-    return get_kernel(name, entry, **macros), macros
+def _kernel_on(device: int, source: Source, dtype: str, dim, entry, dim_v, block_q):
+    arch, name = device_target(device), source.name
+    macros = source.applied(kernels.launch_macros(name, dtype, dim, dim_v, block_q, arch))
+    return get_kernel(name, entry, source, **macros), macros
 
 
 @functools.lru_cache(maxsize=256)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import run
+from s2o_cupy.iterate import emulation as run
 
 
 def emulated(monkeypatch, reverse: bool = False, arch: str = "sm_80"):
@@ -30,7 +30,7 @@ def emulated(monkeypatch, reverse: bool = False, arch: str = "sm_80"):
     monkeypatch.setattr(module, "device_target", lambda device=None: arch)
     monkeypatch.setattr(module, "_aligned", _aligned)
 
-    def get_kernel(name, entry=None, **macros):
+    def get_kernel(name, entry=None, source=None, **macros):
         def kernel(grid, block, arguments, shared_mem=0):
             arguments = [None if isinstance(a, np.intp) and a == 0 else a for a in arguments]
             run.launch(name, grid, block[0], arguments, entry=entry, shared=shared_mem, reverse=reverse, **macros)

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 
 from s2o_cupy import reference
+from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 from s2o_cupy.specialisations import simt_macros, simt_shared_bytes
-
-from . import run
 
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 LOG2_E = 1.4426950408889634

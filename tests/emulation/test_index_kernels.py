@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from s2o_cupy import reference
-
-from . import run
+from s2o_cupy.iterate import emulation as run
 
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])

@@ -6,8 +6,7 @@ import pytest
 
 from examples.ladder import rungs
 from examples.ladder.work import check, small_work
-
-from . import run
+from s2o_cupy.iterate import emulation as run
 
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 

@@ -10,11 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from s2o_cupy.compile import kernel_source
+from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
-
-from . import run
+from s2o_cupy.sources import current
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 SCALARS = {"int": (np.int32,), "long long": (np.int64,), "float": (np.float32,), "real_t": (np.float32, np.float64)}
@@ -54,7 +53,7 @@ class Kernel:
 
 def parameters(name, entry):
     """A kernel's parameters from its source."""
-    return [re.sub(r"\s+", " ", part).strip() for part in run.parameter_list(kernel_source(name), entry).split(",")]
+    return [re.sub(r"\s+", " ", part).strip() for part in run.parameter_list(current(name).text, entry).split(",")]
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def cuda(monkeypatch):
     monkeypatch.delitem(sys.modules, "s2o_cupy.backends.cuda", raising=False)
     module = importlib.import_module("s2o_cupy.backends.cuda")
     monkeypatch.setattr(module, "device_target", lambda device=None: "sm_90a")
-    monkeypatch.setattr(module, "get_kernel", lambda name, entry=None, **macros: Kernel(name, entry))
+    monkeypatch.setattr(module, "get_kernel", lambda name, entry=None, source=None, **macros: Kernel(name, entry))
     yield module
     sys.modules.pop("s2o_cupy.backends.cuda", None)
 

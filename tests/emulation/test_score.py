@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from s2o_cupy import reference
+from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 
-from . import run
 from .backend import emulated
 
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from s2o_cupy.compile import kernel_folder, kernel_source
+from s2o_cupy.compile import KernelCompileError
+from s2o_cupy.sources import current, kernel_folder
 
 HERE = Path(__file__).parent
 _BUILDS = tempfile.TemporaryDirectory(prefix="s2o_emulation_")
@@ -29,7 +30,16 @@ def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False,
 
     `source` is another text than that file's.
     """
-    function, types = _built(name, entry or name, tuple(sorted(macros.items())), edit, source)
+    source = source or current(name).text
+    if edit is not None:
+        changed = edit(source)
+        assert changed != source, "the edit changes nothing"
+        source = changed
+    call(*built(source, entry or name, tuple(sorted(macros.items()))), grid, block, arguments, shared, reverse)
+
+
+def call(function, types, grid, block, arguments, shared=0, reverse=False) -> None:
+    """Run what `built` made: None is a null pointer, `reverse` the opposite order of a block's threads."""
     grid = (*grid, *(1,) * (3 - len(grid)))
     values = []
     for argument, kind in zip(arguments, types, strict=True):
@@ -52,12 +62,8 @@ def parameter_list(source: str, entry: str) -> str:
 
 
 @functools.cache
-def _built(name: str, entry: str, macros: tuple, edit, source):
-    source = source or kernel_source(name)
-    if edit is not None:
-        changed = edit(source)
-        assert changed != source, "the edit changes nothing"
-        source = changed
+def built(source: str, entry: str, macros: tuple):
+    """A kernel compiled for the CPU, and the kinds of its arguments: "*" or a scalar's C type."""
     real = dict(macros).get("REAL")
     source = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
@@ -95,7 +101,8 @@ extern "C" void emulate(int x, int y, int z, int block, int shared, int reversed
         f"-I{kernel_folder()}",
     ]
     done = subprocess.run([*command, *defines, str(cpp), "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:4000]
+    if done.returncode:
+        raise KernelCompileError(f"{entry} for the CPU's emulation:\n{done.stderr[:4000]}")
     return ctypes.CDLL(str(library)).emulate, types
 
 

@@ -1,0 +1,156 @@
+"""The kernels' source as it is now: which folder, headers inlined, and read again when a file changes.
+
+`current` is what every launch asks. A file of `kernels/` (or of the folder that ``S2O_KERNELS`` names) that was saved
+since the last call, headers too, is compiled at the next; inside ``use_kernel`` a variant stands in its place.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+# Macros that say which arrays a kernel is for: a variant that fixes one serves no call that needs another.
+SHAPE_MACROS = ("IS_BF16", "REAL", "SCORE_HALF", "HEAD_DIM", "HEAD_DIM_V", "BLOCK_M", "WIDTH")
+# Files are not looked at again within this time: launches in a row stay cheap, and file times are no finer.
+_SECONDS = 0.005
+_INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"')
+_LINE = re.compile(r'#line (\d+) "([^"]+)"')
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kernel file with its headers inlined, and the macros that it fixes."""
+
+    name: str
+    text: str
+    macros: tuple[tuple[str, object], ...] = ()
+
+    def applied(self, macros: dict) -> dict:
+        """The macros of a launch, with the ones that this source fixes; refused where the arrays need others."""
+        for name, value in self.macros:
+            if name in SHAPE_MACROS and macros.get(name, value) != value:
+                raise ValueError(f"the variant of {self.name} fixes {name}={value}; this call needs {macros[name]}")
+        return macros | dict(self.macros)
+
+
+_variants: ContextVar[dict[str, Source]] = ContextVar("s2o_variants", default={})  # noqa: B039 - never written to
+
+
+@dataclass
+class _Read:
+    looked: float
+    stamps: list
+    files: tuple[str, ...]
+    source: Source
+
+
+_read: dict[tuple[str, str], _Read] = {}
+
+
+def current(name: str) -> Source:
+    """What ``kernels/NAME.cu`` compiles from now: a variant in use, else the files as they are on disk."""
+    variant = _variants.get().get(name)
+    return from_folder(name, _folder(os.environ.get("S2O_KERNELS", ""))) if variant is None else variant
+
+
+def from_folder(name: str, folder: str) -> Source:
+    """``NAME.cu`` of a folder, read again only where it or a header of it changed."""
+    known, now = _read.get((folder, name)), time.monotonic()
+    if known is not None and (now - known.looked < _SECONDS or known.stamps == _stamps(known.files)):
+        known.looked = now
+        return known.source
+    stamps: dict[str, object] = {}
+
+    @functools.cache
+    def read(file: str) -> str | None:
+        path = os.path.join(folder, file)
+        stamps[path] = _stamps((path,))[0]  # before the file is read: a later save is seen
+        return Path(path).read_text() if stamps[path] else None
+
+    source = Source(name, inlined(f"{name}.cu", read))
+    _read[folder, name] = _Read(now, list(stamps.values()), tuple(stamps), source)
+    return source
+
+
+def _stamps(paths: tuple[str, ...]) -> list:
+    """What changes with each file: its time, size and inode; None where there is none."""
+    stamps = []
+    for path in paths:
+        try:
+            now = os.stat(path)
+            stamps.append((now.st_mtime_ns, now.st_size, now.st_ino))
+        except OSError:
+            stamps.append(None)
+    return stamps
+
+
+@contextmanager
+def in_use(source: Source) -> Iterator[None]:
+    """Compile and launch `source` in place of its kernel, in this thread (and context) alone."""
+    token = _variants.set({**_variants.get(), source.name: source})
+    try:
+        yield
+    finally:
+        _variants.reset(token)
+
+
+def kernel_folder() -> Path:
+    """The folder of `.cu` and `.cuh` files: ``$S2O_KERNELS``, else the shipped one."""
+    return Path(_folder(os.environ.get("S2O_KERNELS", "")))
+
+
+@functools.cache
+def _folder(chosen: str) -> str:
+    if chosen:
+        folder = Path(chosen).absolute()
+        if not (folder / "attend.cu").is_file():
+            raise FileNotFoundError(f"S2O_KERNELS is {chosen!r}, without an attend.cu; allowed: a copy of kernels/")
+        return str(folder)
+    inside = Path(str(importlib.resources.files("s2o_cupy"))) / "kernels"
+    folder = inside if inside.is_dir() else inside.parent.parent / "kernels"
+    if not (folder / "attend.cu").is_file():
+        raise FileNotFoundError(f"no CUDA sources in {inside} or {folder}")
+    return str(folder)
+
+
+def kernel_names() -> list[str]:
+    """Every kernel file, without its ending."""
+    return sorted(path.stem for path in kernel_folder().glob("*.cu"))
+
+
+def inlined(file: str, read: Callable[[str], str | None], label: str | None = None) -> str:
+    """A file's text with its quoted headers inlined, numbered so that an error names the file and line it is in.
+
+    A header that `read` does not know stays an include, for the compiler to complain of.
+    """
+    return "\n".join(_inlined(file, read, label or f"kernels/{file}", ()))
+
+
+def _inlined(file: str, read, label: str, within: tuple) -> list[str]:
+    text = read(file)
+    if text is None:
+        raise FileNotFoundError(f"{label} is missing from {kernel_folder()}")
+    lines, number = [f'#line 1 "{label}"'], 0
+    for line in text.split("\n"):
+        number += 1
+        moved, include = _LINE.match(line), _INCLUDE.match(line)
+        if moved:
+            number, label = int(moved[1]) - 1, moved[2]
+        header = include and include[1]
+        if not header or (header not in within and read(header) is None):
+            lines.append("" if line.strip() == "#pragma once" else line)
+            continue
+        if header not in (*within, file):
+            guard = "S2O_HAS_" + re.sub(r"\W", "_", header)
+            lines += [f"#ifndef {guard}", f"#define {guard}"]
+            lines += _inlined(header, read, f"kernels/{header}", (*within, file))
+            lines += ["#endif", f'#line {number + 1} "{label}"']
+    return lines

@@ -1,0 +1,289 @@
+"""A real IPython shell: its magics try variants in a process of their own, and what goes wrong there stays there."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.dom import minidom
+
+import numpy as np
+import pytest
+
+import s2o_cupy as s2o
+from s2o_cupy.iterate import emulation
+from s2o_cupy.iterate.bench import compared
+from s2o_cupy.iterate.report import History, Verdict
+from s2o_cupy.iterate.worker import has_gpu
+from s2o_cupy.sources import current, kernel_folder
+
+POOL = (kernel_folder() / "pool.cu").read_text()
+TWIN = (kernel_folder() / "pool_numba.py").read_text()
+GPU = has_gpu()
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("IPython"), reason="needs IPython (the extra 'ipython')")
+checks = pytest.mark.skipif(not GPU and emulation.compiler() is None, reason="needs a GPU, or g++ to emulate one")
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    """An IPython shell with the extension loaded."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    os.environ.setdefault("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
+    made = InteractiveShell.instance()
+    made.run_line_magic("load_ext", "s2o_cupy")
+    yield made
+    made.run_line_magic("unload_ext", "s2o_cupy")
+    InteractiveShell.clear_instance()
+
+
+def run(shell, text):
+    """What a cell's last expression gave."""
+    done = shell.run_cell(text, store_history=False)
+    done.raise_error()
+    return done.result
+
+
+def cuda(shell, options, cell) -> Verdict:
+    return run(shell, f"%%s2o_cuda {options}\n{cell}")
+
+
+def before_barrier(statement) -> str:
+    return POOL.replace("    __syncthreads();", f"    {statement}\n    __syncthreads();")
+
+
+def refused(shell, text) -> str:
+    error = shell.run_cell(text, store_history=False)
+    assert type(error.error_in_exec).__name__ == "UsageError", error
+    return str(error.error_in_exec)
+
+
+@checks
+def test_the_shipped_kernel_is_right(shell):
+    verdict = cuda(shell, "pool --check", POOL)
+    assert verdict.status == "right", verdict
+    assert len(verdict.cases) == 4
+    assert 0 < verdict.worst["worst"]["share"] < 1
+    where = "on the GPU" if GPU else "emulated on the CPU"
+    assert f"4 of 4 cases right, {where}" in str(verdict)
+
+
+@checks
+def test_a_wrong_kernel_shows_its_worst_element(shell):
+    verdict = cuda(shell, "pool --check", POOL.replace("total / (sum_t)count", "total / (sum_t)(2 * count)"))
+    assert verdict.status == "wrong"
+    worst = verdict.worst["worst"]
+    assert worst["share"] > 1
+    assert worst["got"] == pytest.approx(worst["wanted"] / 2, rel=0.02)
+    assert f"{worst['array']}[{', '.join(map(str, worst['index']))}]: got {worst['got']:.6g}" in str(verdict)
+
+
+@checks
+def test_nan_is_wrong(shell):
+    verdict = cuda(shell, "pool --check", POOL.replace("total / (sum_t)count", "(total - total) / (sum_t)0"))
+    assert verdict.status == "wrong"
+    assert "got nan, wanted" in str(verdict)
+
+
+@checks
+def test_a_write_past_the_end_is_told(shell):
+    cell = POOL.replace("c < row; c += THREADS)", "c < row + 8; c += THREADS)").replace("= c < dim ?", "= c<dim?")
+    verdict = cuda(shell, "pool --check", cell)
+    assert verdict.status == "wrong"
+    assert "wrote 16 bytes past the end of a bfloat16 array" in str(verdict)
+
+
+@checks
+def test_an_error_points_at_the_cells_line(shell):
+    cell = POOL.replace("sum_t sum[8];", "sum_t sum[8]; undefined_thing = 3;")
+    verdict = cuda(shell, "pool --check", cell)
+    line = next(i for i, text in enumerate(cell.split("\n"), 1) if "undefined_thing" in text)
+    assert verdict.status == "failed"
+    assert "does not compile" in verdict.failure
+    assert f"line {line}: " in verdict.failure
+    assert "undefined_thing = 3;" in verdict.failure
+    assert "the shell goes on with the shipped kernel" in str(verdict)
+
+
+@checks
+def test_an_error_in_a_patch_points_at_the_cells_line(shell):
+    cell = "\n\n__device__ int scan_block(int x, int* totals) {\n    return x + frob;\n}\n"
+    verdict = cuda(shell, "remap --check", cell)
+    assert "line 4: " in verdict.failure, verdict
+    assert "return x + frob;" in verdict.failure
+
+
+@checks
+def test_a_hang_is_killed_and_the_shell_goes_on(shell):
+    cell = POOL.replace(
+        "    __syncthreads();", "    while (*(volatile sum_t*)partial != 123456) ;\n    __syncthreads();"
+    )
+    start = time.perf_counter()
+    verdict = cuda(shell, "pool --check --limit 2", cell)
+    assert verdict.status == "failed"
+    assert "hung: no answer in the case" in verdict.failure
+    assert f"for {2 if GPU else 6} s. Its process was killed." in verdict.failure
+    assert time.perf_counter() - start < 60
+    assert cuda(shell, "pool --check", POOL).status == "right"
+
+
+@checks
+def test_a_crash_is_told_and_the_shell_goes_on(shell):
+    verdict = cuda(shell, "pool --check", POOL.replace("mean[c] = ", "mean[c + (1ll << 40)] = "))
+    assert verdict.status == "failed"
+    assert "the device failed" in verdict.failure if GPU else "its process died" in verdict.failure
+    assert cuda(shell, "pool --check", POOL).status == "right"
+
+
+@checks
+def test_what_a_kernel_prints_is_shown(shell):
+    cell = POOL.replace(
+        "    __syncthreads();", '    if (threadIdx.x == 0) printf("hello %d\\n", n_keys);\n    __syncthreads();'
+    )
+    assert "hello 130" in cuda(shell, "pool --check", cell).printed or GPU
+
+
+@checks
+@pytest.mark.parametrize("name", ["remap", "moments", "score_sm90", "attend_simt"])
+def test_other_kernels_are_right(shell, name):
+    verdict = cuda(shell, f"{name} --check --limit 120", (kernel_folder() / f"{name}.cu").read_text())
+    assert verdict.status == "right", verdict
+
+
+@checks
+def test_a_missing_barrier_is_seen(shell):
+    source = (kernel_folder() / "remap.cu").read_text()
+    head, tail = source.split("// Places: digit by digit", 1)
+    cell = head + "// Places: digit by digit" + tail.replace("__syncthreads();", "", 1)
+    verdict = cuda(shell, "remap --check", cell)
+    assert verdict.status in ("wrong", "failed") or GPU  # on a GPU a race need not show
+
+
+@pytest.mark.skipif(GPU, reason="says what only a machine without a GPU says")
+def test_without_a_gpu_it_says_what_it_cannot_do(shell):
+    verdict = cuda(shell, "attend --check --bench", (kernel_folder() / "attend.cu").read_text())
+    assert "not checked: there is no GPU here" in str(verdict)
+    assert "Without a GPU, try the idea in attend_simt" in str(verdict)
+    assert "not timed: that needs a GPU" in str(verdict)
+    assert verdict.status in ("compiled", "not compiled")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("%%s2o_cuda frob\nint x;", "kernel is 'frob'; allowed: attend, attend_simt"),
+        ("%%s2o_cuda pool\nint x;", "the cell is no whole pool.cu and patches nothing: it defines no function"),
+        ("%%s2o_cuda pool\n" + POOL.replace("int blocks, ", ""), "pool takes 10 parameters; the launcher gives it 11"),
+        ("%%s2o_cuda pool --against previously\nint x;", "invalid choice: 'previously'"),
+        ("%%s2o_cuda attend_simt --against previous\n" + POOL, "is no function of attend_simt.cu|lacks the kernel"),
+        ("%%s2o_cuda pool -D 3=4\nint x;", "-D 3=4: allowed: MACRO=VALUE"),
+        ("%%s2o_numba frob\nx = 1", "kernel is 'frob'; allowed: pool, score, remap, attend"),
+        ("%%s2o_numba pool\nx = 1", "the cell is no whole pool_numba.py and patches nothing"),
+        ("%%s2o_numba pool\ndef (", "SyntaxError"),
+        ("%s2o frob", "%s2o frob: allowed: kernels, show, ptx, sass, keep, history"),
+        ("%s2o show frob", "allowed: attend.cu"),
+        ("%s2o show ../README.md", "allowed: attend.cu"),
+        ("%s2o keep score x.cu", "no variant of score compiled in this shell"),
+    ],
+)
+def test_bad_input_is_told_plainly(shell, text, message):
+    assert re.search(message, refused(shell, text))
+
+
+def test_help(shell, capsys):
+    run(shell, "%s2o")
+    run(shell, "%%s2o_cuda -h\n ")
+    said = capsys.readouterr().out
+    assert "%s2o kernels" in said
+    assert "--sanitize" in said
+    assert "%%s2o_cuda" in shell.magics_manager.magics["cell"]["s2o_cuda"].__doc__ or said
+
+
+def test_kernels_and_show(shell, capsys):
+    run(shell, "%s2o kernels")
+    said = capsys.readouterr().out
+    assert "score_1, score_8" in said
+    assert "-D BLOCK_M=128 -D BLOCK_N=64 -D HEAD_DIM=128 -D HEAD_DIM_V=128 -D IS_BF16=1" in said
+    for name in ("pool", "half.cuh", "pool_numba"):
+        run(shell, f"%s2o show {name}")
+    assert "the mean of every pool block" in capsys.readouterr().out
+
+
+@checks
+def test_keep_and_history(shell, tmp_path, capsys):
+    cell = "__device__ int scan_block(int x, int* totals) { /* kept */ return x; }"
+    wrong = cuda(shell, "remap --check", cell)
+    assert wrong.status in ("wrong", "failed")
+    path = tmp_path / "mine.cu"
+    if wrong.compiled:
+        run(shell, f"%s2o keep remap {path}")
+        assert "/* kept */" in path.read_text()
+        assert "#line" not in path.read_text()
+        assert "is there; --force writes over it" in refused(shell, f"%s2o keep remap {path}")
+    tried = run(shell, "%s2o history")
+    assert str(wrong.number) in str(tried)
+    assert [v.number for v in tried] == list(range(1, len(tried) + 1))
+    minidom.parseString(f"<x>{tried._repr_html_()}{wrong._repr_html_()}</x>")
+
+
+def test_a_numba_twin(shell):
+    verdict = run(shell, f"%%s2o_numba pool --check\n{TWIN}")
+    assert verdict.status == "right", verdict
+    assert GPU or "in Numba's simulator" in str(verdict)
+    wrong = run(shell, f"%%s2o_numba pool --check\n{TWIN.replace('total = real(0)', 'total = real(1)')}")
+    assert wrong.status == "wrong"
+    bad = run(shell, f"%%s2o_numba pool --check\n{TWIN.replace('total += real', 'total += frob')}")
+    assert bad.status == "failed"
+    assert "frob" in bad.failure
+
+
+def test_a_patch_of_a_twins_inner_function(shell):
+    cell = "@cuda.jit(device=True)\ndef exact_code(x, bits):\n    return int64(0)\n"
+    verdict = run(shell, f"%%s2o_numba remap --check\n{cell}")
+    assert verdict.status == "wrong"
+    assert verdict.wrong[0]["label"] == "exact order"
+
+
+def test_a_shell_of_its_own(tmp_path):
+    """`ipython` itself, fed from its input: loads the extension, tries a variant, ends its worker when it ends."""
+    lines = ["%load_ext s2o_cupy", "%s2o kernels", "%%s2o_cuda pool", "int x;", "", "", "print('still here', 6 * 7)"]
+    environment = {**os.environ, "IPYTHONDIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", "IPython", "--simple-prompt", "--colors=NoColor", "--no-banner"]
+    done = subprocess.run(
+        command, input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "%s2o alone says what they do" in done.stdout
+    assert "patches nothing: it defines no function" in done.stdout + done.stderr
+    assert "still here 42" in done.stdout
+
+
+# --- pieces -----------------------------------------------------------------------------------
+def verdict_of(ratio, low, high) -> Verdict:
+    timing = {"ms": 1.0, "other_ms": ratio, "ratio": ratio, "low": low, "high": high, "turns": 5, "what": "a call"}
+    launch = {"registers": 32, "shared_bytes": 0, "local_bytes": 0, "blocks": 8, "occupancy": 1.0, "kernel": "pool"}
+    timing |= {"launches": [launch], "other_launches": [launch], "floor": {"ms": 0.5, "why": "bytes"}}
+    return Verdict("pool", "cuda", None, "shipped", 1.0, timing=timing, number=1)
+
+
+def test_speed_says_no_more_than_the_spread():
+    assert "1.070 times as fast as shipped (1.060 to 1.080)" in str(verdict_of(1.07, 1.06, 1.08))
+    assert "as fast as shipped: ratio 1.010 (0.990 to 1.030)" in str(verdict_of(1.01, 0.99, 1.03))
+    assert "1.250 times the time of shipped" in str(verdict_of(0.8, 0.79, 0.81))
+    assert "0.5000 ms (bytes): 2.00 times that" in str(verdict_of(1.0, 0.9, 1.1))
+    assert "1 ######" in str(History([verdict_of(1.07, 1.06, 1.08)]))
+
+
+def test_ratios_are_taken_turn_by_turn():
+    found = compared(np.array([1.0, 2.0, 4.0]), np.array([2.0, 4.0, 8.0]))
+    assert (found["ratio"], found["low"], found["high"], found["ms"]) == (2, 2, 2, 2)
+
+
+def test_a_variant_is_what_use_kernel_takes(shell):
+    verdict = cuda(shell, "pool", POOL + "// a variant\n")
+    before = current("pool")
+    with s2o.use_kernel("pool", verdict.variant):
+        assert current("pool") is verdict.variant.source
+    assert current("pool") == before

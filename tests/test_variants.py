@@ -1,0 +1,187 @@
+"""Kernel sources that change: read again when saved, replaced by variants, refused where they cannot be one."""
+
+import re
+import shutil
+import time
+
+import pytest
+
+import s2o_cupy as s2o
+from s2o_cupy import sources, variants
+from s2o_cupy.sources import Source, current, kernel_folder, kernel_names
+from s2o_cupy.variants import definitions, entries, make_variant, parameters
+
+SIMT = ["moments", "score", "centres", "normalise", "score_mixture"]
+POOL = (kernel_folder() / "pool.cu").read_text()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A copy of kernels/, named by S2O_KERNELS."""
+    copy = tmp_path / "kernels"
+    shutil.copytree(kernel_folder(), copy)
+    monkeypatch.setenv("S2O_KERNELS", str(copy))
+    return copy
+
+
+def save(path, text):
+    """As an editor does: a new file over the old one, later than the last look."""
+    time.sleep(2 * sources._SECONDS)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+# --- live reload ------------------------------------------------------------------------------
+def test_a_saved_file_is_read_at_the_next_call(folder):
+    before = current("pool")
+    assert current("pool") is before
+    save(folder / "pool.cu", POOL.replace("total / (sum_t)count", "total / (sum_t)(count + 1)"))
+    after = current("pool")
+    assert after != before
+    assert "(sum_t)(count + 1)" in after.text
+    save(folder / "pool.cu", POOL)
+    assert current("pool") == before
+
+
+def test_a_saved_header_changes_the_kernels_that_include_it_and_no_other(folder):
+    names = kernel_names()
+    before = {name: current(name) for name in names}
+    header = folder / "mma.cuh"  # included by gather.cuh, which kernels include
+    save(header, header.read_text() + "\n// changed\n")
+    changed = {name for name in names if current(name) != before[name]}
+    including = {name for name in names if "mma.cuh" in variants.closure(f"{name}.cu", folder)}
+    assert changed == including
+    assert {"attend", "moments", "score"} <= changed
+    assert "pool" not in changed
+
+
+def test_a_folder_without_kernels_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2O_KERNELS", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"S2O_KERNELS is '.*', without an attend\.cu; allowed: a copy of"):
+        current("pool")
+
+
+@pytest.mark.parametrize("name", kernel_names())
+def test_lines_of_inlined_headers_keep_their_file_and_number(name):
+    folder, file, number, seen = kernel_folder(), None, 0, set()
+    for line in current(name).text.split("\n"):
+        mark = re.match(r'#line (\d+) "kernels/(.+)"', line)
+        if mark:
+            number, file = int(mark[1]) - 1, mark[2]
+            continue
+        number += 1
+        wanted = (folder / file).read_text().split("\n")
+        if line and not line.startswith(("#ifndef S2O_HAS", "#define S2O_HAS", "#endif")):
+            assert wanted[number - 1] == line, (file, number)
+            seen.add(file)
+    assert seen == set(variants.closure(f"{name}.cu", folder))
+
+
+# --- variants ---------------------------------------------------------------------------------
+def test_functions_and_kernels_are_found():
+    assert [d.name for d in definitions(POOL)] == ["to_sum", "from_sum", "to_sum", "from_sum", "pool"]
+    assert [entries(current(name).text) for name in ("pool", "score_simt")] == [["pool"], SIMT]
+    assert {"score_full", "score_1", "normalise"} <= set(entries(current("score").text))
+    assert parameters(POOL, "pool")[:5] == ["element_t*", "long long", "long long", "long long", "element_t*"]
+    text = (
+        '// f(int) {\n"g() {"; struct S { int m() { return 1; } };\ntemplate <int N> int h(int a[N]) { return {}; }\n'
+    )
+    assert [(d.name, d.line, d.kernel) for d in definitions(text)] == [("h", 3, False)]
+
+
+def test_a_patch_takes_the_place_of_its_function():
+    cell = (
+        "\n// mine\n__device__ int twice(int x) { return 2 * x; }\n\n__device__ int scan_block(int x, int* totals) {\n"
+    )
+    made = make_variant("remap", cell + "    return twice(x);\n}\n")
+    assert made.file == "remap.cu"
+    assert "return twice(x);" in made.text
+    assert made.text.count("int scan_block(") == 1
+    assert "#line" not in made.text
+    text = made.source.text.split("\n")
+    start = text.index('#line 2 "cell"')
+    assert text[start + 1] == "// mine"
+    after = text[next(i for i in range(start + 1, len(text)) if text[i].startswith("#line")) :]
+    number = int(after[0].split()[1])
+    assert after[1] == (kernel_folder() / "remap.cu").read_text().split("\n")[number - 1][len("}") :]
+
+
+def test_a_patch_may_be_of_a_header():
+    header = (kernel_folder() / "half.cuh").read_text()
+    cell = next(
+        header[d.start : d.stop] for d in definitions(header) if sum(o.name == d.name for o in definitions(header)) == 1
+    )
+    made = make_variant("pool", cell.replace("{", "{ /* mine */", 1))
+    assert made.file == "half.cuh"
+    assert "/* mine */" in made.source.text
+    assert make_variant("pool", cell).text == header
+
+
+def test_a_whole_file_is_taken_as_it_is():
+    made = make_variant("pool", POOL, {"IS_BF16": 0})
+    assert made.text == POOL
+    assert made.source.macros == (("IS_BF16", 0),)
+    assert made.source.text.startswith('#line 1 "cell"')
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("", "the cell is no whole pool.cu and patches nothing: it defines no function"),
+        ("__device__ int f() { return 1; }", "patches nothing: f is no function of pool.cu or its headers"),
+        ("#include <x>\nint f() { return 1; }", "reads as a whole pool.cu and lacks the kernel pool"),
+        ("__device__ float to_sum(int x) { return x; }", r"to_sum is defined more than once \(pool.cu line \d+, pool"),
+        (POOL.replace("int blocks, ", ""), "pool takes 10 parameters; the launcher gives it 11: element_t"),
+        (POOL.replace("int blocks, ", "float blocks, "), "parameter 9 of pool is float; the launcher gives it int"),
+        (POOL.replace('extern "C" ', ""), "lacks the kernel pool"),
+    ],
+)
+def test_what_cannot_be_a_variant_is_refused(cell, message):
+    with pytest.raises(ValueError, match=message):
+        make_variant("pool", cell)
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match="kernel is 'frob'; allowed: attend, attend_simt, "):
+        make_variant("frob", POOL)
+
+
+def fails_inside():
+    with s2o.use_kernel("remap", made_remap()):
+        raise ZeroDivisionError
+
+
+# --- use_kernel -------------------------------------------------------------------------------
+def test_use_kernel_is_undone(tmp_path):
+    before = current("pool")
+    path = tmp_path / "pool.cu"
+    path.write_text(POOL + "// a variant\n")
+    with s2o.use_kernel("pool", path) as made, s2o.use_kernel("remap", made_remap()):
+        assert current("pool") is made.source
+        assert "a variant" in current("remap").text
+        with s2o.use_kernel("pool", made, IS_BF16=1):
+            assert current("pool").macros == (("IS_BF16", 1),)
+        assert current("pool") is made.source
+    assert current("pool") == before
+    with pytest.raises(ZeroDivisionError):
+        fails_inside()
+    assert "a variant" not in current("remap").text
+
+
+def made_remap():
+    return make_variant("remap", (kernel_folder() / "remap.cu").read_text() + "// a variant\n")
+
+
+def test_use_kernel_refuses_by_name():
+    with pytest.raises(TypeError, match="source is a int; allowed: CUDA source, a path to it, or a Variant"):
+        s2o.use_kernel("pool", 3).__enter__()
+    with pytest.raises(ValueError, match="source is a variant of 'remap' and stage 'pool'"):
+        s2o.use_kernel("pool", made_remap()).__enter__()
+
+
+def test_macros_of_a_variant():
+    source = Source("attend", "", (("HEAD_DIM", 64), ("UNROLL", 4)))
+    assert source.applied({"HEAD_DIM": 64, "BLOCK_N": 64}) == {"HEAD_DIM": 64, "BLOCK_N": 64, "UNROLL": 4}
+    with pytest.raises(ValueError, match="the variant of attend fixes HEAD_DIM=64; this call needs 128"):
+        source.applied({"HEAD_DIM": 128})
