@@ -179,10 +179,12 @@ def costs(kernel: str, p: Problem, pairs: float | None) -> tuple[float, float] |
     heads = p.batch * p.heads_q
     q, k, v = heads * p.n_q * p.dim_qk, heads_kv * p.n_k * p.dim_qk, heads_kv * p.n_k * p.dim_v
     lists, scores = p.batch * p.heads_order, float(p.history.sum()) * p.batch * p.heads_order
-    rows = 1 + p.terms
+    rows, entry = 1 + p.terms, kernel.split(":")[-1].split("_")[0]
     moments = 4 * lists * p.segments * p.dim_qk**2 * (p.terms > 0)
     out = heads * p.n_q * p.dim_v
-    if kernel.startswith("attend"):
+    if "mixture" in kernel:
+        return None
+    if entry == "attend":
         walked = 0 if pairs is None else pairs / p.settings.block_q
         allowed = p.allowed_pairs * heads if pairs is None else pairs
         return 2 * (p.dim_qk + p.dim_v) * allowed, size * (q + k + v + out) + 4 * walked
@@ -192,7 +194,7 @@ def costs(kernel: str, p: Problem, pairs: float | None) -> tuple[float, float] |
         "score": (2.0 * scores * rows * p.dim_qk, size * (k + scores)),
         "remap": (0.0, size * scores + 4.0 * float(p.listed.sum()) * lists),
         "pool": (0.0, size * (k + v) * (1 + 1 / p.settings.pool)),
-    }.get(kernel)
+    }.get(entry)
 
 
 def say(name: str, n: int, p: Problem, launched, work, gemm: float, copy: float, record: Record) -> None:

@@ -37,15 +37,17 @@ def arguments(parser) -> None:
     parser.add_argument("--length", type=_lengths, default=[32768, 131072], metavar="N,N", help="sequence lengths")
     parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
     parser.add_argument("--rows", type=int, default=1024, metavar="N", help="query rows a head, for errors")
+    parser.add_argument("--errors", type=_errors, default=ERRORS, metavar="E,E", help="relative errors to meet")
     parser.add_argument("--quick", action="store_true", help="the first length, two errors, the main peers")
 
 
 def main(options, record: Record) -> None:
     """Every length in turn: dense kernels, ours, sparse peers, and who is how much faster."""
     lengths = options.length[:1] if options.quick else options.length
+    knobs: dict[str, float] = {}
     for n in lengths:
         with record.attempt(f"all of N={n}"):
-            Run(options, n, record).everything()
+            Run(options, n, knobs, record).everything()
     for n in lengths:
         print_faster(n, faster(record.report["cases"], n))
 
@@ -92,9 +94,10 @@ def whole_call(method, arrays, scale: float, x: float) -> Callable[[], object]:
 class Run:
     """One length: its arrays, the exact rows, and the dense time that ratios are against."""
 
-    def __init__(self, options, n: int, record: Record):
+    def __init__(self, options, n: int, knobs: dict[str, float], record: Record):
         self.record, self.n, self.quick = record, n, options.quick
-        self.errors = (0.05, 0.02) if options.quick else ERRORS
+        self.errors = (0.05, 0.02) if options.quick else sorted(options.errors, reverse=True)
+        self.knobs = knobs  # of each method at its first error, where the next length begins
         self.arrays = ours.inputs(options.preset, n)
         problem = make_problem(*self.arrays, Settings())
         self.scale, self.pairs, self.flop = problem.scale, ours.causal_pairs(n), 4 * ours.DIM
@@ -134,7 +137,7 @@ class Run:
         """One dense kernel, its error checked before it is timed."""
         error = self.error(call())
         _allow(name, error)
-        time = on_device([call], 3 if self.quick else 5, 1)
+        time = on_device([call], 3 if self.quick or self.n > 2**16 else 7, 1)
         rate = time.rate(self.flop * self.pairs)
         self.baseline = self.baseline or (name, time.median)
         if name.startswith("cuDNN"):
@@ -148,17 +151,19 @@ class Run:
         out, pairs = method.walk(full)
         if getattr(method, "complete", True):
             _allow(f"{method.name} at full density", self.error(out))
-        dense_rate = on_device([partial(method.walk, full)], 3, 1).rate(self.flop * pairs())
+        dense_rate = on_device([partial(method.walk, full)], 3, 0).rate(self.flop * pairs())
         del out, full
 
         def measure(x):
             out, pairs = method.walk(method.choose(ranked, x))
             return self.error(out), pairs()
 
-        sweep = Sweep(measure, *method.span)
+        sweep = Sweep(measure, *method.span, start=self.knobs.get(method.name))
         for wanted in self.errors:
             met = sweep.meet(wanted)
-            if met is None:
+            if met:
+                self.knobs.setdefault(method.name, met[0])
+            else:
                 note = f"cannot reach error {wanted}: {sweep.least_error:.4f} with {method.knob} {method.span[0]:g}"
                 self.say(method.name, note=note, kind=kind, wanted=wanted)
                 continue
@@ -167,7 +172,7 @@ class Run:
             if kind == "ours":
                 self.density[wanted] = min(density, self.density.get(wanted, 1.0))
             chosen = method.choose(ranked, x)
-            kernel = on_device([partial(method.walk, chosen)], 3, 1)
+            kernel = on_device([partial(method.walk, chosen)], 3, 0)
             del chosen
             self.timed(method, arrays, x, kernel, dense_rate, density, error, kind=kind, wanted=wanted)
 
@@ -190,7 +195,7 @@ class Run:
 
     def timed(self, method, arrays, x, kernel: Timing, dense_rate, density, error, **more) -> None:
         """Time the whole call at a knob and say it, with what its kernel alone would take at better rates."""
-        repeats = 3 if self.quick else 10 if kernel.median < 60 else 5
+        repeats = 3 if self.quick or kernel.median > 100 else 10 if kernel.median < 20 else 5
         time = on_device([whole_call(method, arrays, self.scale, x)], repeats, 1)
         flop = self.flop * density * self.pairs
         selecting, share = time.median - kernel.median, kernel.rate(flop) / dense_rate
@@ -226,6 +231,17 @@ def _allow(name: str, error: float, most: float = 0.02) -> None:
     """Refuse a dense answer that is not exact attention up to the type's rounding."""
     if not error <= most:
         raise RuntimeError(f"{name} is {error:.1e} from exact attention; allowed: {most}")
+
+
+def _errors(text: str) -> list[float]:
+    """Comma-separated relative errors."""
+    try:
+        errors = [float(part) for part in text.split(",")]
+    except ValueError:
+        errors = []
+    if not errors or not all(0 < error < 1 for error in errors):
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: numbers above 0 and below 1, with commas between")
+    return errors
 
 
 def _lengths(text: str) -> list[int]:

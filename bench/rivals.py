@@ -172,8 +172,8 @@ def sparse_peers(quick: bool = False) -> list[tuple[str, Callable]]:
         "S2O Triton: tiers, fixed depth": (512, True, 0),
     }
     made = [(name, partial(Gather, name, *how)) for name, how in gathers.items()]
-    made += [(Blocks.name, Blocks), (Flex.name, Flex)]
-    return [made[0], made[2], made[4]] if quick else made
+    made.insert(1, (Blocks.name, Blocks))
+    return made[:2] if quick else [*made, (Flex.name, Flex)]
 
 
 def _pairs(q, walked, segment: int) -> float:

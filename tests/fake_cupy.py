@@ -56,6 +56,7 @@ def install(monkeypatch) -> types.ModuleType:
     cupy.cuda = types.SimpleNamespace(
         Event=Event,
         Device=Device,
+        get_current_stream=lambda: types.SimpleNamespace(synchronize=lambda: None),
         runtime=runtime,
         get_elapsed_time=lambda a, b: 1e3 * (b.at - a.at),
         nvrtc=types.SimpleNamespace(getVersion=lambda: (0, 0)),

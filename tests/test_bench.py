@@ -133,6 +133,12 @@ def test_an_interrupted_run_keeps_what_was_measured(small, monkeypatch, tmp_path
     assert "interrupted after 1 cases" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["", "x", "0.1,", "0", "1.5"])
+def test_errors_that_nothing_can_have_are_refused(text, capsys):
+    assert run("peers", "--errors", text) == 2
+    assert "allowed: numbers above 0 and below 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "1000", "2048,x", "2048,", "1024"])
 def test_lengths_that_peers_cannot_take_are_refused(text, capsys):
     assert run("peers", "--length", text) == 2
@@ -204,8 +210,7 @@ def test_peers_says_what_is_missing_and_measures_the_rest(small, monkeypatch, tm
     monkeypatch.setattr(rivals, "sparse_peers", lambda quick: [("S2O Triton", Missing)])
     monkeypatch.setattr(rivals, "Flex", Missing)
     monkeypatch.setattr(peers, "OURS", {"s2o_cupy": {}})
-    monkeypatch.setattr(peers, "ERRORS", (0.1, 0.01))
-    assert run("peers", "--length", "4096", "--rows", "64", "--json", tmp_path / "x.json") == 0
+    assert run("peers", "--length", "4096", "--errors", "0.1,0.01", "--rows", "64", "--json", tmp_path / "x.json") == 0
     cases = json.loads((tmp_path / "x.json").read_text())["cases"]
     by_name = {case["name"]: case for case in cases}
     for name, why in (("FlashInfer", "ModuleNotFoundError"), ("S2O Triton", "ImportError: no such peer here")):
@@ -257,6 +262,7 @@ def test_gpu_measures_every_stage(small, tmp_path):
     arguments = ("--lengths", "2048", "--presets", "sparse", "--no-torch", "--json", tmp_path / "x.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command.ON_GPU["gpu"][0], "CROSSOVER", (2048,))
+        patch.setattr(command.ON_GPU["gpu"][0].twins, "measure", lambda record: None)
         assert run("gpu", *arguments) == 0
     cases = json.loads((tmp_path / "x.json").read_text())["cases"]
     names = [case["name"] for case in cases]
@@ -284,7 +290,10 @@ def test_costs_count_operations_and_bytes_once():
     assert kernels.costs("remap", p, None) == (0, 2 * scores + 4 * scores)
     assert kernels.costs("remap", problem(cap=0.5), None)[1] == 2 * scores + 4 * scores / 2
     assert kernels.costs("pool", p, None)[1] == 2 * 2 * 2 * 1024 * 64 * (1 + 1 / 128)
-    assert kernels.costs("unheard of", p, None) is None
+    assert kernels.costs("score_sm90:score_8_64", p, None) == kernels.costs("score", p, None)
+    assert kernels.costs("moments:factor", p, None) == kernels.costs("factor", p, None)
+    for unknown in ("unheard of", "score_sm90:score_mixture_64", "score_sm90:tile_keys"):
+        assert kernels.costs(unknown, p, None) is None
 
 
 def test_a_kernels_line_has_its_floor_and_its_resources(capsys):
@@ -386,7 +395,8 @@ def test_tables_of_the_documents_are_those_of_their_json(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_results_that_documents_name_are_there(path):
-    for name in re.findall(r"bench/results/([\w.{}-]+\.(?:json|txt))", path.read_text()):
+    text = re.sub(r"writes `bench/results/[^`]*`", "", path.read_text())  # what a command leaves is no source
+    for name in re.findall(r"bench/results/([\w.-]+\.(?:json|txt))", text):
         assert (ROOT / "bench" / "results" / name).is_file(), name
 
 
