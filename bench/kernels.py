@@ -93,31 +93,24 @@ class Launch:
     ms: float = field(default=0.0)
 
 
-class Watched:
-    """A kernel that leaves a `Launch` in a list whenever it is launched; otherwise the kernel itself."""
-
-    def __init__(self, kernel, name: str, launches: list):
-        self._kernel, self._name, self._launches = kernel, name, launches
-
-    def __call__(self, grid, block, arguments, shared_mem=0, **options):
-        import cupy
-
-        first, last = cupy.cuda.Event(), cupy.cuda.Event()
-        first.record()
-        self._kernel(grid, block, arguments, shared_mem=shared_mem, **options)
-        last.record()
-        self._launches.append(Launch(self._name, resources(self._kernel, block, shared_mem), first, last))
-
-    def __getattr__(self, name):
-        return getattr(self._kernel, name)
-
-
 @contextmanager
 def watched() -> Iterator[list[Launch]]:
     """Within, each launch of our kernels is noted. Kernels built earlier are forgotten, so that all are watched."""
+    import cupy
+
     from s2o_cupy.backends import cuda
 
-    launches, build = [], building._build
+    launches, plain = [], building.Kernel
+
+    class Watched(plain):
+        """A kernel that leaves a `Launch` in the list whenever it is launched."""
+
+        def __call__(self, grid, block, arguments, shared_mem=0):
+            first, last = cupy.cuda.Event(), cupy.cuda.Event()
+            first.record()
+            super().__call__(grid, block, arguments, shared_mem=shared_mem)
+            last.record()
+            launches.append(Launch(self.raw.name, resources(self.raw, block, shared_mem), first, last))
 
     def forget():
         building._kernels.clear()
@@ -125,15 +118,12 @@ def watched() -> Iterator[list[Launch]]:
             if hasattr(cached, "cache_clear"):
                 cached.cache_clear()
 
-    def building_watched(cupy, device, name, entry, macros):
-        return Watched(build(cupy, device, name, entry, macros), name if name == entry else f"{name}:{entry}", launches)
-
     forget()
-    building._build = building_watched
+    building.Kernel = Watched
     try:
         yield launches
     finally:
-        building._build = build
+        building.Kernel = plain
         forget()
 
 
@@ -179,12 +169,12 @@ def costs(kernel: str, p: Problem, pairs: float | None) -> tuple[float, float] |
     heads = p.batch * p.heads_q
     q, k, v = heads * p.n_q * p.dim_qk, heads_kv * p.n_k * p.dim_qk, heads_kv * p.n_k * p.dim_v
     lists, scores = p.batch * p.heads_order, float(p.history.sum()) * p.batch * p.heads_order
-    rows, entry = 1 + p.terms, kernel.split(":")[-1].split("_")[0]
+    rows, stage = 1 + p.terms, kernel.split("_")[0]
     moments = 4 * lists * p.segments * p.dim_qk**2 * (p.terms > 0)
     out = heads * p.n_q * p.dim_v
     if "mixture" in kernel:
         return None
-    if entry == "attend":
+    if stage == "attend":
         walked = 0 if pairs is None else pairs / p.settings.block_q
         allowed = p.allowed_pairs * heads if pairs is None else pairs
         return 2 * (p.dim_qk + p.dim_v) * allowed, size * (q + k + v + out) + 4 * walked
@@ -194,7 +184,7 @@ def costs(kernel: str, p: Problem, pairs: float | None) -> tuple[float, float] |
         "score": (2.0 * scores * rows * p.dim_qk, size * (k + scores)),
         "remap": (0.0, size * scores + 4.0 * float(p.listed.sum()) * lists),
         "pool": (0.0, size * (k + v) * (1 + 1 / p.settings.pool)),
-    }.get(entry)
+    }.get(stage)
 
 
 def say(name: str, n: int, p: Problem, launched, work, gemm: float, copy: float, record: Record) -> None:
