@@ -63,6 +63,11 @@ def matched(report: dict, n: int):
         axes.plot(*zip(*points, strict=True), marker=MARKS[i % len(MARKS)], label=name, **style)
     axes.set(xscale="log", yscale="log", xlabel="relative error of attention", ylabel="ms, ranking included")
     axes.set_title(f"N={n}, {_heads(cases)}, causal, on {report['machine'].get('gpu', '?')}")
+    errors = sorted({case["wanted"] for case in cases if "wanted" in case})
+    axes.set_xticks(errors, [f"{error:g}" for error in errors])
+    axes.xaxis.set_minor_formatter("")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
     axes.invert_xaxis()
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
