@@ -146,7 +146,7 @@ def test_what_a_kernel_prints_is_shown(shell):
 
 
 @checks
-@pytest.mark.parametrize("name", ["remap", "moments", "score_sm90", "attend_simt"])
+@pytest.mark.parametrize("name", ["remap", "attend_simt"])
 def test_other_kernels_are_right(shell, name):
     verdict = cuda(shell, f"{name} --check --limit 120", (kernel_folder() / f"{name}.cu").read_text())
     assert verdict.status == "right", verdict
@@ -205,7 +205,7 @@ def test_kernels_and_show(shell, capsys):
     run(shell, "%s2o kernels")
     said = capsys.readouterr().out
     assert "score_1, score_8" in said
-    assert "-D BLOCK_M=128 -D BLOCK_N=64 -D HEAD_DIM=128 -D HEAD_DIM_V=128 -D IS_BF16=1" in said
+    assert "-D HEAD_DIM_V=256 -D REAL=double" in said
     for name in ("pool", "half.cuh", "pool_numba"):
         run(shell, f"%s2o show {name}")
     assert "the mean of every pool block" in capsys.readouterr().out

@@ -69,7 +69,8 @@ def run(engine, stage: str, p: Problem, made) -> object:
 
 def in_turn(xp, mine, other, budget_s: float = SECONDS) -> tuple[np.ndarray, np.ndarray]:
     """Milliseconds of two lists of launches, timed in turn: mine, other, other, mine, ..."""
-    flush = xp.empty(int(2 * max(xp.cuda.Device().attributes["L2CacheSize"], 2**24)), np.uint8)
+    properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.runtime.getDevice())
+    flush = xp.empty(2 * max(properties["l2CacheSize"], 2**24), np.uint8)
 
     def once(launches):
         flush.fill(0)

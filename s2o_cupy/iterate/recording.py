@@ -33,7 +33,8 @@ class Launch:
         blocks = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
             self.kernel.kernel.ptr, threads, self.shared
         )
-        most = cupy.cuda.Device().attributes["MaxThreadsPerMultiProcessor"]
+        runtime = cupy.cuda.runtime
+        most = runtime.getDeviceProperties(runtime.getDevice())["maxThreadsPerMultiProcessor"]
         return {
             "kernel": self.entry,
             "registers": self.kernel.num_regs,

@@ -76,7 +76,7 @@ class Verdict:
             return "does not compile\n" + _compiler_lines(message, self.variant.cell)
         if what == "device":
             place = f" in the case '{at}'" if at else ""
-            return f"the device failed{place}: {message} (a read or write out of bounds? --sanitize says where)"
+            return f"the device failed{place}: {message} (a bad address? --sanitize says where)"
         return message
 
     # --- judgement --------------------------------------------------------------------------------

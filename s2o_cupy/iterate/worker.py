@@ -14,6 +14,8 @@ import sys
 import time
 import traceback
 
+import numpy as np
+
 from s2o_cupy import specialisations
 from s2o_cupy.compile import KernelCompileError, compile_cubin, parse_report
 from s2o_cupy.iterate import bench, emulation
@@ -38,7 +40,11 @@ def main(fd: int, watched: bool = False) -> None:
 
         if watched:
             watch(cupy)
-        cupy.zeros(1).sum()  # the context, and CuPy's own first compilation
+        from s2o_cupy.iterate import engines
+
+        guards = engines.Guards(cupy)  # the context, and CuPy's own kernels for what every check does
+        guards.empty(1, np.float32)
+        guards.broken()
     say("ready", gpu=gpu)
     for line in sys.stdin:
         job = json.loads(line)
