@@ -11,7 +11,6 @@ from s2o_cupy import sources, variants
 from s2o_cupy.sources import Source, current, kernel_folder, kernel_names
 from s2o_cupy.variants import definitions, entries, make_variant, parameters
 
-SIMT = ["moments", "score", "centres", "normalise", "score_mixture"]
 POOL = (kernel_folder() / "pool.cu").read_text()
 
 
@@ -81,7 +80,8 @@ def test_lines_of_inlined_headers_keep_their_file_and_number(name):
 # --- variants ---------------------------------------------------------------------------------
 def test_functions_and_kernels_are_found():
     assert [d.name for d in definitions(POOL)] == ["to_sum", "from_sum", "to_sum", "from_sum", "pool"]
-    assert [entries(current(name).text) for name in ("pool", "score_simt")] == [["pool"], SIMT]
+    assert entries(current("pool").text) == ["pool"]
+    assert {"moments", "score"} < set(entries(current("score_simt").text))
     assert {"score_full", "score_1", "normalise"} <= set(entries(current("score").text))
     assert parameters(POOL, "pool")[:5] == ["element_t*", "long long", "long long", "long long", "element_t*"]
     text = (

@@ -121,7 +121,7 @@ def worst_of(compared) -> Worst | None:
         allowed = np.broadcast_to(np.asarray(allowed, np.float64), wanted.shape)
         with np.errstate(all="ignore"):
             off = np.where((got == wanted) | (np.isnan(got) & np.isnan(wanted)), 0, np.abs(got - wanted))
-            share = np.where(off == 0, 0, off / np.maximum(allowed, 1e-300))
+            share = np.where(off == 0, 0, off / allowed)
             share = np.where(np.isnan(share), np.inf, share)
         place = np.unravel_index(int(share.argmax()), share.shape)
         if worst is None or share[place] > worst.share:

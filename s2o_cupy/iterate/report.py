@@ -46,7 +46,8 @@ class Verdict:
     @classmethod
     def made(cls, name, kind, variant, against, events, printed, seconds) -> Verdict:
         """The verdict that a worker's events make."""
-        v, at = cls(name, kind, variant, against, seconds, printed), ""
+        plain = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in printed)  # a wild kernel prints anything
+        v, at = cls(name, kind, variant, against, seconds, plain), ""
         for event in events:
             what = event.pop("event")
             if what == "compiled":
@@ -246,7 +247,7 @@ class History(list):
             found.append(
                 (
                     v.number, v.name + ("_numba" if v.kind == "numba" else ""), v.status,
-                    f"{worst['worst']['share']:.2f}" if worst else "", f"{t['ms']:.4f}" if t else "",
+                    f"{worst['worst']['share']:.3g}" if worst else "", f"{t['ms']:.4f}" if t else "",
                     v.against if t else "", f"{t['ratio']:.3f}" if t else "",
                     f"{t['low']:.3f}-{t['high']:.3f}" if t else "", registers or "", used["blocks"] if used else "",
                     f"{t['ms'] / t['floor']['ms']:.2f}x" if t else "",
