@@ -18,6 +18,7 @@ from s2o_cupy.iterate.bench import compared
 from s2o_cupy.iterate.report import History, Verdict
 from s2o_cupy.iterate.worker import has_gpu
 from s2o_cupy.sources import current, kernel_folder
+from s2o_cupy.variants import definitions
 
 POOL = (kernel_folder() / "pool.cu").read_text()
 TWIN = (kernel_folder() / "pool_numba.py").read_text()
@@ -213,11 +214,14 @@ def test_kernels_and_show(shell, capsys):
 
 @checks
 def test_keep_and_history(shell, tmp_path, capsys):
-    cell = "__device__ int scan_block(int x, int* totals) { /* kept */ return x; }"
+    source = (kernel_folder() / "remap.cu").read_text()
+    scan = next(d for d in definitions(source) if d.name == "scan_block")
+    cell = source[scan.start : source.index("{", scan.start)] + "{ /* kept */ return 0; }"
     wrong = cuda(shell, "remap --check", cell)
     assert wrong.status in ("wrong", "failed")
+    assert "does not compile" not in wrong.failure
     path = tmp_path / "mine.cu"
-    if wrong.compiled:
+    if wrong.compiled:  # without a GPU, where cuda-core is installed
         run(shell, f"%s2o keep remap {path}")
         assert "/* kept */" in path.read_text()
         assert "#line" not in path.read_text()

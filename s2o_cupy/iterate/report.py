@@ -46,8 +46,7 @@ class Verdict:
     @classmethod
     def made(cls, name, kind, variant, against, events, printed, seconds) -> Verdict:
         """The verdict that a worker's events make."""
-        plain = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in printed)  # a wild kernel prints anything
-        v, at = cls(name, kind, variant, against, seconds, plain), ""
+        v, at = cls(name, kind, variant, against, seconds, _printable(printed)), ""
         for event in events:
             what = event.pop("event")
             if what == "compiled":
@@ -73,6 +72,7 @@ class Verdict:
         return v
 
     def _failed(self, what: str, message: str, at: str) -> str:
+        message = _printable(message)
         if what == "compile":
             return "does not compile\n" + _compiler_lines(message, self.variant.cell)
         if what == "device":
@@ -208,6 +208,11 @@ class Verdict:
         floor = t["floor"]
         found.append(("floor", f"{floor['ms']:.4f} ms ({floor['why']}): {t['ms'] / floor['ms']:.2f} times that"))
         return found
+
+
+def _printable(text: str) -> str:
+    """A compiler's log may end in a NUL, and a wild kernel prints anything."""
+    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def _faults(case: dict) -> list[str]:

@@ -134,7 +134,7 @@ class Session:
 
     def latest(self, name: str, kind: str = "cuda") -> Verdict | None:
         """The last variant of a kernel that compiled."""
-        tried = (v for v in reversed(self.history) if v.name == name and v.kind == kind and v.compiled)
+        tried = (v for v in reversed(self.history) if v.name == name and v.kind == kind and (v.compiled or v.cases))
         return next(tried, None)
 
     def try_cuda(
