@@ -29,47 +29,26 @@ constexpr int HALF_BYTES = CHUNK_ROWS * 128;  // 64 columns of a chunk, in rows 
 #ifdef S2O_EMULATION
 #include "emulated_wgmma.h"
 #else
-#if IS_BF16
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16"
-#else
-#define WGMMA "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16"
-#endif
-#define EIGHT(mode, i) mode(c[i]), mode(c[i + 1]), mode(c[i + 2]), mode(c[i + 3]), mode(c[i + 4]), mode(c[i + 5]), mode(c[i + 6]), mode(c[i + 7])
+#include "wgmma.cuh"
 
 // c (64 x 64) = a b^T, or c += a b^T where `add`: a is 64 x 16 in the warpgroup's registers, b 64 rows of 16 columns in
 // shared memory.
 template <bool ADD>
 __device__ __forceinline__ void wgmma(float (&c)[32], const unsigned int (&a)[4], unsigned long long b) {
     if (ADD)
-        asm volatile(WGMMA
-                     " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-                     "{%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-                     : EIGHT("+f", 0), EIGHT("+f", 8), EIGHT("+f", 16), EIGHT("+f", 24)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" NAMES_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
+                     : REGISTERS_32("+f", c, 0)
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
     else
-        asm volatile(WGMMA
-                     " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-                     "{%32,%33,%34,%35}, %36, 0, 1, 1, 0;"
-                     : EIGHT("=f", 0), EIGHT("=f", 8), EIGHT("=f", 16), EIGHT("=f", 24)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" NAMES_32 "}, {%32,%33,%34,%35}, %36, 0, 1, 1, 0;"
+                     : REGISTERS_32("=f", c, 0)
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-// Waits for every product of the warpgroup; without the second part the compiler reads accumulators above the wait.
+// Waits for every product of the warpgroup.
 __device__ __forceinline__ void wgmma_finish(float (&c)[32]) {
-    asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < 32; ++i) asm volatile("" : "+f"(c[i])::"memory");
-}
-__device__ __forceinline__ void barrier_init(unsigned int barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(unsigned int barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(unsigned int barrier, int parity) {
-    asm volatile(
-        "{\n.reg .pred ready;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 ready, [%0], %1;\n@ready bra done;\nbra again;\n"
-        "done:\n}" ::"r"(barrier), "r"(parity) : "memory");
+    wgmma_commit();
+    wgmma_wait<0>();
+    settle(c);
 }
 // Arrives at `barrier` with `bytes` to come, and starts the copy that brings them.
 __device__ __forceinline__ void copy_bulk(unsigned int to, const void* from, int bytes, unsigned int barrier) {
