@@ -45,6 +45,8 @@ class Backend:
     def missing(self) -> str:
         """Why it cannot run here; empty when it can."""
         works, why = backends.status().get(self.name, (False, f"s2o_cupy has no backend {self.name!r} yet"))
+        if works and self.name == "numba" and not self.on_host and np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+            return f"NumPy is {np.__version__}, whose warnings numba-cuda sets off: pip install 'numpy<2.5'"
         return "" if works else why
 
     @property

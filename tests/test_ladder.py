@@ -6,6 +6,7 @@ import re
 import numba
 import numpy as np
 import pytest
+from properties import NUMBA
 
 from examples.ladder import __main__ as program
 from examples.ladder import rungs
@@ -55,8 +56,8 @@ def test_steps_on_a_device(rung, dim):
     works, why = backends.status()["cuda"]
     if not works:
         pytest.skip(why)
-    if rung.name in NUMBA_STEPS and not backends.status()["numba"][0]:
-        pytest.skip(backends.status()["numba"][1])
+    if rung.name in NUMBA_STEPS and (missing := NUMBA.missing()):
+        pytest.skip(missing)
     if missing := rung.missing():
         pytest.skip(missing)
     import cupy
