@@ -213,10 +213,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("S2O_CACHE_DIR") or Path.home() / ".cache" / "s2o_cupy")
 
 
-def compile_cubin(
-    arch: str, name: str, macros: dict, source: Source | None = None, kind: str = "cubin"
-) -> tuple[bytes, str]:
-    """One cubin (or its ``"ptx"``) and the assembler's report, through cuda.core."""
+def compile_cubin(arch: str, name: str, macros: dict, source: Source | None = None) -> tuple[bytes, str]:
+    """One cubin and the assembler's report, through cuda.core."""
     Program, ProgramOptions = _compiler_classes()
     log = io.StringIO()
     try:
@@ -234,10 +232,33 @@ def compile_cubin(
                 ptxas_options=["-v"],
             ),
         )
-        code = program.compile(kind, logs=log).code
+        code = program.compile("cubin", logs=log).code
     except Exception as error:  # cuda.core raises several kinds, with the log in the message
         raise KernelCompileError(f"kernels/{name}.cu for {arch}: {error}\n{log.getvalue()}") from None
     return bytes(code), log.getvalue()
+
+
+def compile_ptx(arch: str, name: str, macros: dict, source: Source | None = None) -> str:
+    """What a kernel compiles to before it is assembled; by NVRTC itself, since cuda.core asks a driver about PTX."""
+    _compiler_classes()
+    from cuda.bindings import nvrtc
+
+    def call(function, *arguments):
+        status, *answer = function(*arguments)
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise KernelCompileError(f"kernels/{name}.cu for {arch}: {status.name}")
+        return answer[0] if answer else None
+
+    text = (source or current(name)).text.encode()
+    program = call(nvrtc.nvrtcCreateProgram, text, f"kernels/{name}.cu".encode(), 0, [], [])
+    flags = [b"--ftz=true", b"-default-device", *(option.encode() for option in options(arch, macros))]
+    try:
+        call(nvrtc.nvrtcCompileProgram, program, len(flags), flags)
+        code = bytearray(call(nvrtc.nvrtcGetPTXSize, program))
+        call(nvrtc.nvrtcGetPTX, program, code)
+    finally:
+        call(nvrtc.nvrtcDestroyProgram, program)
+    return code.rstrip(b"\0").decode()
 
 
 def _compiler_classes():

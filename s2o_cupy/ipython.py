@@ -6,12 +6,16 @@ import argparse
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, cell_magic, line_magic, magics_class
 from IPython.display import Code, display
+from pygments import highlight
+from pygments.formatters import TerminalFormatter
+from pygments.lexers import get_lexer_by_name
 
 from s2o_cupy import compile as compiling
 from s2o_cupy.files import replacing
@@ -86,7 +90,7 @@ class KernelMagics(Magics):
 
     # --- cells ------------------------------------------------------------------------------------
     def _cuda(self, line: str, cell: str) -> Verdict:
-        parser = _parser("%%s2o_cuda", "a kernel file without its ending (%s2o kernels lists them)", 20.0)
+        parser = _parser("%%s2o_cuda", "a kernel file without its ending (%%s2o kernels lists them)", 20.0)
         parser.add_argument("-D", dest="macros", metavar="MACRO=VALUE", action="append", default=[], help="a macro")
         parser.add_argument("--arch", help="such as sm_80; default: this GPU's, sm_90a without one")
         parser.add_argument(
@@ -152,11 +156,11 @@ class KernelMagics(Magics):
         raise UsageError(f"%s2o show {name}: allowed: {', '.join(sorted(p.name for p in folder.glob('*.*')))}")
 
     def _ptx(self, words) -> None:
-        display(_code(self._compiled(words, "ptx").decode(), "ptx.s"))
+        display(_code(compiling.compile_ptx(*self._chosen(words, "ptx")), "ptx.s"))
 
     def _sass(self, words) -> None:
         program = _program("nvdisasm")
-        cubin = self._compiled(words, "cubin")
+        cubin, _ = compiling.compile_cubin(*self._chosen(words, "sass"))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
             file.flush()
@@ -165,15 +169,18 @@ class KernelMagics(Magics):
             raise RuntimeError(f"nvdisasm: {done.stderr.strip()}")
         display(_code(done.stdout, "sass.s"))
 
-    def _compiled(self, words, kind: str) -> bytes:
+    def _chosen(self, words, kind: str) -> tuple:
+        """Architecture, name, macros and source of what is asked for."""
         of_file = "--shipped" in words
         (name,) = _words([w for w in words if w != "--shipped"], f"{kind} NAME [--shipped]")
+        if name not in kernel_names():
+            raise UsageError(f"%s2o {kind} {name}: allowed: {', '.join(kernel_names())}")
         tried = None if of_file else self.session.latest(name)
         source = tried.variant.source if tried else current(name)
         at, arch = focus(name, dict(source.macros)), _arch()
         macros = source.applied(default_macros(name, at, arch))
         print(f"{name}, {f'variant #{tried.number}' if tried else 'the file'}, {arch}, {_defined(macros)}")
-        return compiling.compile_cubin(arch, name, macros, source, kind)[0]
+        return arch, name, macros, source
 
     def _keep(self, words) -> None:
         force = "--force" in words
@@ -229,8 +236,16 @@ def _parser(magic: str, name_help: str, limit: float) -> _Parser:
     parser.add_argument("--check", action="store_true", help="the stage's cases against the float64 reference")
     parser.add_argument("--bench", action="store_true", help="time it in turn with what it is compared against")
     parser.add_argument("--against", default="shipped", choices=AGAINST, help="default: shipped")
-    parser.add_argument("--limit", type=float, default=limit, metavar="SECONDS", help=f"for one case ({limit:g})")
+    parser.add_argument("--limit", type=_seconds, default=limit, metavar="SECONDS", help=f"for one case ({limit:g})")
     return parser
+
+
+def _seconds(text: str) -> float:
+    """A time limit from the command line."""
+    seconds = float(text)
+    if not 0 < seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text}; allowed: above 0, to 86400 seconds")
+    return seconds
 
 
 def _words(words, usage: str, count: int = 1) -> list[str]:
@@ -249,9 +264,18 @@ def closure_of(name: str) -> list[str]:
     return closure(f"{name}.cu", kernel_folder())
 
 
-def _code(text: str, file: str) -> Code:
+class Highlighted(Code):
+    """Source with highlighting: in a notebook as IPython does it, in a terminal by colours."""
+
+    def __repr__(self) -> str:
+        if not sys.stdout.isatty():
+            return self.data
+        return highlight(self.data, get_lexer_by_name(self.language), TerminalFormatter())
+
+
+def _code(text: str, file: str) -> Highlighted:
     language = {"cu": "cuda", "cuh": "cuda", "py": "python"}.get(file.rpartition(".")[2], "text")
-    return Code(data=text, language=language)
+    return Highlighted(data=text, language=language)
 
 
 def _arch() -> str:

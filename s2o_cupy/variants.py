@@ -41,7 +41,7 @@ def use_kernel(stage: str, source, **macros) -> Iterator[Variant]:
     ----------
     stage : str
         A kernel file without its ending: "attend", "attend_simt", "pool", "remap", "score", ...
-    source : str, path or Variant
+    source : str, pathlib.Path or Variant
         A whole kernel file, or functions that take the place of the file's (or its headers') own of the same name.
     **macros
         Defined for every launch of it. One that says which arrays a kernel serves (``HEAD_DIM``, ``IS_BF16``, ...)
@@ -64,7 +64,7 @@ def use_kernel(stage: str, source, **macros) -> Iterator[Variant]:
     if isinstance(source, Variant):
         if source.name != stage:
             raise ValueError(f"source is a variant of {source.name!r} and stage {stage!r}; allowed: one kernel")
-        variant = source if not macros else make_variant(stage, source.cell, macros)
+        variant = source if not macros else make_variant(stage, source.cell, {**dict(source.source.macros), **macros})
     elif isinstance(source, (str, os.PathLike)):
         variant = make_variant(stage, Path(source).read_text() if isinstance(source, os.PathLike) else source, macros)
     else:

@@ -64,6 +64,15 @@ def test_an_error_names_file_and_line():
         kernels.compile_cubin("sm_90a", "pool", {"REAL": "no_such_type"})
 
 
+@needs_compiler
+def test_ptx_needs_no_driver():
+    text = kernels.compile_ptx("sm_90a", "pool", {"REAL": "float"})
+    assert ".target sm_90a" in text
+    assert ".entry pool(" in text
+    with pytest.raises(kernels.KernelCompileError, match="pool"):
+        kernels.compile_ptx("sm_90a", "pool", {"REAL": "no_such_type"})
+
+
 def test_ptxas_report_is_read():
     log = """ptxas info    : Compiling entry function 'walk' for 'sm_90a'
 ptxas info    : Function properties for walk

@@ -72,6 +72,23 @@ def test_the_shipped_kernel_is_right(shell):
 
 
 @checks
+@pytest.mark.parametrize("limit", ["-1", "0", "nan", "1e300"])
+def test_a_limit_that_is_none_is_refused_and_the_next_verdict_is_its_own(shell, limit):
+    assert "allowed: above 0, to 86400 seconds" in refused(shell, f"%%s2o_cuda pool --check --limit {limit}\n{POOL}")
+    assert cuda(shell, "pool --check", POOL).status == "right"
+
+
+@checks
+def test_what_a_broken_off_job_says_answers_no_other(shell, monkeypatch):
+    session = shell.magics_manager.registry["KernelMagics"].session
+    monkeypatch.setattr(type(session.cuda), "_next", lambda self, wait: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.try_cuda("pool", POOL.replace("(sum_t)count", "(sum_t)(2 * count)"), check=True)
+    monkeypatch.undo()
+    assert cuda(shell, "pool --check", POOL).status == "right"
+
+
+@checks
 def test_a_wrong_kernel_shows_its_worst_element(shell):
     verdict = cuda(shell, "pool --check", POOL.replace("total / (sum_t)count", "total / (sum_t)(2 * count)"))
     assert verdict.status == "wrong"
@@ -90,7 +107,8 @@ def test_nan_is_wrong(shell):
 
 @checks
 def test_a_write_past_the_end_is_told(shell):
-    cell = POOL.replace("c < row; c += THREADS)", "c < row + 8; c += THREADS)").replace("= c < dim ?", "= c<dim?")
+    last = "if (blockIdx.x == blocks - 1 && blockIdx.y == gridDim.y - 1 && threadIdx.x < 8)"
+    cell = POOL.rstrip().removesuffix("}") + f"    {last} mean[row + threadIdx.x] = from_sum((sum_t)0);\n}}\n"
     verdict = cuda(shell, "pool --check", cell)
     assert verdict.status == "wrong"
     assert "wrote 16 bytes past the end of a bfloat16 array" in str(verdict)
@@ -199,6 +217,7 @@ def test_help(shell, capsys):
     said = capsys.readouterr().out
     assert "%s2o kernels" in said
     assert "--sanitize" in said
+    assert "option_strings" not in said  # argparse reads a % of a help text as a format
     assert "%%s2o_cuda" in shell.magics_manager.magics["cell"]["s2o_cuda"].__doc__ or said
 
 

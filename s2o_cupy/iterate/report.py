@@ -139,7 +139,7 @@ class Verdict:
         """The ratio of times and its spread; a difference inside the spread is no difference."""
         t = self.timing
         spread = f"({t['low']:.3f} to {t['high']:.3f})"
-        if t["low"] <= 1 <= t["high"]:
+        if round(t["low"], 3) <= 1 <= round(t["high"], 3):
             return f"as fast as {self.against}: ratio {t['ratio']:.3f} {spread}"
         if t["ratio"] > 1:
             return f"{t['ratio']:.3f} times as fast as {self.against} {spread}"

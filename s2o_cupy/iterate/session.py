@@ -71,7 +71,7 @@ class Worker:
                 wait = _START_S
                 if found[-1]["event"] == "case":  # the CPU compiles within a case, and is slow
                     wait = limit if "GPU" in found[-1]["where"] else 3 * limit
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C among them: what the job still says must not answer the next one
             self.stop()
             raise
         if found[-1]["event"] == "hung":
