@@ -8,7 +8,6 @@
 //   ticket        [1]             int32  zero; hands out row tiles
 // grid any number of blocks   block 384   shared memory: layout below; specialisations.sm90_shared_bytes computes it
 // macros IS_BF16, HEAD_DIM, HEAD_DIM_V (multiples of 64), BLOCK_N (64, 128), UNITS (4 or more)
-#include "gather.cuh"
 #include "online_softmax.cuh"
 #include "walk.cuh"
 #include "wgmma.cuh"
@@ -55,8 +54,7 @@ static_assert(sizeof(Ring) <= RING_BYTES && UNITS >= 4, "specialisations.sm90_sh
 
 struct Launch {
     const half_t *q, *k, *v, *k_pool, *v_pool;
-    half_t* out;
-    long long q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row;
+    long long q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head;
     int pool_stride, k_pool_row, v_pool_row;
     const int* kv_order;
     const long long* kv_offsets;
@@ -144,7 +142,7 @@ struct Place {
 // The producer warpgroup: every thread copies its 16-byte column of each panel of every 16th row.
 struct Producer {
     Ring& ring;
-    const unsigned int queries, units;
+    const unsigned int units;
     Place place;                // of the unit to start
     int started, with_queries;  // units started and not handed over; the unit that the queries travel with
 
@@ -194,7 +192,7 @@ struct Producer {
 
 __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsigned int units, const Launch& x) {
     constexpr int EACH = BLOCK_N / 16;
-    Producer producer = {ring, queries, units, {0, 0}, 0, -1};
+    Producer producer = {ring, units, {0, 0}, 0, -1};
     const int thread = threadIdx.x & 127, first = producer.first();
     int id = blockIdx.x, number = 0;
     for (; id < x.tiles(); ++number) {
@@ -328,8 +326,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     int heads_q, int heads_kv, int orders, int kv_start, int n_q, int n_k, int dim_qk, int dim_v,
     int causal, int window, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
     int block_q, int block_k, int log2_pool, float unit, int kv_heads, int* ticket) {
-    const Launch launch = {q, k, v, k_pool, v_pool, out, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-                           out_batch, out_head, out_row, pool_stride, k_pool_row, v_pool_row, kv_order, kv_offsets, offsets_stride,
+    const Launch launch = {q, k, v, k_pool, v_pool, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+                           out_batch, out_head, pool_stride, k_pool_row, v_pool_row, kv_order, kv_offsets, offsets_stride,
                            query_order, taus, one_tau, heads_q, heads_kv, orders, kv_start, n_q, n_k, causal, window, segment, segment_start,
                            tiles_per_segment, tile_start, tile_stop, row_tiles, block_q, block_k, log2_pool, kv_heads, ticket};
     extern __shared__ __align__(1024) char shared_memory[];

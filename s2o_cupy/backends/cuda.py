@@ -229,7 +229,7 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     launch = _attend_launch(device, sources, problem, slab, blocks, aligned == 15)
     if launch is None:
         return
-    kernel, grid, threads, shared, tau, sizes, tickets = launch
+    kernel, grid, threads, shared, tau, sizes, draws = launch
     taus = _taus(problem.settings.tau) if walk and isinstance(problem.settings.tau, tuple) else None
     stats = (result.tiles, result.tail_blocks, result.tail_mass) if walk else (None, None, None)
     order = (kv_order, kv_offsets, _stride(kv_offsets)) if walk else (None, None, _integer(0))
@@ -238,7 +238,9 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
     for x in (q, k, v, out):
         arguments += [x, *_strides(x)]
     arguments += [_int(aligned), *pools[:2], *map(_int, pools[2:]), *order, query_order, taus, tau]
-    arguments += [result.lse, *stats, *sizes, *(cp.zeros(1, np.int32) for _ in range(tickets))]
+    arguments += [result.lse, *stats, *sizes]
+    if draws:
+        arguments.append(cp.zeros(1, np.int32))
     kernel(grid, (threads,), tuple(map(_pointer, arguments)), shared_mem=shared)
     if out is not result.out:
         result.out[...] = out
@@ -247,7 +249,7 @@ def _launch(problem, q, k, v, slab, result, kv_order=None, kv_offsets=None, quer
 @functools.lru_cache(maxsize=1024)
 def _attend_launch(device: int, sources: tuple[Source, ...], p: Problem, slab: Slab | None, blocks: int, aligned: bool):
     """What stage 3 launches for a slab (None: dense), apart from arrays: kernel, grid, threads, shared bytes, scalars,
-    and how many counters that are zero. `aligned`: all rows start on 16 bytes.
+    and whether its blocks draw row tiles from a counter. `aligned`: all rows start on 16 bytes.
 
     None where there is nothing to do.
     """
@@ -272,13 +274,12 @@ def _attend_launch(device: int, sources: tuple[Source, ...], p: Problem, slab: S
     served = aligned and kernels.sm90_serves(arch, p.dtype, p.dim_qk, p.dim_v, block_q, s.pool)
     if served:
         kernel, macros = _kernel_on(device, sources[1], p.dtype, p.dim_qk, None, p.dim_v, s.block_k if walk else 128)
-        served = kernels.sm90_shared_bytes(macros, blocks) <= shared_limit(arch)
-    if served:
         shared, threads = kernels.sm90_shared_bytes(macros, blocks), 384
-    elif p.dtype in _HALVES:
+        served = shared <= shared_limit(arch)
+    if not served and p.dtype in _HALVES:
         kernel, macros = _kernel_on(device, sources[0], p.dtype, p.dim_qk, None, p.dim_v, block_q)
         shared, threads = kernels.attend_shared_bytes(macros, blocks), kernels.attend_threads(macros)
-    else:
+    elif not served:
         kernel, macros = _kernel_on(device, sources[0], p.dtype, None, None, p.dim_v, None)
         shared, threads = kernels.simt_shared_bytes(macros, blocks), 256
     if shared > shared_limit(arch) - (0 if served else 1024):
@@ -291,7 +292,7 @@ def _attend_launch(device: int, sources: tuple[Source, ...], p: Problem, slab: S
     if served:  # blocks stay, and draw row tiles by a counter
         scalars = (*scalars, np.int32(grid[1]))
         grid = (min(grid[0] * grid[1], _processors(device)),)
-    return kernel, grid, threads, shared, tau, scalars, int(served)
+    return kernel, grid, threads, shared, tau, scalars, served
 
 
 @functools.cache
@@ -314,15 +315,15 @@ def _stride(offsets):
     return _integer(offsets.strides[0] // 8)
 
 
-def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=None, block_q=None):
+def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=None, block=None):
     """A kernel on the current device, and its macros."""
-    return _kernel_on(cp.cuda.runtime.getDevice(), current(name), dtype, dim, entry, dim_v, block_q)
+    return _kernel_on(cp.cuda.runtime.getDevice(), current(name), dtype, dim, entry, dim_v, block)
 
 
 @functools.lru_cache(maxsize=512)
-def _kernel_on(device: int, source: Source, dtype: str, dim, entry, dim_v, block_q):
+def _kernel_on(device: int, source: Source, dtype: str, dim, entry, dim_v, block):
     arch, name = device_target(device), source.name
-    macros = source.applied(kernels.launch_macros(name, dtype, dim, dim_v, block_q, arch))
+    macros = source.applied(kernels.launch_macros(name, dtype, dim, dim_v, block, arch))
     return get_kernel(name, entry, source, **macros), macros
 
 
