@@ -15,7 +15,6 @@ import s2o_cupy as s2o
 from bench import ours, twins, workloads
 from bench.record import Record
 from bench.timing import noise, on_device, on_host
-from s2o_cupy import planning
 from s2o_cupy.exact import exact_rows, sample_rows
 from s2o_cupy.problem import make_problem
 from s2o_cupy.settings import Settings
@@ -120,7 +119,7 @@ class Case:
         for rank, change in RANKS.items():
             p = self.problem.replace(**change)
             offsets, order = ours.lists(p)
-            calls = [partial(planning.rank, p, *x[:2], p.whole, offsets, order, self.backend) for x in self.inputs]
+            calls = [partial(self.backend.rank, p, *x[:2], p.whole, offsets, order) for x in self.inputs]
             self.say(f"plan, {rank}", on_device(calls, self.repeats, 1))
         calls = [partial(self.backend.pool, self.problem, *x[1:]) for x in self.inputs]
         self.say("pool", on_device(calls, self.repeats))
@@ -128,7 +127,7 @@ class Case:
     def attend(self) -> None:
         p, arrays = self.problem, self.inputs[0]
         offsets, order = ours.lists(p)
-        planning.rank(p, *arrays[:2], p.whole, offsets, order, self.backend)
+        self.backend.rank(p, *arrays[:2], p.whole, offsets, order)
         pooled, result = self.backend.pool(p, *arrays[1:]), ours.answer(p, arrays[0])
         for tau in TAUS:
             q = p.replace(tau=tau)
@@ -153,7 +152,7 @@ def crossover(preset: str, n: int, record: Record) -> None:
     p = make_problem(*arrays, Settings(**ours.BASE))
     result, (offsets, order) = ours.answer(p, arrays[0]), ours.lists(p)
     dense = on_device([partial(backend.dense, p, *arrays, result)])
-    rank = partial(planning.rank, p, *arrays[:2], p.whole, offsets, order, backend)
+    rank = partial(backend.rank, p, *arrays[:2], p.whole, offsets, order)
     plan = on_device([rank])
     pooled = backend.pool(p, *arrays[1:])
     walk = on_device([partial(backend.attend, p, *arrays, p.whole, order, offsets, None, pooled, result)])

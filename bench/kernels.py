@@ -105,12 +105,17 @@ def watched() -> Iterator[list[Launch]]:
     class Watched(plain):
         """A kernel that leaves a `Launch` in the list whenever it is launched."""
 
-        def __call__(self, grid, block, arguments, shared_mem=0):
-            first, last = cupy.cuda.Event(), cupy.cuda.Event()
-            first.record()
-            super().__call__(grid, block, arguments, shared_mem=shared_mem)
-            last.record()
-            launches.append(Launch(self.raw.name, resources(self.raw, block, shared_mem), first, last))
+        def prepared(self, grid, block, arguments, shared_mem=0):
+            launch, held = super().prepared(grid, block, arguments, shared_mem), resources(self.raw, block, shared_mem)
+
+            def timed(*where):
+                first, last = cupy.cuda.Event(), cupy.cuda.Event()
+                first.record()
+                launch(*where)
+                last.record()
+                launches.append(Launch(self.raw.name, held, first, last))
+
+            return timed
 
     def forget():
         building._kernels.clear()
@@ -127,11 +132,10 @@ def watched() -> Iterator[list[Launch]]:
         forget()
 
 
-def resources(kernel, block, shared_mem: int) -> dict:
+def resources(kernel, threads: int, shared_mem: int) -> dict:
     """Registers, local bytes, threads, and how many blocks and what share of its threads a multiprocessor holds."""
     import cupy
 
-    threads = int(np.prod(block))
     blocks = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, threads, shared_mem)
     most = cupy.cuda.Device().attributes["MaxThreadsPerMultiProcessor"]
     return {

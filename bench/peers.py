@@ -18,7 +18,6 @@ from bench.faster import faster
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import Timing, on_device
-from s2o_cupy import planning
 from s2o_cupy.exact import exact_rows, sample_rows
 from s2o_cupy.problem import make_problem
 from s2o_cupy.settings import Settings
@@ -66,7 +65,7 @@ class Ours:
     def rank(self, q, k, v, scale):
         p = make_problem(q, k, v, self.settings)
         offsets, order = ours.lists(p)
-        planning.rank(p, q, k, p.whole, offsets, order, self.backend)
+        self.backend.rank(p, q, k, p.whole, offsets, order)
         return p, (q, k, v), offsets, order, self.backend.pool(p, k, v), ours.answer(p, q)
 
     def choose(self, ranked, x: float):

@@ -11,7 +11,7 @@ from functools import partial
 from bench import ours, workloads
 from bench.record import Record
 from bench.timing import on_device, queued
-from s2o_cupy import backends, planning
+from s2o_cupy import backends
 from s2o_cupy.problem import make_problem
 from s2o_cupy.settings import Settings
 
@@ -31,7 +31,7 @@ def measure(record: Record, n: int = 8192, heads_q: int = 8, heads_kv: int = 2, 
     arrays = [x[None] for x in made]
     p = make_problem(*arrays, Settings())
     offsets, order = ours.lists(p)
-    planning.rank(p, *arrays[:2], p.whole, offsets, order, cuda)
+    cuda.rank(p, *arrays[:2], p.whole, offsets, order)
     raw, twin = (stages(backend, p, arrays, offsets, order) for backend in (cuda, numba_cuda))
     for stage in raw:
         before = None

@@ -94,7 +94,7 @@ def attention(
     done = 0
     for slab in problem.split(problem.whole, workspace, "listed"):
         kv_order, kv_offsets = planning.lists(problem, slab, call.arrays[0])
-        planning.rank(problem, *call.arrays[:2], slab, kv_offsets, kv_order, engine)
+        engine.rank(problem, *call.arrays[:2], slab, kv_offsets, kv_order)
         engine.attend(problem, *call.arrays, slab, kv_order, kv_offsets, query_order, pooled, call.result)
         del kv_order  # before the next slab takes its own
         done += (slab.kv_stop - slab.kv_start) * slab.segments

@@ -12,14 +12,11 @@ import io
 import json
 import os
 import re
-import struct
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from s2o_cupy.sources import Source, current, kernel_folder
 from s2o_cupy.specialisations import Specialisation, shared_limit, shipped, target
@@ -44,49 +41,20 @@ def options(arch: str, macros: dict) -> tuple[str, ...]:
 
 
 class Kernel:
-    """A compiled kernel on one device, called with a grid, a block and arguments: arrays and NumPy scalars.
-
-    CuPy takes half a microsecond to look at an argument, and there are 40. So the first call of a thread goes through
-    CuPy; the next ones write the arguments where the first one's types said, and launch.
-    """
+    """A compiled kernel on one device."""
 
     def __init__(self, cupy, raw):
-        self.raw, self._cupy, self._thread = raw, cupy, threading.local()
+        self.raw, self._cupy = raw, cupy
 
     def __getattr__(self, name):
         """Its resources, as CuPy knows them."""
         return getattr(self.raw, name)
 
-    def __call__(self, grid, block, arguments, shared_mem=0):
-        slots = getattr(self._thread, "slots", None)
-        if slots is None:
-            self.raw(grid, block, arguments, shared_mem=shared_mem)
-            self._thread.slots = _Slots(self._cupy.ndarray, arguments)
-            self._function = self.raw.kernel.ptr
-            return
-        slots.fill(arguments)
-        cuda = self._cupy.cuda
-        (x, y, z), (threads, *_) = (*grid, 1, 1)[:3], block
-        stream = cuda.get_current_stream().ptr
-        cuda.driver.launchKernel(self._function, x, y, z, threads, 1, 1, shared_mem, stream, slots.address, 0)
-
-
-class _Slots:
-    """Memory for a kernel's arguments, 8 bytes each, and the array of their addresses that the driver reads."""
-
-    def __init__(self, array_type, arguments):
-        kinds = ("q" if isinstance(x, array_type) else _SLOTS[x.dtype.char] for x in arguments)
-        self._array_type, self._pack = array_type, struct.Struct("=" + "".join(kinds)).pack_into
-        self._values = np.zeros(len(arguments), np.uint64)
-        self._addresses = self._values.ctypes.data + 8 * np.arange(len(arguments), dtype=np.uint64)
-        self.address = self._addresses.ctypes.data
-
-    def fill(self, arguments) -> None:
-        array_type = self._array_type
-        self._pack(self._values, 0, *[x.data.ptr if isinstance(x, array_type) else x for x in arguments])
-
-
-_SLOTS = {"i": "i4x", "l": "q", "q": "q", "f": "f4x", "d": "d"}
+    def prepared(self, grid, block: int, arguments, shared_mem: int = 0):
+        """A launch of it, past CuPy: called with a stream, the address of its arguments' addresses, and 0."""
+        x, y, z = (*grid, 1, 1)[:3]
+        launch = self._cupy.cuda.driver.launchKernel
+        return functools.partial(launch, self.raw.kernel.ptr, x, y, z, block, 1, 1, shared_mem)
 
 
 def get_kernel(name: str, entry: str | None = None, source: Source | None = None, **macros) -> Kernel:

@@ -1,4 +1,4 @@
-"""Plan, and stages 1 and 2 in order: score, remap, and the guide order of the queries."""
+"""Plan, room for lists, and the guide order of the queries."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def make_plan(problem: Problem, q, k, backend) -> Plan:
     kv_order, kv_offsets = lists(problem, problem.whole, q)
     kv_offsets = kv_offsets.copy()  # the plan's owner may write to it
     if kv_order.size:
-        rank(problem, q, k, problem.whole, kv_offsets, kv_order, backend)
+        backend.rank(problem, q, k, problem.whole, kv_offsets, kv_order)
     shape = (problem.batch, problem.heads_order, problem.segments + 1)
     return Plan(problem, kv_order, kv_offsets.reshape(shape), query_order(problem, q, k))
 
@@ -177,18 +177,6 @@ def _offsets(problem: Problem, slab: Slab, xp, device):
     if xp is not np:
         xp.cuda.get_current_stream().synchronize()  # other streams will read it
     return kept, int(offsets[-1, -1]) if offsets.size else 0
-
-
-def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order, backend) -> None:
-    """Stages 1 and 2 for the lists of a slab, a part of bounded score memory at a time."""
-    for part in problem.split(slab, backend.SCORE_BYTES, "history"):
-        offsets = kv_offsets
-        if part != slab:
-            first, stop = (problem.orders * (kv - slab.kv_start) for kv in (part.kv_start, part.kv_stop))
-            segments = slice(part.segment_start - slab.segment_start, part.segment_stop - slab.segment_start + 1)
-            offsets = kv_offsets[first:stop, segments]
-        # No name holds the scores, so that the next part's do not find them still there.
-        backend.remap(problem, backend.score(problem, q, k, part), part, offsets, kv_order)
 
 
 def query_order(problem: Problem, q, k):

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -213,6 +214,13 @@ class Problem:
         Whole K/V heads while one fits, else runs of segments of one K/V head, at least one segment at a time.
         """
         return _split(self, slab, nbytes, keys)
+
+    def parts(self, slab: Slab, nbytes: int, kv_offsets) -> Iterator[tuple[Slab, Any]]:
+        """A slab cut into ones whose histories take at most `nbytes`, each with its part of the slab's offsets."""
+        for part in self.split(slab, nbytes, "history"):
+            heads = slice(*(self.orders * (kv - slab.kv_start) for kv in (part.kv_start, part.kv_stop)))
+            segments = slice(part.segment_start - slab.segment_start, part.segment_stop - slab.segment_start + 1)
+            yield part, kv_offsets[heads, segments]
 
     def _slabs(self, slab: Slab, nbytes: int, keys: np.ndarray) -> Iterator[Slab]:
         cost = 4 * self.orders * keys[slab.segment_start : slab.segment_stop]

@@ -11,15 +11,15 @@ import importlib.resources
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Macros that say which arrays a kernel is for: a variant that fixes one serves no call that needs another.
 SHAPE_MACROS = ("IS_BF16", "REAL", "SCORE_HALF", "HEAD_DIM", "HEAD_DIM_V", "BLOCK_M", "WIDTH")
-# Files are not looked at again within this time: launches in a row stay cheap, and file times are no finer.
+# Files are not looked at again within this time: calls in a row stay cheap, and file times are no finer.
 _SECONDS = 0.005
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"')
 _LINE = re.compile(r'#line (\d+) "([^"]+)"')
@@ -44,15 +44,17 @@ class Source:
 _variants: ContextVar[dict[str, Source]] = ContextVar("s2o_variants", default={})  # noqa: B039 - never written to
 
 
-@dataclass
-class _Read:
-    looked: float
-    stamps: list
-    files: tuple[str, ...]
-    source: Source
+@dataclass(eq=False)
+class _Folder:
+    """A folder's files as they were read, each with its stamp, and the kernels made of them."""
+
+    looked: float = 0.0
+    stamps: dict[str, tuple | None] = field(default_factory=dict)
+    texts: dict[str, str | None] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
 
 
-_read: dict[tuple[str, str], _Read] = {}
+_folders: dict[str, _Folder] = {}
 
 
 def current(name: str) -> Source:
@@ -61,35 +63,44 @@ def current(name: str) -> Source:
     return from_folder(name, _folder(os.environ.get("S2O_KERNELS", ""))) if variant is None else variant
 
 
+def version() -> tuple[Hashable, ...]:
+    """Equal for as long as `current` answers the same for every kernel."""
+    return _as_it_is(_folder(os.environ.get("S2O_KERNELS", ""))), *_variants.get().values()
+
+
 def from_folder(name: str, folder: str) -> Source:
-    """``NAME.cu`` of a folder, read again only where it or a header of it changed."""
-    known, now = _read.get((folder, name)), time.monotonic()
-    if known is not None and (now - known.looked < _SECONDS or known.stamps == _stamps(known.files)):
+    """``NAME.cu`` of a folder, read again only where a file changed."""
+    known = _as_it_is(folder)
+    if name not in known.sources:
+
+        def read(file: str) -> str | None:
+            path = os.path.join(folder, file)
+            if path not in known.texts:
+                known.stamps[path] = _stamp(path)  # before the file is read: a later save is seen
+                known.texts[path] = Path(path).read_text() if known.stamps[path] else None
+            return known.texts[path]
+
+        known.sources[name] = Source(name, inlined(f"{name}.cu", read))
+    return known.sources[name]
+
+
+def _as_it_is(folder: str) -> _Folder:
+    """What is known of a folder: nothing yet where one of its files changed."""
+    known, now = _folders.get(folder), time.monotonic()
+    if known is None or now - known.looked >= _SECONDS:
+        if known is None or known.stamps != {path: _stamp(path) for path in list(known.stamps)}:
+            known = _folders[folder] = _Folder()
         known.looked = now
-        return known.source
-    stamps: dict[str, object] = {}
-
-    @functools.cache
-    def read(file: str) -> str | None:
-        path = os.path.join(folder, file)
-        stamps[path] = _stamps((path,))[0]  # before the file is read: a later save is seen
-        return Path(path).read_text() if stamps[path] else None
-
-    source = Source(name, inlined(f"{name}.cu", read))
-    _read[folder, name] = _Read(now, list(stamps.values()), tuple(stamps), source)
-    return source
+    return known
 
 
-def _stamps(paths: tuple[str, ...]) -> list:
-    """What changes with each file: its time, size and inode; None where there is none."""
-    stamps = []
-    for path in paths:
-        try:
-            now = os.stat(path)
-            stamps.append((now.st_mtime_ns, now.st_size, now.st_ino))
-        except OSError:
-            stamps.append(None)
-    return stamps
+def _stamp(path: str) -> tuple | None:
+    """What changes with a file: its time, size and inode; None where there is none."""
+    try:
+        now = os.stat(path)
+        return now.st_mtime_ns, now.st_size, now.st_ino
+    except OSError:
+        return None
 
 
 @contextmanager

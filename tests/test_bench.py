@@ -303,21 +303,23 @@ class Raw:
     name, num_regs, local_size_bytes, shared_size_bytes = "attend", 168, 0, 1024
     kernel = SimpleNamespace(ptr=0)
 
-    def __call__(self, *arguments, **options):
-        pass
-
 
 def test_launches_are_watched_and_summed_by_call(small, monkeypatch):
     from s2o_cupy import compile as building
 
-    driver = SimpleNamespace(occupancyMaxActiveBlocksPerMultiprocessor=lambda *_: 2)
-    monkeypatch.setattr(sys.modules["cupy"].cuda, "driver", driver, raising=False)
+    made, cupy = [], sys.modules["cupy"]
+    driver = SimpleNamespace(
+        occupancyMaxActiveBlocksPerMultiprocessor=lambda *_: 2, launchKernel=lambda *given: made.append(given)
+    )
+    monkeypatch.setattr(cupy.cuda, "driver", driver, raising=False)
     plain = building.Kernel
     with kernels.watched() as launches:
+        launch = building.Kernel(cupy, Raw()).prepared((3, 2), 256, (), 4096)
         for _ in range(2 * kernels.REPEATS):  # two launches in each call
-            building.Kernel(np, Raw())((1,), (256,), (), shared_mem=4096)
+            launch(7, 8, 0)
         found = kernels.by_kernel(launches)
     assert building.Kernel is plain
+    assert made == 2 * kernels.REPEATS * [(0, 3, 2, 1, 256, 1, 1, 4096, 7, 8, 0)]
     time, held, count = found["attend"]
     assert (time.repeats, count) == (kernels.REPEATS, 2)
     assert held == {

@@ -98,14 +98,13 @@ def ranked_work(options) -> Work:
     """The `diffuse` preset of the benchmarks at the measured shape, ranked by the package."""
     import cupy
 
-    from s2o_cupy import planning
     from s2o_cupy.backends import cuda
 
     q, k, v = workloads.make("diffuse", options.length, dim=options.dim, dtype="float16", xp=cupy)
     problem = make_problem(q[None], k[None], v[None], settings_of(tau=options.tau))
     starts = cupy.asarray(problem.offsets(problem.whole))
     order = cupy.empty(int(starts[-1, -1]), np.int32)
-    planning.rank(problem, q[None], k[None], problem.whole, starts, order, cuda)
+    cuda.rank(problem, q[None], k[None], problem.whole, starts, order)
     return Work(problem, q, k, v, order, starts)
 
 

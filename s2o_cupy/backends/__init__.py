@@ -1,4 +1,4 @@
-"""Backends by name. Each module has the same stages: score, remap, pool, attend, and dense."""
+"""Backends by name. Each module has the same stages: rank (score and remap), pool, attend, and dense."""
 
 from __future__ import annotations
 

@@ -33,6 +33,13 @@ _DENSE_ROWS = 4 if SIMULATED else 128
 _WIDTHS = (64, 128, 256)
 
 
+def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order) -> None:
+    """Stages 1 and 2 for the slab's lists, a part of bounded score memory at a time."""
+    for part, offsets in problem.parts(slab, SCORE_BYTES, kv_offsets):
+        # No name holds the scores, so that the next part's do not find them still there.
+        remap(problem, score(problem, q, k, part), part, offsets, kv_order)
+
+
 def score(problem: Problem, q, k, slab: Slab):
     """Stage 1: (lists of the slab, longest history) float32 scores; beyond a list's history undefined."""
     p, xp = problem, namespace(q)

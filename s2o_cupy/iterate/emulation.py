@@ -38,13 +38,20 @@ def launch(name, grid, block, arguments, *, entry=None, shared=0, reverse=False,
     call(*built(source, entry or name, tuple(sorted(macros.items()))), grid, block, arguments, shared, reverse)
 
 
+def read(types, addresses: int) -> list:
+    """A launch's arguments as the driver finds them: by the addresses that lie at an address."""
+    kinds = [ctypes.c_void_p if kind == "*" else _SCALARS[kind] for kind in types]
+    places = (ctypes.c_uint64 * len(types)).from_address(addresses)
+    return [kind.from_address(place).value for kind, place in zip(kinds, places)]
+
+
 def call(function, types, grid, block, arguments, shared=0, reverse=False) -> None:
-    """Run what `built` made: None is a null pointer, `reverse` the opposite order of a block's threads."""
+    """Run what `built` made, on arrays or addresses, None for null; `reverse`: a block's threads in opposite order."""
     grid = (*grid, *(1,) * (3 - len(grid)))
     values = []
     for argument, kind in zip(arguments, types, strict=True):
         if kind == "*":
-            values.append(ctypes.c_void_p(None if argument is None else argument.ctypes.data))
+            values.append(ctypes.c_void_p(argument.ctypes.data if isinstance(argument, np.ndarray) else argument))
         else:
             values.append(_SCALARS[kind](argument))
     function(*map(ctypes.c_int, (*grid, block, shared, int(reverse))), *values)

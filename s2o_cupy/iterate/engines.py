@@ -6,6 +6,7 @@ the stage allocates lies between guards, so that a write past an end shows.
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 import types
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from s2o_cupy.backends._tape import Tape
 from s2o_cupy.iterate import emulation
 from s2o_cupy.problem import Problem
 from s2o_cupy.sources import Source
@@ -46,6 +48,11 @@ class Guards:
         self.zeroed.append(x)
         return x
 
+    def workspace(self, tape: Tape, stream: int):
+        """Memory for a recorded stage, each of its rooms between guards; their addresses."""
+        rooms = [(self.zeros if room.zeroed else self.empty)(room.shape, room.dtype) for room in tape.rooms]
+        return rooms, [room.data.ptr for room in rooms]
+
     def broken(self) -> list[str]:
         """A line for each array past whose ends something was written; forgets all arrays."""
         found = []
@@ -76,7 +83,7 @@ class Raw:
 
         self.xp, self.backend = cupy, cuda
         self.guards = Guards(cupy)
-        cuda.cp = self.guards
+        cuda.cp, cuda.workspace = self.guards, self.guards.workspace
 
     def place(self, x: np.ndarray):
         return self.xp.asarray(x)
@@ -149,23 +156,26 @@ class Emulated(Raw):
 
     where = "emulated on the CPU"
 
-    def __init__(self, arch: str = "sm_80"):
+    def __init__(self, arch: str = "sm_80", reverse: bool = False):
         self.xp = _array_module()
         sys.modules["cupy"] = self.xp  # this process has no other use for CuPy
-        from s2o_cupy.backends import cuda
-
-        self.backend, self.reverse = cuda, False
+        cuda = importlib.import_module("s2o_cupy.backends.cuda")
+        self.backend, self.reverse = cuda, reverse
         self.guards = Guards(self.xp)
-        cuda.cp, cuda.get_kernel, cuda.device_target = self.guards, self._kernel, lambda device=None: arch
+        cuda.cp, cuda.workspace = self.guards, self.guards.workspace
+        cuda.get_kernel, cuda.device_target = self._kernel, lambda device=None: arch
 
     def _kernel(self, name, entry=None, source: Source | None = None, **macros):
         function, kinds = emulation.built(source.text, entry or name, tuple(sorted(macros.items())))
 
-        def launch(grid, block, arguments, shared_mem=0):
-            values = [None if isinstance(y, np.intp) and kind == "*" else y for y, kind in zip(arguments, kinds)]
-            emulation.call(function, kinds, grid, block[0], values, shared_mem, self.reverse)
+        def prepared(grid, block, arguments, shared_mem=0):
+            def launch(stream, addresses, extra):
+                values = emulation.read(kinds, addresses)
+                emulation.call(function, kinds, grid, block, values, shared_mem, self.reverse)
 
-        return launch
+            return launch
+
+        return SimpleNamespace(prepared=prepared)
 
     def host(self, x) -> np.ndarray:
         return np.array(x)
@@ -193,14 +203,13 @@ def _array_module() -> types.ModuleType:
     """As much of CuPy as the CUDA backend uses, over NumPy."""
     module = types.ModuleType("cupy")
     module.ndarray = DeviceArray
-    stream = SimpleNamespace(synchronize=lambda: None)
-    runtime = SimpleNamespace(getDevice=lambda: 0)
+    stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
+    runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
     module.cuda = SimpleNamespace(runtime=runtime, get_current_stream=lambda: stream)
     module.empty = lambda shape, dtype=np.float64: np.empty(shape, dtype).view(DeviceArray)
     module.zeros = lambda shape, dtype=np.float64: np.zeros(shape, dtype).view(DeviceArray)
     module.full = lambda shape, value, dtype=None: np.full(shape, value, dtype).view(DeviceArray)
     module.asarray = lambda x, dtype=None: np.asarray(x, dtype).view(DeviceArray)
-    module.ascontiguousarray = lambda x: np.ascontiguousarray(x).view(DeviceArray)
     return module
 
 

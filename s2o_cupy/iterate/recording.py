@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+
+from s2o_cupy.backends._tape import Slots
 
 
 @dataclass
@@ -14,24 +17,25 @@ class Launch:
 
     entry: str
     kernel: Any
-    grid: tuple
-    block: tuple
-    arguments: tuple
+    prepared: Callable
+    block: int
+    arguments: Slots
     shared: int
     zeroed: list  # of the arguments: counters that a launch expects to be zero
 
     def __call__(self) -> None:
+        import cupy
+
         for counter in self.zeroed:
             counter.fill(0)
-        self.kernel(self.grid, self.block, self.arguments, shared_mem=self.shared)
+        self.prepared(cupy.cuda.get_current_stream().ptr, self.arguments.address, 0)
 
     def usage(self) -> dict:
         """Registers, local and shared bytes, and the blocks and warps that a multiprocessor holds at once."""
         import cupy
 
-        threads = self.block[0]
         blocks = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-            self.kernel.kernel.ptr, threads, self.shared
+            self.kernel.kernel.ptr, self.block, self.shared
         )
         runtime = cupy.cuda.runtime
         most = runtime.getDeviceProperties(runtime.getDevice())["maxThreadsPerMultiProcessor"]
@@ -41,7 +45,7 @@ class Launch:
             "local_bytes": self.kernel.local_size_bytes,
             "shared_bytes": self.kernel.shared_size_bytes + self.shared,
             "blocks": blocks,
-            "occupancy": blocks * threads / most,
+            "occupancy": blocks * self.block / most,
         }
 
 
@@ -56,23 +60,23 @@ def recorded(backend, name: str) -> Iterator[list[Launch]]:
         if file != name:
             return kernel
 
-        def launch(grid, block, arguments, shared_mem=0):
-            zeroed = [a for a in arguments if any(a is x for x in backend.cp.zeroed)]
-            launches.append(Launch(entry or file, kernel, grid, block, tuple(arguments), shared_mem, zeroed))
-            kernel(grid, block, arguments, shared_mem=shared_mem)
+        def prepared(grid, block, arguments, shared_mem=0):
+            launch = kernel.prepared(grid, block, arguments, shared_mem)
 
-        return launch
+            def both(stream, addresses, extra):
+                kept = Slots.copied(addresses, len(arguments))
+                zeroed = [x for x in backend.cp.zeroed if x.data.ptr in kept.values]
+                launches.append(Launch(entry or file, kernel, launch, block, kept, shared_mem, zeroed))
+                launch(stream, addresses, extra)
+
+            return both
+
+        return SimpleNamespace(prepared=prepared)
 
     backend.get_kernel = get_kernel
-    _forget(backend)
+    backend._recorded.cache_clear()
     try:
         yield launches
     finally:
         backend.get_kernel = original
-        _forget(backend)
-
-
-def _forget(backend) -> None:
-    """Empty the caches that hold kernels."""
-    backend._kernel_on.cache_clear()
-    backend._attend_launch.cache_clear()
+        backend._recorded.cache_clear()

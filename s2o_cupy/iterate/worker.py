@@ -99,7 +99,7 @@ def serve(job: dict, gpu: bool, say) -> None:
     engine = engines.Raw() if on_gpu else None
     if on_gpu:  # attend.cu runs where Hopper's kernel would take its calls
         specialisations.sm90_serves = _nowhere if name == "attend" else _SM90_SERVES
-        engine.backend._attend_launch.cache_clear()
+        engine.backend._recorded.cache_clear()
     if on_gpu:
         start = time.perf_counter()
         made = compiled_here(source, macros)

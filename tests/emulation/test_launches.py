@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from s2o_cupy.backends._tape import Place
 from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
@@ -38,17 +39,17 @@ class Kernel:
     def __init__(self, name, entry):
         self.name, self.entry = name, entry or name
 
-    def __call__(self, grid, block, arguments, shared_mem=0):
-        assert all(n > 0 for n in (*grid, *block))
+    def prepared(self, grid, block, arguments, shared_mem=0):
+        assert all(n > 0 for n in (*grid, block))
         assert 0 <= shared_mem <= 227 * 1024
         wanted = parameters(self.name, self.entry)
         for parameter, argument in zip(wanted, arguments, strict=True):
             if "*" in parameter:
-                assert isinstance(argument, Array) or (isinstance(argument, np.intp) and argument == 0), parameter
+                assert argument is None or isinstance(argument, (Place, Array)), parameter
             else:
                 kind = re.sub(r" ?\b\w+$", "", parameter) if parameter != "int" else "int"
                 assert type(argument) in SCALARS[kind], (self.entry, parameter, type(argument))
-        self.launched.add(self.entry)
+        return lambda stream, addresses, extra: self.launched.add(self.entry)
 
 
 def parameters(name, entry):
@@ -59,14 +60,18 @@ def parameters(name, entry):
 @pytest.fixture
 def cuda(monkeypatch):
     """The backend over a stand-in for CuPy, on an H100."""
-    runtime = SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda device: {"multiProcessorCount": 132})
+    runtime = SimpleNamespace(
+        getDevice=lambda: 0,
+        setDevice=lambda device: None,
+        getDeviceProperties=lambda device: {"multiProcessorCount": 132},
+        memsetAsync=lambda address, value, nbytes, stream: None,
+    )
+    stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
     stand_in = SimpleNamespace(
         ndarray=Array,
         empty=Array,
-        zeros=Array,
         asarray=lambda x, dtype=None: Array(np.shape(x), dtype or x.dtype),
-        ascontiguousarray=lambda x: Array(x.shape, x.dtype),
-        cuda=SimpleNamespace(runtime=runtime, get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None)),
+        cuda=SimpleNamespace(runtime=runtime, get_current_stream=lambda: stream),
     )
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.delitem(sys.modules, "s2o_cupy.backends.cuda", raising=False)
@@ -108,6 +113,7 @@ def test_launches_match_their_kernels(cuda, dtype, settings):
             tail_mass=Array(rows),
         )
         cuda.remap(p, cuda.score(p, q, k, p.whole), p.whole, offsets, order)
+        cuda.rank(p, q, k, p.whole, offsets, order)
         cuda.attend(p, q, k, v, p.whole, order, offsets, query_order, cuda.pool(p, k, v), result)
         cuda.dense(p, q, k, v, result)
     if dtype in ("float16", "bfloat16"):
