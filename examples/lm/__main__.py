@@ -70,7 +70,7 @@ def run_eval(options) -> None:
     model = Model(locate(options.model), xp, _dtype(options))
     ids = xp.asarray(encode(model, options.text, options.length))
     settings, report = _calibrated(options, model, ids)
-    report |= evaluate(model, ids, settings, options.repeats)
+    report |= evaluate(model, ids, settings, options.repeats, options.dense_rows)
     print(json.dumps(report, indent=1) if options.json else _table(report))
 
 
@@ -108,6 +108,8 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
         seen = _arrays(options.device).asarray(encode(model, options.calibrate_text, options.length))
     start = time.perf_counter()
     base = Settings.precise() if options.precise else Settings()
+    if options.segment is not None:
+        base = base.replace(segment=options.segment)
     variants = VARIANTS if options.all_variants else TAU_ALONE
     settings = calibrate_layers(model, seen, options.error, variants, base, options.per_head)
     return settings, {
@@ -117,6 +119,7 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
         "text": os.path.basename(options.text),
         "calibrated_on": os.path.basename(options.calibrate_text or options.text),
         "settings": "precise" if options.precise else "default",
+        "segment": base.segment,
         "tau_per_head": options.per_head,
         "error": options.error,
         "calibration_s": time.perf_counter() - start,
@@ -157,7 +160,7 @@ def _needle_table(r: dict) -> str:
     """The needle's report for people."""
     lines = [
         *_heading(r),
-        f"{r['cue']!r} then {r['answer']!r}, {r['answer_tokens']} tokens; the last {r['dense_rows']} rows dense",
+        f"{r['cue']!r} then {r['answer']!r}, {r['answer_tokens']} tokens",
         "  depth     dense    sparse",
     ]
     for depth, *pair in zip(r["depth"], *r["probability"].values()):
@@ -170,9 +173,11 @@ def _needle_table(r: dict) -> str:
 def _heading(r: dict) -> list[str]:
     same = "" if r["calibrated_on"] != r["text"] else " (the text itself: no held-out result)"
     tau = "a tau a head" if r["tau_per_head"] else "a tau a layer"
+    rows = f"; the last {r['dense_rows']} rows dense" if r["dense_rows"] else ""
     return [
         f"{r['model']}, {r['text']}, {r['tokens']} tokens, {r['device']}, attention in {r['attention_dtype']}",
-        f"{r['settings']} settings, {tau}, error {r['error']:g} calibrated on {r['calibrated_on']}{same}",
+        f"{r['settings']} settings, segments of {r['segment']}, {tau}, error {r['error']:g} calibrated on "
+        f"{r['calibrated_on']}{same}{rows}",
     ]
 
 
@@ -215,7 +220,13 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
     sparse.add_argument("--precise", action="store_true", help="Settings.precise() in place of the defaults")
     sparse.add_argument(
+        "--segment", type=_count, metavar="S", help="queries that share a ranking (default: 256, precise 128)"
+    )
+    sparse.add_argument(
         "--per-head", action="store_true", help="a tau for each head, so that each comes near the error"
+    )
+    sparse.add_argument(
+        "--dense-rows", type=int, default=0, metavar="R", help="rows at the end that stay dense (default 0)"
     )
     sparse.add_argument("--all-variants", action="store_true", help="calibrate tries other rankings too, not tau alone")
     sparse.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="NumPy, or CuPy on the current GPU")
@@ -223,9 +234,6 @@ def _parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("needle", parents=[common, sparse], help="a planted fact's probability, dense and sparse")
     sub.add_argument(
         "--depths", type=_count, default=DEPTHS, metavar="K", help="places of the fact (default %(default)s)"
-    )
-    sub.add_argument(
-        "--dense-rows", type=int, default=0, metavar="R", help="rows at the end that stay dense (default 0)"
     )
     sub.add_argument("--cue", default=CUE, help="start of the fact, and the prompt's end (default: %(default)s)")
     sub.add_argument("--answer", default=ANSWER, help="what follows it (default: %(default)r)")

@@ -88,7 +88,7 @@ def calibrate_layers(
     return calibration.settings
 
 
-def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int = 1) -> dict:
+def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int = 1, dense_rows: int = 0) -> dict:
     """Prefill a text densely and sparsely, and compare every prediction.
 
     Parameters
@@ -99,6 +99,8 @@ def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int 
         Settings of every global layer.
     repeats : int
         Passes of each kind, in turn; the least time counts.
+    dense_rows : int
+        Rows at the text's end whose attention is dense in the sparse pass too.
 
     Returns
     -------
@@ -112,7 +114,7 @@ def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int 
     with Bar("dense and sparse", 2 * repeats * model.layers) as bar:
         for _ in range(repeats):
             for name, times in passes.items():
-                attends[name] = Attention(None if name == "dense" else settings)
+                attends[name] = Attention(None if name == "dense" else settings, dense_rows)
                 start = time.perf_counter()
                 hidden[name] = prefill(model, ids, attends[name], step=bar.step)
                 _wait(hidden[name])
@@ -123,7 +125,7 @@ def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int 
         for name, times in passes.items()
     }
     losses, change, agree = compare(model, ids, hidden["dense"], hidden["sparse"])
-    report = {"tokens": len(ids), "predictions": len(ids) - 1}
+    report = {"tokens": len(ids), "predictions": len(ids) - 1, "dense_rows": dense_rows}
     for name, loss in losses.items():
         report[f"{name}_nats"] = float(loss.mean())
     report["rise_nats"] = report["sparse_nats"] - report["dense_nats"]

@@ -89,8 +89,8 @@ def rms(x, weight, eps: float):
 def rotate(x, base: float):
     """Half-split (NeoX) rotary embedding of x (heads, N, D), positions from 0."""
     xp, half = namespace(x), x.shape[-1] // 2
-    angle = np.arange(x.shape[-2])[:, None] * base ** (-np.arange(half) / half)  # float64: exact at any position
-    cos, sin = xp.asarray(np.cos(angle), np.float32), xp.asarray(np.sin(angle), np.float32)
+    angle = xp.arange(x.shape[-2])[:, None] * base ** (-xp.arange(half) / half)  # float64: exact at any position
+    cos, sin = xp.cos(angle).astype(np.float32), xp.sin(angle).astype(np.float32)
     a, b = x[..., :half], x[..., half:]
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ _CHARACTERS = 16  # of a text that are read for one token wanted; the whole text
 _MARGIN = 64  # tokens before a cut that may differ from those of the whole text
 
 
+@functools.lru_cache(maxsize=1)  # Gemma's takes seconds to build
 def tokenizer(model: Model):
     """The `tokenizers.Tokenizer` of a model's vocabulary; text is plain, no special token is looked for in it.
 
