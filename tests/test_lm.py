@@ -15,7 +15,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is missing: pi
 
 from examples.lm import __main__ as command
 from examples.lm import text, weights
-from examples.lm.evaluate import calibrate_layers, evaluate
+from examples.lm.evaluate import calibrate_layers, evaluate, last_rows
 from examples.lm.model import dense, logits, prefill
 from examples.lm.needle import Needle, needle
 from examples.lm.weights import Model
@@ -331,6 +331,16 @@ def test_the_last_rows_of_a_prompt_may_be_dense(llama, story):
     assert most["probability"]["sparse"][0] == pytest.approx(exact, rel=1e-3)
     assert sparse["mean_density"] < last["mean_density"] < sparse["mean_density"] + 2 * 60 / 2304
     assert most["mean_density"] == 1
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(1, 3000), (60, 2304), (1000, 2304), (2303, 2304)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_last_rows_are_exact(rows, keys, dtype):
+    q, k, v = (np.random.default_rng(3).standard_normal((h, keys, 32)).astype(dtype) for h in (4, 2, 2))
+    exact = s2o.dense_attention(*(x.astype(np.float64) for x in (q, k, v)))[:, -rows:]
+    found = last_rows(q[:, -rows:], k, v)
+    assert (found.dtype, found.shape) == (np.dtype(dtype), exact.shape)
+    np.testing.assert_allclose(found, exact, atol=1e-5 if dtype == np.float32 else 2e-3)
 
 
 def test_needles_that_cannot_be(llama):

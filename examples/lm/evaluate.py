@@ -14,6 +14,7 @@ from s2o_cupy.arrays import namespace, on_host
 from s2o_cupy.progress import Bar
 
 _ROWS = 512  # rows whose logits are held at a time
+_CHUNK = 1024  # keys that the last rows walk in one go
 PARTS = 4  # of the text, that the loss is also given for
 TAU_ALONE = ({},)
 
@@ -74,8 +75,27 @@ class Attention:
         result = s2o.attention(q[:, :rows], k[:, :rows], v[:, :rows], settings, full_output=True)
         if not self.dense_rows:
             return result.out, result.stats
-        last = s2o.dense_attention(q[:, rows:], k, v)
-        return namespace(q).concatenate([result.out, last], axis=1), result.stats
+        return namespace(q).concatenate([result.out, last_rows(q[:, rows:], k, v)], axis=1), result.stats
+
+
+def last_rows(q, k, v):
+    """Exact causal attention of the last rows of a text: q (Hq, R, D), k and v (Hkv, N, D).
+
+    A row tile walks its keys one after the other, so that few rows would leave a GPU empty: the keys before the first
+    row are walked in chunks, as a batch, and joined by their log-sum-exps.
+    """
+    xp, rows = namespace(q), q.shape[1]
+    chunks = (k.shape[1] - rows) // _CHUNK
+    if chunks < 2:
+        return s2o.dense_attention(q, k, v)
+    cut = chunks * _CHUNK
+    before = (x[:, :cut].reshape(len(x), chunks, _CHUNK, -1).swapaxes(0, 1) for x in (k, v))
+    parts = s2o.dense_attention(xp.broadcast_to(q, (chunks, *q.shape)), *before, causal=False, full_output=True)
+    rest = s2o.dense_attention(q, k[:, cut:], v[:, cut:], full_output=True)
+    lse = xp.concatenate([parts.lse, rest.lse[None]])
+    weight = xp.exp(lse - lse.max(axis=0))
+    out = xp.concatenate([parts.out, rest.out[None]]).astype(lse.dtype)
+    return ((out * weight[..., None]).sum(axis=0) / weight.sum(axis=0)[..., None]).astype(q.dtype)
 
 
 def calibrate_layers(
