@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -29,11 +30,13 @@ def main(arguments=None) -> int:
         print(f"the ladder needs a CUDA device: {why}", file=sys.stderr)
         return 1
     Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine()}
+    checked = checked_rungs(options.dim)
     work = ranked_work(options)
-    report = {"machine": machine(), "shape": shape_of(work), "rungs": []}
+    report |= {"shape": shape_of(work), "rungs": []}
     print(f"{report['machine']['gpu']}: {report['shape']}")
     print(f"{'step':20}{'ms':>10}{'TFLOP/s':>10}{'times':>8}{'error':>10}{'stops':>8}  change")
-    for found in measured(work):
+    for found in measured(work, checked):
         report["rungs"].append(as_json(found))
         save_json(options.json, report)
         print(line(found), flush=True)
@@ -46,8 +49,21 @@ def shape_of(work: Work) -> dict:
     return numbers | {"tau": s.tau, "segment": s.segment, "block_q": s.block_q, "block_k": s.block_k}
 
 
-def measured(work: Work):
-    """What each rung that runs here took, and how far it is from the last one; one that fails says so."""
+def checked_rungs(dim: int) -> dict[str, str]:
+    """Compile each rung that runs here and check it on a small case, all at once; why one failed, or "".
+
+    Each has a process of its own, and leaves what it compiled in the disk caches of CuPy and Numba.
+    """
+    names = [rung.name for rung in RUNGS if not rung.missing()]
+    with multiprocessing.get_context("spawn").Pool(len(names) + 1) as pool:
+        ranking = pool.apply_async(rank_small, (dim,))
+        said = pool.starmap(check_on_device, [(name, dim) for name in names], chunksize=1)
+        ranking.get()
+    return dict(zip(names, said))
+
+
+def measured(work: Work, checked: dict[str, str]):
+    """What each rung that runs here took, and how far it is from the last one; one that failed says so."""
     import cupy
 
     p, before = work.problem, None
@@ -59,8 +75,10 @@ def measured(work: Work):
         if missing := rung.missing():
             yield found | {"missing": missing}
             continue
+        if checked[rung.name]:
+            yield found | {"failed": checked[rung.name]}
+            continue
         try:
-            check_on_device(rung, p.dim_qk)
             answer = work.answer(cupy)
             timing = on_device([rung.prepare(work, answer)], repeats=5, warmup=1)
         except Exception as error:  # the steps after it can still be measured
@@ -76,15 +94,24 @@ def measured(work: Work):
         yield found
 
 
-def check_on_device(rung, dim: int) -> None:
-    """Refuse a rung whose answer to a small case is not the reference's."""
+def check_on_device(name: str, dim: int) -> str:
+    """Why a rung's answer to a small case is not the reference's; "" where it is."""
     import cupy
 
-    small = small_work(n=600, dim=dim, segment=256, block_q=128, block_k=128, pool=64)
-    on_device = small.on_device()
-    answer = on_device.answer(cupy)
-    rung.prepare(on_device, answer)()
-    check(small, type(answer)(out=answer.out.get(), tiles=answer.tiles.get()))
+    try:
+        small = small_work(n=600, dim=dim, segment=256, block_q=128, block_k=128, pool=64)
+        on_device = small.on_device()
+        answer = on_device.answer(cupy)
+        next(rung for rung in RUNGS if rung.name == name).prepare(on_device, answer)()
+        check(small, type(answer)(out=answer.out.get(), tiles=answer.tiles.get()))
+    except Exception as error:  # the other steps can still be measured
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
+def rank_small(dim: int) -> None:
+    """Compile what ranks."""
+    ranked_work(argparse.Namespace(length=1024, dim=dim, tau=1e-2))
 
 
 def line(found: dict) -> str:

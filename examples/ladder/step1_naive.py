@@ -36,7 +36,7 @@ def add_key(query, key, value, acc, softmax, scale):
     return top, closed, opened + weight
 
 
-@cuda.jit
+@cuda.jit(cache=True)
 def attend(q, k, v, order, starts, out, tiles, segment, block_k, tau, scale):
     head, tile = cuda.blockIdx.y, cuda.blockIdx.x
     first = tile * cuda.blockDim.x

@@ -54,7 +54,7 @@ def attend_kernel(dim):
                 softmax = add_key(query, tile, i, acc, softmax, scale)
         return softmax
 
-    @cuda.jit
+    @cuda.jit(cache=True)
     def attend(q, k, v, order, starts, out, tiles, segment, block_k, tau, scale):
         tile = cuda.shared.array((2, STEP, dim), float32)
         query = cuda.local.array(dim, float32)

@@ -6,13 +6,17 @@ and centres of the queries are linear algebra of the arrays' own module, in floa
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from functools import cache, lru_cache
+from pathlib import Path
+from types import FunctionType
 
 import numba
 import numpy as np
 from numba import cuda
 
+from s2o_cupy import kernels
 from s2o_cupy.arrays import namespace
 from s2o_cupy.kernels.attend_numba import MAX_BLOCKS, MAX_ROWS, attend_kernel
 from s2o_cupy.kernels.mixture_numba import mixture_kernel, norm_kernel
@@ -31,6 +35,8 @@ _WARP = 1 if SIMULATED else 32
 _THREADS = 4 if SIMULATED else 128  # a simulated thread is a Python thread
 _DENSE_ROWS = 4 if SIMULATED else 128
 _WIDTHS = (64, 128, 256)
+if SIMULATED:
+    from s2o_cupy.backends._simulator import simulate
 
 
 def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order) -> None:
@@ -204,7 +210,7 @@ def _launch(kernel, grid, threads: int, *arguments) -> None:
     if not all(grid):
         return
     if SIMULATED:
-        _simulate(kernel, grid, threads, arguments)
+        simulate(kernel, grid, threads, arguments)
         return
     import cupy
 
@@ -216,7 +222,7 @@ def _launch(kernel, grid, threads: int, *arguments) -> None:
 
 @cache
 def _compiled(kernel, kinds: tuple, device: int):
-    """The kernel for arguments of these kinds; arrays of any strides share one."""
+    """The kernel for arguments of these kinds, from Numba's disk cache where it is there; any strides share one."""
     from numba.cuda.np.numpy_support import from_dtype  # of numba-cuda, which knows bfloat16
 
     def type_of(kind):
@@ -226,7 +232,30 @@ def _compiled(kernel, kinds: tuple, device: int):
             return numba.types.UniTuple(numba.int64, kind)
         return from_dtype(kind) if isinstance(kind, np.dtype) else numba.types.Array(from_dtype(kind[0]), kind[1], "A")
 
-    return cuda.jit(tuple(map(type_of, kinds)))(kernel.py_func)
+    function = _named(kernel.py_func, kinds)
+    # What bfloat16 links, Numba does not keep; nothing else here gains from linking in LLVM IR, which compiles twice.
+    links = any("bfloat16" in str(kind) for kind in kinds)
+    kept = not links and Path(function.__code__.co_filename).is_file()
+    return cuda.jit(tuple(map(type_of, kinds)), cache=kept, lto=links)(function)
+
+
+def _named(function, kinds: tuple):
+    """The function under a name that no other kinds, sizes or sources have.
+
+    Numba keeps one index for all that has a file, a line and a name, and numbers what it lists: of processes that
+    compile at once, one would read what another wrote for other kinds.
+    """
+    sizes = [x.cell_contents for x in function.__closure__ or () if isinstance(x.cell_contents, int)]
+    mark = hashlib.sha256(repr((kinds, sizes, _sources())).encode()).hexdigest()[:16]
+    named = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
+    named.__qualname__ = f"{function.__qualname__}.{mark}"
+    return named
+
+
+@cache
+def _sources() -> str:
+    """The text of all twins."""
+    return "".join(path.read_text() for path in sorted(Path(kernels.__path__[0]).glob("*_numba.py")))
 
 
 def _kind(x):
@@ -244,12 +273,3 @@ def _configured(compiled, grid, threads: int, stream: int):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Grid size")  # numba-cuda's advice to launch more blocks
         return compiled[grid, threads, cuda.external_stream(stream)]
-
-
-def _simulate(kernel, grid, threads: int, arguments) -> None:
-    from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
-
-    wrapped = [FakeCUDAArray(x) if isinstance(x, np.ndarray) else x for x in arguments]
-    with warnings.catch_warnings():  # NaN and overflow are answers here, as on a device
-        warnings.simplefilter("ignore", RuntimeWarning)
-        kernel[grid, threads](*wrapped)

@@ -1,0 +1,69 @@
+"""`python tests/gpu/warm_twins.py`: compiles the Numba twins that the tests launch, a process a core, for the cache.
+
+A process that compiles them one after the other takes minutes. bfloat16 is left out: Numba does not keep what links its
+conversions.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+DTYPES, DIMS = ("float64", "float32", "float16"), (256, 128, 64)
+STAGES = ("attend", "gaussian", "mixture", "pool", "remap")
+
+
+def compile_one(stage: str, dtype: str, dim: int) -> float:
+    """Launch a stage on a few numbers; seconds."""
+    start = time.perf_counter()
+    import cupy
+
+    from s2o_cupy.backends import numba_cuda
+    from s2o_cupy.problem import make_problem
+    from s2o_cupy.settings import Settings
+
+    q = cupy.asarray(cupy.random.default_rng(0).standard_normal((1, 1, 24, dim)), dtype)
+    rank = stage if stage in ("gaussian", "mixture") else "mean"
+    p = make_problem(q, q, q, Settings(segment=8, block_q=8, block_k=4, pool=4, rank=rank, rank_terms=3))
+    if stage == "attend":
+        import s2o_cupy as s2o
+
+        s2o.dense_attention(q, q, q, backend="numba")
+    elif stage == "pool":
+        numba_cuda.pool(p, q, q)
+    elif stage == "remap":
+        offsets = cupy.asarray(p.offsets(p.whole))
+        scores = cupy.zeros((p.segments, int(p.history.max())), "float32")
+        numba_cuda.remap(p, scores, p.whole, offsets, cupy.empty(int(offsets[-1, -1]), "int32"))
+    else:
+        numba_cuda.score(p, q, q, p.whole)
+    cupy.cuda.runtime.deviceSynchronize()
+    return time.perf_counter() - start
+
+
+def jobs() -> list[tuple[str, str, int]]:
+    """(stage, dtype, head dim) of every kernel, the longest to compile first."""
+    wide = [(stage, dtype, dim) for stage in STAGES[:3] for dim in DIMS for dtype in DTYPES]
+    return [("remap", "float32", 64), *wide, *[("pool", dtype, 64) for dtype in DTYPES]]
+
+
+def main() -> int:
+    start, failed = time.perf_counter(), 0
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(os.cpu_count(), len(jobs()))) as pool:
+        for job, made in [(job, pool.apply_async(compile_one, job)) for job in jobs()]:
+            try:
+                print(*job, f"{made.get():.1f} s", flush=True)
+            except Exception as error:  # the others are worth having
+                failed += 1
+                print(*job, f"failed: {type(error).__name__}: {error}", flush=True)
+    print(f"{len(jobs())} kernels, {time.perf_counter() - start:.1f} s")
+    return failed
+
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+if __name__ == "__main__":
+    sys.exit(main())
