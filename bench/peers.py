@@ -2,6 +2,8 @@
 
 Each sparse method's knob is swept until its error on sampled rows of every head meets the wanted one; the time is that
 of a whole call, ranking and selection included. PyTorch and Triton are imported here alone (extra: pip install torch).
+Errors are taken in the order given, and for each every length and every method: what comes first is there if the run
+is cut off.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from functools import partial
 import numpy as np
 
 import s2o_cupy as s2o
-from bench import ours
+from bench import building, ours
 from bench.faster import faster
 from bench.record import Record
 from bench.sweep import Sweep
@@ -22,31 +24,54 @@ from s2o_cupy.exact import exact_rows, sample_rows
 from s2o_cupy.problem import make_problem
 from s2o_cupy.settings import Settings
 
-ERRORS = (0.10, 0.05, 0.02, 0.01)
+LENGTHS = (131072, 32768)
+ERRORS = (0.05, 0.02, 0.10, 0.01)
 SLOW = 0.85  # a kernel below this share of its own dense rate is said to be
-OURS = {  # the fastest at an error depends on the length: finer tiles stop better, and rank twice as many lists
-    "s2o_cupy": {},
-    "s2o_cupy, S=512": ours.BASE,
-    "s2o_cupy, S=512, 7 terms, cap .25": ours.BASE | {"rank_terms": 7, "cap": 0.25},
+ENOUGH = 150.0  # ms of repeats of one case
+OURS = {  # which is the fastest depends on the error and on the length: smaller segments stop sooner, and rank more
+    "s2o_cupy": Settings(),
+    "s2o_cupy, S=512": Settings(**ours.BASE),
+    "s2o_cupy, S=128": Settings(segment=128, block_k=128, rank_terms=7),
+    "s2o_cupy precise": Settings.precise(),
 }
 
 
 def arguments(parser) -> None:
     """Adds the options that `main` reads."""
-    parser.add_argument("--length", type=_lengths, default=[32768, 131072], metavar="N,N", help="sequence lengths")
+    parser.add_argument("--length", type=_lengths, default=LENGTHS, metavar="N,N", help="sequence lengths")
     parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
     parser.add_argument("--rows", type=int, default=1024, metavar="N", help="query rows a head, for errors")
-    parser.add_argument("--errors", type=_errors, default=ERRORS, metavar="E,E", help="relative errors to meet")
-    parser.add_argument("--quick", action="store_true", help="the first length, two errors, the main peers")
+    parser.add_argument("--errors", type=_errors, default=ERRORS, metavar="E,E", help="relative errors, in this order")
+    parser.add_argument("--quick", action="store_true", help="the first length, the first two errors, the main peers")
 
 
 def main(options, record: Record) -> None:
-    """Every length in turn: dense kernels, ours, sparse peers, and who is how much faster."""
-    lengths = options.length[:1] if options.quick else options.length
-    knobs: dict[str, float] = {}
-    for n in lengths:
-        with record.attempt(f"all of N={n}"):
-            Run(options, n, knobs, record).everything()
+    """Dense kernels of every length, then error by error every method, and who is how much faster."""
+    lengths, errors = options.length, options.errors
+    if options.quick:
+        lengths, errors = lengths[:1], errors[:2]
+    chosen = dict(list(OURS.items())[: 2 if options.quick else None])
+    for name, settings in chosen.items():
+        print(f"{name}: {_changes(settings)}")
+    knobs: dict[tuple, float] = {}
+    runs = []
+    with building.Building() as built:
+        with record.section("imports, arrays, exact rows"):
+            built.start(_our_tasks(chosen))
+            rivals = _rivals()
+            built.start(_peers_tasks(rivals, lengths, options.quick))
+            for n in lengths:
+                with record.attempt(f"all of N={n}"):
+                    runs.append(Run(options, n, rivals, chosen, knobs, record))
+        with record.section("waiting for kernels to be built"):
+            built.wait()
+    for run in runs:
+        with record.section(f"N={run.n}, dense"), record.attempt(f"dense, N={run.n}"):
+            run.dense_kernels()
+    for wanted in errors:
+        for run in runs:
+            with record.section(f"N={run.n}, error {wanted}"):
+                run.meet(wanted)
     for n in lengths:
         print_faster(n, faster(record.report["cases"], n))
 
@@ -56,10 +81,10 @@ class Ours:
 
     knob, span = "tau", (1e-5, 1.0)
 
-    def __init__(self, name: str, changes: dict):
+    def __init__(self, name: str, settings: Settings):
         from s2o_cupy.backends import cuda
 
-        self.name, self.settings, self.backend = name, Settings(**changes), cuda
+        self.name, self.settings, self.backend = name, settings, cuda
         self.complete = self.settings.cap == 1  # all of it is exact attention
 
     def rank(self, q, k, v, scale):
@@ -91,12 +116,10 @@ def whole_call(method, arrays, scale: float, x: float) -> Callable[[], object]:
 
 
 class Run:
-    """One length: its arrays, the exact rows, and the dense time that ratios are against."""
+    """One length: its arrays, the exact rows, the dense time that ratios are against, and the methods' sweeps."""
 
-    def __init__(self, options, n: int, knobs: dict[str, float], record: Record):
-        self.record, self.n, self.quick = record, n, options.quick
-        self.errors = (0.05, 0.02) if options.quick else sorted(options.errors, reverse=True)
-        self.knobs = knobs  # of each method at its first error, where the next length begins
+    def __init__(self, options, n: int, rivals, chosen: dict[str, Settings], knobs: dict, record: Record):
+        self.record, self.n, self.rivals, self.knobs = record, n, rivals, knobs
         self.arrays = ours.inputs(options.preset, n)
         problem = make_problem(*self.arrays, Settings())
         self.scale, self.pairs, self.flop = problem.scale, ours.causal_pairs(n), 4 * ours.DIM
@@ -104,108 +127,117 @@ class Run:
         self.exact = exact_rows(problem, *self.arrays, self.rows).out[0].astype(np.float64)
         self.where = (ours.shape_text(n), problem.dtype)
         self.same = {"n": n, "preset": options.preset}
-        self.baseline = self.cudnn_rate = None
-        self.density: dict[float, float] = {}  # of ours, by wanted error
-
-    def everything(self) -> None:
-        try:
-            from bench import rivals
-        except ImportError as error:
-            rivals = None
-            self.record.case("every peer", *self.where, note=f"not measured: {error} (pip install torch)", **self.same)
-        tensors = None
+        self.baseline = self.cudnn_rate = self.tensors = None
+        self.makers = {name: partial(Ours, name, settings) for name, settings in chosen.items()}
+        self.entries: dict[str, Entry] = {}
         if rivals:
             import torch
 
-            tensors = [torch.from_dlpack(x[0]) for x in self.arrays]
-            for name, make in rivals.dense_peers(*tensors, self.scale).items():
+            self.tensors = [torch.from_dlpack(x[0]) for x in self.arrays]
+            self.makers |= dict(rivals.sparse_peers(options.quick))
+
+    def dense_kernels(self) -> None:
+        """Each dense kernel there is, checked and timed; the first is what ratios are against."""
+        if self.rivals is None:
+            self.record.case("every peer", *self.where, note="not measured: pip install torch", **self.same)
+        else:
+            for name, make in self.rivals.dense_peers(*self.tensors, self.scale).items():
                 with self.record.attempt(name, *self.where, catch=(Exception,)):
                     self.dense(name, make())
         self.dense("s2o_cupy dense_attention", partial(s2o.dense_attention, *self.arrays, backend="cuda"))
-        for name, changes in list(OURS.items())[: 1 if self.quick else None]:
-            with self.record.attempt(name, *self.where):
-                self.sparse(Ours(name, changes), self.arrays, "ours")
-        for name, make in rivals.sparse_peers(self.quick) if rivals else ():
-            with self.record.attempt(name, *self.where, catch=(Exception,)):
-                self.sparse(make(), tensors, "sparse")
-        if rivals:
-            with self.record.attempt(rivals.Flex.name, *self.where, catch=(Exception,)):
-                self.equal_density(rivals.Flex(), tensors)
 
     def dense(self, name: str, call: Callable[[], object]) -> None:
         """One dense kernel, its error checked before it is timed."""
         error = self.error(call())
         _allow(name, error)
-        time = on_device([call], 3 if self.quick or self.n > 2**16 else 7, 1)
+        time = on_device([call], 10, 1, least=2, enough=4 * ENOUGH)
         rate = time.rate(self.flop * self.pairs)
         self.baseline = self.baseline or (name, time.median)
         if name.startswith("cuDNN"):
             self.cudnn_rate = rate
         self.say(name, time, 1.0, error, rate, "" if name != self.baseline[0] else "ratios are to this", kind="dense")
 
-    def sparse(self, method, arrays, kind: str) -> None:
-        """One method at each wanted error: its kernel at full density first, then the knob, then the time."""
-        ranked = method.rank(*arrays, self.scale)
-        full = method.everything(ranked)
+    def meet(self, wanted: float) -> None:
+        """Every method at one error, ours first; one that fails says so once and is left out from then on."""
+        densities = []
+        for name, make in list(self.makers.items()):
+            with self.record.attempt(name, *self.where, catch=(Exception,)):
+                entry = self.entries.pop(name, None) or self.enter(make())
+                density = self.sparse(entry, wanted)
+                self.entries[name] = entry
+                if density and entry.kind == "ours":
+                    densities.append(density)
+            if name not in self.entries:
+                del self.makers[name]
+        flex = self.entries.get(self.rivals.Flex.name) if self.rivals else None
+        if flex and densities:
+            with self.record.attempt(flex.method.name, *self.where, catch=(Exception,)):
+                self.equal_density(flex, wanted, min(densities))
+
+    def enter(self, method) -> Entry:
+        """A method with its kernel checked, and timed, at full density."""
+        entry = Entry(method, "ours" if isinstance(method, Ours) else "sparse", self)
+        full = method.everything(entry.rank())
         out, pairs = method.walk(full)
         if getattr(method, "complete", True):
             _allow(f"{method.name} at full density", self.error(out))
-        dense_rate = on_device([partial(method.walk, full)], 3, 0).rate(self.flop * pairs())
-        del out, full
+        del out
+        time = on_device([partial(method.walk, full)], 5, 0, least=2, enough=ENOUGH)
+        entry.dense_rate = time.rate(self.flop * pairs())
+        return entry
 
-        def measure(x):
-            out, pairs = method.walk(method.choose(ranked, x))
-            return self.error(out), pairs()
+    def sparse(self, entry: Entry, wanted: float) -> float | None:
+        """One method at one error: the knob, then the walk's time, then the whole call's. Its density."""
+        method, key = entry.method, (entry.method.name, wanted)
+        ranked = entry.rank()
+        entry.sweep.measure = partial(entry.measure, ranked)
+        entry.sweep.start = self.knobs.get(key)
+        met = entry.sweep.meet(wanted)
+        if not met:
+            note = f"cannot reach error {wanted}: {entry.sweep.least_error:.4f} with {method.knob} {method.span[0]:g}"
+            self.say(method.name, note=note, kind=entry.kind, wanted=wanted)
+            return None
+        x, error, pairs = met
+        self.knobs[key] = x
+        chosen = method.choose(ranked, x)
+        kernel = on_device([partial(method.walk, chosen)], 5, 0, least=2, enough=ENOUGH)
+        del chosen, ranked
+        self.timed(entry, x, kernel, pairs / self.pairs, error, wanted=wanted)
+        return pairs / self.pairs
 
-        sweep = Sweep(measure, *method.span, start=self.knobs.get(method.name))
-        for wanted in self.errors:
-            met = sweep.meet(wanted)
-            if met:
-                self.knobs.setdefault(method.name, met[0])
-            else:
-                note = f"cannot reach error {wanted}: {sweep.least_error:.4f} with {method.knob} {method.span[0]:g}"
-                self.say(method.name, note=note, kind=kind, wanted=wanted)
-                continue
-            x, error, pairs = met
-            density = pairs / self.pairs
-            if kind == "ours":
-                self.density[wanted] = min(density, self.density.get(wanted, 1.0))
-            chosen = method.choose(ranked, x)
-            kernel = on_device([partial(method.walk, chosen)], 3, 0)
-            del chosen
-            self.timed(method, arrays, x, kernel, dense_rate, density, error, kind=kind, wanted=wanted)
-
-    def equal_density(self, method, arrays) -> None:
-        """The method at the density that ours has at each error; its own error as it comes."""
-        ranked = method.rank(*arrays, self.scale)
+    def equal_density(self, entry: Entry, wanted: float, density: float) -> None:
+        """The method at the density that ours has at an error; its own error as it comes."""
+        method, ranked = entry.method, entry.rank()
 
         def measure(x):
             out, pairs = method.walk(method.choose(ranked, x))
             return self.pairs / pairs(), self.error(out)
 
-        sweep = Sweep(measure, *method.span)
-        for wanted, density in self.density.items():
-            met = sweep.meet(1 / density)
-            if met:
-                x, sparsity, error = met
-                time = on_device([whole_call(method, arrays, self.scale, x)], 5, 1)
-                rate, note = time.rate(self.flop * self.pairs / sparsity), f"at our density for error {wanted}"
-                self.say(method.name, time, 1 / sparsity, error, rate, note, kind="equal density", our_error=wanted)
+        met = Sweep(measure, *method.span, start=self.knobs.get((method.name, "density"))).meet(1 / density)
+        if met:
+            x, sparsity, error = met
+            self.knobs[method.name, "density"] = x
+            time = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 1, enough=ENOUGH)
+            rate, note = time.rate(self.flop * self.pairs / sparsity), f"at our density for error {wanted}"
+            self.say(method.name, time, 1 / sparsity, error, rate, note, kind="equal density", our_error=wanted)
 
-    def timed(self, method, arrays, x, kernel: Timing, dense_rate, density, error, **more) -> None:
+    def timed(self, entry: Entry, x, kernel: Timing, density, error, **more) -> None:
         """Time the whole call at a knob and say it, with what its kernel alone would take at better rates."""
-        repeats = 3 if self.quick or kernel.median > 100 else 10 if kernel.median < 20 else 5
-        time = on_device([whole_call(method, arrays, self.scale, x)], repeats, 1)
+        method, dense_rate = entry.method, entry.dense_rate
+        time = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 1, enough=ENOUGH)
         flop = self.flop * density * self.pairs
         selecting, share = time.median - kernel.median, kernel.rate(flop) / dense_rate
         note = f"{method.knob} {x:.3g}, all but the walk {selecting / time.median:.0%}"
-        more |= {"knob": x, "kernel": kernel, "kernel_tflops": kernel.rate(flop), "dense_tflops": dense_rate}
+        more |= {"kind": entry.kind, "knob": x, "kernel": kernel}
+        more |= {"kernel_tflops": kernel.rate(flop), "dense_tflops": dense_rate}
         more["at_dense_rate_ms"] = selecting + flop / dense_rate / 1e9
         if self.cudnn_rate:
             more["at_cudnn_rate_ms"] = selecting + flop / self.cudnn_rate / 1e9
         if share < SLOW:
             at_that = f"{more['at_dense_rate_ms']:.2f} ms at that rate"
             note += f"; walks at {share:.2f} of its own dense {dense_rate:.0f} TFLOP/s: {at_that}"
+        if entry.kind == "ours":
+            more["settings"] = method.settings.as_dict()
         self.say(method.name, time, density, error, time.rate(flop), note, **more)
 
     def say(self, name, time=None, density=None, error=None, tflops=None, note="", **more) -> None:
@@ -215,6 +247,24 @@ class Run:
 
     def error(self, out) -> float:
         return ours.rows_error(out, self.rows, self.exact)
+
+
+class Entry:
+    """A method in the run of one length: on which arrays, its sweep, and its kernel's rate at full density."""
+
+    def __init__(self, method, kind: str, run: Run):
+        self.method, self.kind, self.scale, self.error = method, kind, run.scale, run.error
+        self.arrays = run.arrays if kind == "ours" else run.tensors
+        self.sweep, self.dense_rate = Sweep(None, *method.span), None
+
+    def rank(self):
+        """What does not depend on the knob; made anew for each error, as all of them would fill the device."""
+        return self.method.rank(*self.arrays, self.scale)
+
+    def measure(self, ranked, x: float) -> tuple[float, float]:
+        """Error and computed pairs at a knob."""
+        out, pairs = self.method.walk(self.method.choose(ranked, x))
+        return self.error(out), pairs()
 
 
 def print_faster(n: int, found: dict) -> None:
@@ -230,6 +280,42 @@ def _allow(name: str, error: float, most: float = 0.02) -> None:
     """Refuse a dense answer that is not exact attention up to the type's rounding."""
     if not error <= most:
         raise RuntimeError(f"{name} is {error:.1e} from exact attention; allowed: {most}")
+
+
+def _rivals():
+    """The peers' module; None, and a line, where PyTorch is missing."""
+    try:
+        from bench import rivals
+    except ImportError as error:
+        print(f"no peers: {error} (pip install torch)")
+        return None
+    return rivals
+
+
+def _changes(settings: Settings) -> str:
+    """Settings that are not the defaults."""
+    plain = Settings().as_dict()
+    changed = [f"{name}={value}" for name, value in settings.as_dict().items() if value != plain[name]]
+    return ", ".join(changed) or "the defaults"
+
+
+def _our_tasks(chosen: dict[str, Settings]) -> list[dict]:
+    """What `bench.building` is to build of ours, each kernel once."""
+    tasks: dict[tuple, dict] = {}
+    for settings in chosen.values():
+        changed = settings.as_dict()
+        tasks.setdefault(("rank", settings.rank, settings.rank_terms), {"task": "rank", "settings": changed})
+        tasks.setdefault(("walk", settings.block_k), {"task": "walk", "settings": changed})
+    return [{"task": "dense"}, *tasks.values()]
+
+
+def _peers_tasks(rivals, lengths, quick: bool) -> list[dict]:
+    """The same of the sparse peers; FlexAttention is compiled for each length."""
+    found: list[dict] = []
+    for name, _ in rivals.sparse_peers(quick) if rivals else ():
+        at = [{"n": n} for n in lengths] if name == rivals.Flex.name else [{}]
+        found += [{"task": "peer", "name": name} | where for where in at]
+    return found
 
 
 def _errors(text: str) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ class Record:
     def __init__(self, bench: str, machine: dict, path: str | None = None):
         self.path = _file(Path(path), bench, machine) if path else None  # refused now, not after the work
         self.report = {"bench": bench, "format": FORMAT, "arguments": sys.argv[1:], "machine": machine, "cases": []}
-        self._headed = False
+        self._headed, self._start = False, time.perf_counter()
         print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
         self.save()
 
@@ -35,7 +36,7 @@ class Record:
             print(_HEAD, flush=True)
             self._headed = True
         case = {"name": name, "shape": shape, "dtype": dtype, "time": time, "note": note, **numbers}
-        self.report["cases"].append(as_json(case))
+        self.report["cases"].append(as_json(case | {"at_s": self.elapsed}))
         print(line(case), flush=True)
         self.save()
         return case
@@ -48,6 +49,23 @@ class Record:
     def save(self) -> None:
         if self.path:
             save_json(self.path, self.report)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began."""
+        return round(time.perf_counter() - self._start, 1)
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """A part of the run: its seconds go to JSON, whether or not it comes to its end, and to a line of their own."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = round(time.perf_counter() - began, 1)
+            self.report.setdefault("seconds", {})[name] = took
+            print(f"-- {name}: {took} s, {self.elapsed} since the start", flush=True)
+            self.save()
 
     @contextmanager
     def attempt(self, name: str, shape="", dtype="", catch: tuple = ()) -> Iterator[None]:

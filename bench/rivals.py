@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable
 from functools import partial
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # one kernel needs no pool of compilers
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel

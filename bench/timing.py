@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import subprocess
 import time
@@ -35,15 +36,20 @@ class Timing:
         return flop / self.median / 1e9
 
 
-def on_device(calls: Sequence[Callable[[], object]], repeats: int = 10, warmup: int = 2) -> Timing:
-    """Device time of a case, given as calls on inputs of their own: in turn, so that no call finds its own in L2."""
+def on_device(
+    calls: Sequence[Callable[[], object]], repeats: int = 10, warmup: int = 2, least: int = 3, enough: float = math.inf
+) -> Timing:
+    """Device time of a case, given as calls on inputs of their own: in turn, so that no call finds its own in L2.
+
+    After `least` repeats no more are made once they took `enough` ms together: long calls scatter little.
+    """
     import cupy
 
     turn = itertools.cycle(calls)
-    for _ in range(max(warmup, len(calls))):
+    for _ in range(max(warmup, len(calls)) if warmup else 0):
         next(turn)()
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    while len(times) < min(repeats, least) or (len(times) < repeats and sum(times) < enough):
         start, stop = cupy.cuda.Event(), cupy.cuda.Event()
         start.record()
         next(turn)()

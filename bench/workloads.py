@@ -9,6 +9,7 @@ Run ``python -m bench.workloads`` for the coverage of every preset and the check
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -98,15 +99,20 @@ def _rows(work: Workload, n, dim, key_seed, salt, topic, xp, keys: bool):
         x[:, 0] = liked * np.float32(root)
     else:
         x[:, 0] = np.float32(root)
-    waves = 0.7 / 2.0 ** np.arange(_LOCAL_WAVES)[None] * 1.3
-    angle = np.arange(n, dtype=np.float64)[:, None] * waves
-    strength = math.sqrt(work.local / _LOCAL_WAVES) * root
-    x[:, 1 : 1 + _LOCAL_WAVES] = xp.asarray((np.cos(angle) * strength).astype(np.float32))
-    x[:, 1 + _LOCAL_WAVES : 1 + 2 * _LOCAL_WAVES] = xp.asarray((np.sin(angle) * strength).astype(np.float32))
     first = 1 + 2 * _LOCAL_WAVES
+    x[:, 1:first] = _waves(n, math.sqrt(work.local / _LOCAL_WAVES) * root, xp)
     columns = min(_TOPIC_COLUMNS, dim - first)
     x[:, first : first + columns] = topic[:, :columns] * np.float32(math.sqrt(work.topic / columns) * root)
     return _mix(xp, x, key_seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _waves(n: int, strength: float, xp):
+    """(n, 2 waves) cosines and sines of position, from the host's doubles; every head of a set has the same ones."""
+    rates = 0.7 / 2.0 ** np.arange(_LOCAL_WAVES)[None] * 1.3
+    angle = np.arange(n, dtype=np.float64)[:, None] * rates
+    both = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    return xp.asarray((both * strength).astype(np.float32))
 
 
 def _topic_vectors(work: Workload, n, key_seed, xp):

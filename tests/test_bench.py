@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import figures, kernels, ours, peers, report, scaling, timing
+from bench import building, figures, kernels, ours, peers, report, scaling, timing
 from bench.faster import faster
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import Timing
 from s2o_cupy import backends
+from s2o_cupy.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 WHERE = ("Hq2 Hkv1 N2048 D64", "float32")
@@ -42,6 +43,7 @@ def small(monkeypatch):
     for name, value in (("HEADS_Q", 2), ("HEADS_KV", 1), ("DIM", 64)):
         monkeypatch.setattr(ours, name, value)
     monkeypatch.setattr(ours.workloads, "make", lambda *a, **k: make(*a, **k | {"dtype": "float32", "xp": np}))
+    monkeypatch.setattr(building.Building, "start", lambda self, tasks: None)  # another process has no such CuPy
 
 
 class Missing:
@@ -210,7 +212,7 @@ def test_peers_says_what_is_missing_and_measures_the_rest(small, monkeypatch, tm
 
     monkeypatch.setattr(rivals, "sparse_peers", lambda quick: [("S2O Triton", Missing)])
     monkeypatch.setattr(rivals, "Flex", Missing)
-    monkeypatch.setattr(peers, "OURS", {"s2o_cupy": {}})
+    monkeypatch.setattr(peers, "OURS", {"s2o_cupy": Settings()})
     assert run("peers", "--length", "4096", "--errors", "0.1,0.01", "--rows", "64", "--json", tmp_path / "x.json") == 0
     cases = json.loads((tmp_path / "x.json").read_text())["cases"]
     by_name = {case["name"]: case for case in cases}
@@ -228,11 +230,13 @@ def test_peers_says_what_is_missing_and_measures_the_rest(small, monkeypatch, tm
 def test_without_torch_peers_measures_ours(small, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "bench.rivals", None)
     monkeypatch.delattr("bench.rivals", raising=False)
-    monkeypatch.setattr(peers, "OURS", {"s2o_cupy": {}})
+    monkeypatch.setattr(peers, "OURS", {"s2o_cupy": Settings()})
     assert run("peers", "--quick", "--length", "4096", "--rows", "64", "--json", tmp_path / "x.json") == 0
     cases = json.loads((tmp_path / "x.json").read_text())["cases"]
     assert "pip install torch" in cases[0]["note"]
     assert [case.get("kind") for case in cases[1:]] == ["dense", "ours", "ours"]
+    assert [case["wanted"] for case in cases[2:]] == [0.05, 0.02]
+    assert cases[2]["settings"] == Settings().as_dict()
 
 
 def test_a_wrong_dense_answer_is_not_timed(small, monkeypatch):

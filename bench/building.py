@@ -1,0 +1,118 @@
+"""Kernels built by parallel processes before anything is timed: a run then finds them in its compilers' disk caches.
+
+``python -m bench.building JSON`` is one such process: it runs the task that the JSON names on arrays of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from bench import ours
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 90  # after which a process is left behind: what it would have built is built where it is used
+LENGTH = 8192  # of arrays, where kernels do not depend on it
+
+
+class Building:
+    """Processes at work, one a task: {'task': a name of `TASKS`, ...its arguments}. Leaving the block ends them."""
+
+    def __enter__(self) -> Building:
+        self._start, self._running = time.perf_counter(), []
+        return self
+
+    def __exit__(self, *_) -> None:
+        for _, process in self._running:
+            process.kill()
+            process.wait()
+
+    def start(self, tasks: list[dict]) -> None:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+        for task in tasks:
+            command = [sys.executable, "-m", "bench.building", json.dumps(task)]
+            self._running.append((task, subprocess.Popen(command, **pipes)))
+
+    def wait(self) -> None:
+        """Until all are done; prints a line a task: how long it took, or the last it said before it failed."""
+        for task, process in self._running:
+            left = SECONDS - (time.perf_counter() - self._start)
+            try:
+                text = process.communicate(timeout=max(left, 0.1))[0].strip()
+            except subprocess.TimeoutExpired:
+                text = f"left behind after {SECONDS} s"
+            what = ", ".join(str(_changed(value)) for value in task.values())
+            print(f"built {what}: {text.splitlines()[-1][:200] if text else 'no word'}", flush=True)
+
+
+def rank(settings: dict) -> None:
+    """Stages 1 and 2."""
+    from s2o_cupy import planning
+    from s2o_cupy.backends import cuda
+
+    p, q, k, _ = _problem(settings)
+    offsets, order = ours.lists(p)
+    planning.rank(p, q, k, p.whole, offsets, order, cuda)
+
+
+def walk(settings: dict) -> None:
+    """Pooling and stage 3, over lists that hold key 0 alone."""
+    from s2o_cupy.backends import cuda
+
+    p, *arrays = _problem(settings)
+    offsets, order = ours.lists(p)
+    order.fill(0)
+    pooled, result = cuda.pool(p, *arrays[1:]), ours.answer(p, arrays[0])
+    cuda.attend(p, *arrays, p.whole, order, offsets, None, pooled, result)
+
+
+def dense() -> None:
+    """Dense attention."""
+    import s2o_cupy as s2o
+
+    s2o.dense_attention(*ours.inputs("diffuse", LENGTH), backend="cuda")
+
+
+def peer(name: str, n: int = LENGTH) -> None:
+    """A sparse peer's ranking, its walk at a middling knob, and its walk at full density."""
+    import torch
+
+    from bench import rivals
+
+    method = dict(rivals.sparse_peers())[name]()
+    heads = (ours.HEADS_Q, ours.HEADS_KV, ours.HEADS_KV)
+    arrays = [torch.randn(h, n, ours.DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
+    ranked = method.rank(*arrays, ours.DIM**-0.5)
+    method.walk(method.choose(ranked, math.sqrt(math.prod(method.span))))
+    method.walk(method.everything(ranked))
+    torch.cuda.synchronize()
+
+
+TASKS = {task.__name__: task for task in (rank, walk, dense, peer)}
+
+
+def _changed(value):
+    """Settings in short: those that kernels depend on."""
+    return {name: value[name] for name in ("rank", "rank_terms", "block_k")} if isinstance(value, dict) else value
+
+
+def _problem(settings: dict):
+    from s2o_cupy.problem import make_problem
+    from s2o_cupy.settings import Settings
+
+    arrays = ours.inputs("diffuse", LENGTH)
+    return make_problem(*arrays, Settings(**settings)), *arrays
+
+
+def main(text: str) -> None:
+    start, task = time.perf_counter(), json.loads(text)
+    TASKS[task.pop("task")](**task)
+    print(f"{time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
