@@ -10,9 +10,12 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from bench import ours
+from s2o_cupy.problem import make_problem
+from s2o_cupy.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 90  # after which a process is left behind: what it would have built is built where it is used
@@ -78,12 +81,23 @@ def dense() -> None:
 
 
 def peer(name: str, n: int = LENGTH) -> None:
-    """A sparse peer's ranking, its walk at a middling knob, and its walk at full density."""
-    import torch
-
+    """A sparse peer of `bench peers`."""
     from bench import rivals
 
-    method = dict(rivals.sparse_peers())[name]()
+    _exercise(dict(rivals.sparse_peers())[name](), n)
+
+
+def loop(chunk: int) -> None:
+    """A Triton gather loop of `bench gpu`."""
+    from bench import rivals
+
+    _exercise(rivals.Gather("loop", 512, True, chunk), LENGTH)
+
+
+def _exercise(method, n: int) -> None:
+    """A method's ranking, its walk at a middling knob, and its walk at full density."""
+    import torch
+
     heads = (ours.HEADS_Q, ours.HEADS_KV, ours.HEADS_KV)
     arrays = [torch.randn(h, n, ours.DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
     ranked = method.rank(*arrays, ours.DIM**-0.5)
@@ -92,7 +106,17 @@ def peer(name: str, n: int = LENGTH) -> None:
     torch.cuda.synchronize()
 
 
-TASKS = {task.__name__: task for task in (rank, walk, dense, peer)}
+TASKS = {task.__name__: task for task in (rank, walk, dense, peer, loop)}
+
+
+def of_ours(chosen: Iterable[Settings]) -> list[dict]:
+    """Tasks that build what these settings launch, each kernel once, and dense attention."""
+    tasks: dict[tuple, dict] = {}
+    for settings in chosen:
+        changed = settings.as_dict()
+        tasks.setdefault(("rank", settings.rank, settings.rank_terms), {"task": "rank", "settings": changed})
+        tasks.setdefault(("walk", settings.block_k), {"task": "walk", "settings": changed})
+    return [{"task": "dense"}, *tasks.values()]
 
 
 def _changed(value):
@@ -101,9 +125,6 @@ def _changed(value):
 
 
 def _problem(settings: dict):
-    from s2o_cupy.problem import make_problem
-    from s2o_cupy.settings import Settings
-
     arrays = ours.inputs("diffuse", LENGTH)
     return make_problem(*arrays, Settings(**settings)), *arrays
 

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 import s2o_cupy as s2o
-from bench import ours, twins, workloads
+from bench import building, ours, twins, workloads
 from bench.record import Record
 from bench.timing import noise, on_device, on_host
 from s2o_cupy.exact import exact_rows, sample_rows
@@ -23,6 +23,7 @@ TAUS = (3e-2, 1e-2, 3e-3)
 RANKS = {"gaussian 15": {}, "mean": {"rank": "mean"}, "gaussian 7": {"rank_terms": 7}, "cap .25": {"cap": 0.25}}
 CROSSOVER = (2048, 4096, 8192, 16384)
 LOOPS = {"fixed depth": (0, 12.0), "stop each tile": (1, 1e-3), "stop each 4 tiles": (4, 4e-3)}  # chunk, knob
+ENOUGH = 150.0  # ms of repeats of one case
 ALLOWED = 0.02  # relative error of a dense kernel in a 16-bit type
 
 
@@ -36,9 +37,14 @@ def arguments(parser) -> None:
 
 def main(options, record: Record) -> None:
     """Every preset at every length, files, where ranking pays, host times, and the Numba twins."""
+    base = Settings(**ours.BASE)
+    with record.section("kernels built"), building.Building() as built:
+        built.start(building.of_ours([base, *(base.replace(**change) for change in RANKS.values())]))
+        built.start([{"task": "loop", "chunk": chunk} for chunk, _ in LOOPS.values()] if options.torch else [])
+        built.wait()
     for preset in options.presets:
         for n in options.lengths:
-            with record.attempt(f"all of {preset}", ours.shape_text(n)):
+            with record.section(f"{preset}, N={n}"), record.attempt(f"all of {preset}", ours.shape_text(n)):
                 sets = 1 if n > 40_000 else 2  # two sets of inputs: no call finds its own in L2
                 Case(preset, [ours.inputs(preset, n, seed) for seed in range(sets)], record).all(options.torch)
     for path in options.files:
@@ -46,11 +52,13 @@ def main(options, record: Record) -> None:
             arrays = [_cupy().asarray(file[name]) for name in ("q", "k", "v")]
         arrays = [x.reshape((1,) * (4 - x.ndim) + x.shape) for x in arrays]
         Case(path.rsplit("/", 1)[-1].removesuffix(".npz"), [arrays], record).all(options.torch)
-    for n in CROSSOVER:
-        for preset in ("diffuse", "randn"):
-            crossover(preset, n, record)
-    host_times(record)
-    twins.measure(record)
+    with record.section("crossover, host times"):
+        for n in CROSSOVER:
+            for preset in ("diffuse", "randn"):
+                crossover(preset, n, record)
+        host_times(record)
+    with record.section("Numba twins"):
+        twins.measure(record)
 
 
 class Case:
@@ -59,7 +67,6 @@ class Case:
     def __init__(self, name: str, inputs: list, record: Record):
         self.name, self.inputs, self.record, self.backend = name, inputs, record, _backend()
         self.problem = p = make_problem(*inputs[0], Settings(**ours.BASE))
-        self.repeats = 5 if p.n_q > 40_000 else 10
         self.flop, self.pairs = 2 * (p.dim_qk + p.dim_v), p.allowed_pairs * p.batch * p.heads_q
         self.where = (ours.shape_text(p.n_q, p.heads_q, p.heads_kv, p.dim_qk), p.dtype)
         self.exact, self.dense_ms = ours.answer(p, inputs[0][0]), None
@@ -85,7 +92,7 @@ class Case:
         error = ours.gap(self.exact.out[:, :, _cupy().asarray(rows)], wanted)
         if not error <= ALLOWED:
             raise RuntimeError(f"dense attention is {error:.1e} from exact; allowed: {ALLOWED}")
-        time = on_device(calls, self.repeats, 1)
+        time = on_device(calls, 10, 1, enough=ENOUGH)
         self.dense_ms, spread = time.median, noise(calls, 3)
         numbers = {"density": 1.0, "error": error, "tflops": time.rate(self.flop * self.pairs)}
         self.say("dense", time, note=f"timed twice: {spread:.1%} apart", noise=spread, **numbers)
@@ -104,14 +111,14 @@ class Case:
         made = [rivals.dense_peers(*tensors, self.problem.scale) for tensors in sets]
         for name in list(made[0])[:2]:
             with self.record.attempt(f"{self.name}: {name}", *self.where, catch=(Exception,)):
-                time = on_device([peers[name]() for peers in made], self.repeats)
+                time = on_device([peers[name]() for peers in made], 10, 1, enough=ENOUGH)
                 self.say(name, time, density=1.0, tflops=time.rate(self.flop * self.pairs))
         for label, (chunk, knob) in LOOPS.items():
             with self.record.attempt(f"{self.name}: Triton loop, {label}", *self.where, catch=(Exception,)):
                 peer = rivals.Gather(label, 512, True, chunk)
                 chosen = peer.choose(peer.rank(*sets[0], self.problem.scale), knob)
                 pairs = peer.walk(chosen)[1]()
-                time = on_device([partial(peer.walk, chosen)], self.repeats, 1)
+                time = on_device([partial(peer.walk, chosen)], 10, 1, enough=ENOUGH)
                 numbers = {"density": pairs / self.pairs, "tflops": time.rate(self.flop * pairs)}
                 self.say(f"Triton loop, {label}", time, note="the walk alone", **numbers)
 
@@ -120,9 +127,9 @@ class Case:
             p = self.problem.replace(**change)
             offsets, order = ours.lists(p)
             calls = [partial(self.backend.rank, p, *x[:2], p.whole, offsets, order) for x in self.inputs]
-            self.say(f"plan, {rank}", on_device(calls, self.repeats, 1))
+            self.say(f"plan, {rank}", on_device(calls, 10, 1, enough=ENOUGH))
         calls = [partial(self.backend.pool, self.problem, *x[1:]) for x in self.inputs]
-        self.say("pool", on_device(calls, self.repeats))
+        self.say("pool", on_device(calls, 10, enough=ENOUGH))
 
     def attend(self) -> None:
         p, arrays = self.problem, self.inputs[0]
@@ -132,7 +139,7 @@ class Case:
         for tau in TAUS:
             q = p.replace(tau=tau)
             call = partial(self.backend.attend, q, *arrays, p.whole, order, offsets, None, pooled, result)
-            time = on_device([call], self.repeats, 1)
+            time = on_device([call], 10, 1, enough=ENOUGH)
             density, pairs = ours.computed(q, result)
             numbers = {"density": density, "error": ours.gap(result.out, self.exact.out)}
             self.say(f"attend, tau {tau:g}", time, tau=tau, tflops=time.rate(self.flop * pairs), **numbers)
@@ -142,7 +149,7 @@ class Case:
         pool.free_all_blocks()
         before = pool.total_bytes()
         calls = [partial(s2o.attention, *x, tau=1e-2, backend="cuda", **ours.BASE) for x in self.inputs]
-        time, held = on_device(calls, self.repeats, 1), pool.total_bytes() - before
+        time, held = on_device(calls, 10, 1, enough=ENOUGH), pool.total_bytes() - before
         self.say("attention(), tau 0.01", time, note=f"{held / 2**30:.2f} GiB above its inputs", call_bytes=held)
 
 

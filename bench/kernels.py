@@ -15,10 +15,10 @@ from functools import partial
 import numpy as np
 
 import s2o_cupy as s2o
-from bench import ours
+from bench import building, ours
 from bench.record import Record
 from bench.timing import Timing, on_device
-from s2o_cupy import compile as building
+from s2o_cupy import compile as compiling
 from s2o_cupy.exact import exact_rows, sample_rows
 from s2o_cupy.problem import Problem, make_problem
 from s2o_cupy.settings import Settings
@@ -36,9 +36,12 @@ def arguments(parser) -> None:
 
 def main(options, record: Record) -> None:
     """The machine's own rates, then every kernel at every length."""
+    with record.section("kernels built"), building.Building() as built:
+        built.start(building.of_ours([Settings(**ours.BASE)]))
+        built.wait()
     gemm, copy = machine_rates(record)
     for n in options.length:
-        with record.attempt("kernels", ours.shape_text(n)):
+        with record.section(f"N={n}"), record.attempt("kernels", ours.shape_text(n)):
             one_length(options.preset, n, gemm, copy, record)
 
 
@@ -100,7 +103,7 @@ def watched() -> Iterator[list[Launch]]:
 
     from s2o_cupy.backends import cuda
 
-    launches, plain = [], building.Kernel
+    launches, plain = [], compiling.Kernel
 
     class Watched(plain):
         """A kernel that leaves a `Launch` in the list whenever it is launched."""
@@ -118,17 +121,17 @@ def watched() -> Iterator[list[Launch]]:
             return timed
 
     def forget():
-        building._kernels.clear()
+        compiling._kernels.clear()
         for cached in vars(cuda).values():
             if hasattr(cached, "cache_clear"):
                 cached.cache_clear()
 
     forget()
-    building.Kernel = Watched
+    compiling.Kernel = Watched
     try:
         yield launches
     finally:
-        building.Kernel = plain
+        compiling.Kernel = plain
         forget()
 
 

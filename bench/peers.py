@@ -30,7 +30,8 @@ SLOW = 0.85  # a kernel below this share of its own dense rate is said to be
 ENOUGH = 150.0  # ms of repeats of one case
 OURS = {  # which is the fastest depends on the error and on the length: smaller segments stop sooner, and rank more
     "s2o_cupy": Settings(),
-    "s2o_cupy, S=512": Settings(**ours.BASE),
+    "s2o_cupy, S=512": ours.S512,
+    "s2o_cupy, S=128 shared": ours.SHARED,
     "s2o_cupy, S=128": Settings(segment=128, block_k=128, rank_terms=7),
     "s2o_cupy precise": Settings.precise(),
 }
@@ -57,7 +58,7 @@ def main(options, record: Record) -> None:
     runs = []
     with building.Building() as built:
         with record.section("imports, arrays, exact rows"):
-            built.start(_our_tasks(chosen))
+            built.start(building.of_ours(chosen.values()))
             rivals = _rivals()
             built.start(_peers_tasks(rivals, lengths, options.quick))
             for n in lengths:
@@ -299,18 +300,8 @@ def _changes(settings: Settings) -> str:
     return ", ".join(changed) or "the defaults"
 
 
-def _our_tasks(chosen: dict[str, Settings]) -> list[dict]:
-    """What `bench.building` is to build of ours, each kernel once."""
-    tasks: dict[tuple, dict] = {}
-    for settings in chosen.values():
-        changed = settings.as_dict()
-        tasks.setdefault(("rank", settings.rank, settings.rank_terms), {"task": "rank", "settings": changed})
-        tasks.setdefault(("walk", settings.block_k), {"task": "walk", "settings": changed})
-    return [{"task": "dense"}, *tasks.values()]
-
-
 def _peers_tasks(rivals, lengths, quick: bool) -> list[dict]:
-    """The same of the sparse peers; FlexAttention is compiled for each length."""
+    """What `bench.building` is to build of the sparse peers; FlexAttention is compiled for each length."""
     found: list[dict] = []
     for name, _ in rivals.sparse_peers(quick) if rivals else ():
         at = [{"n": n} for n in lengths] if name == rivals.Flex.name else [{}]

@@ -6,7 +6,6 @@ and cuDNN's through PyTorch, as far as the time allowed (``--seconds``) goes. A 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from functools import partial
 import numpy as np
 
 import s2o_cupy as s2o
-from bench import ours
+from bench import building, ours
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import on_device
@@ -29,8 +28,11 @@ ERRORS = (0.05, 0.02)
 STAGES = ("score", "remap", "pool", "attend", "dense")
 ROWS = 256
 CUDNN = "cuDNN (PyTorch SDPA)"
-SETTINGS = {"attention()": Settings(), "attention(), S=512": Settings(**ours.BASE)}  # the better one goes with length
+SETTINGS = {"attention()": Settings(), "attention(), S=512": ours.S512, "attention(), S=128 shared": ours.SHARED}
+ALL_UPTO = 2**16  # keys; beyond, only the settings that were the fastest at the length before
+PART_FROM = 2**18  # keys from which the sweep begins on the heads of two K/V heads
 DENSE_UPTO = 2**18  # keys that dense attention is timed at
+ENOUGH = 150.0  # ms of repeats of one case
 
 
 def arguments(parser) -> None:
@@ -43,6 +45,9 @@ def arguments(parser) -> None:
 def main(options, record: Record) -> None:
     """Every length that the time allows, shortest first, then where sparse beats dense."""
     start, last, taus = time.perf_counter(), None, {}
+    with record.section("kernels built"), building.Building() as built:
+        built.start(building.of_ours(SETTINGS.values()))
+        built.wait()
     for n in sorted(options.length):
         left = options.seconds - (time.perf_counter() - start)
         needed = last[1] * (n / last[0]) ** 2 if last else 0.0
@@ -51,10 +56,10 @@ def main(options, record: Record) -> None:
             record.case("scaling", ours.shape_text(n), note=note, n=n)
             continue
         began = time.perf_counter()
-        with record.attempt("scaling", ours.shape_text(n)):
+        with record.section(f"N={n}"), record.attempt("scaling", ours.shape_text(n)):
             one_length(options.preset, n, taus, record)
-        compiled = n == min(options.length)  # the first length builds the kernels: its time says nothing
-        last = (n, 0.0 if compiled else time.perf_counter() - began)
+        first = n == min(options.length)  # it loads the kernels: its time says nothing
+        last = (n, 0.0 if first else time.perf_counter() - began)
     crossings = {}
     for wanted in ERRORS:
         calls = fastest(record.report["cases"], wanted)
@@ -82,46 +87,68 @@ def one_length(preset: str, n: int, taus: dict, record: Record) -> None:
     """Both errors at one length; `taus` goes in with the last length's knobs, and out with this one's."""
     arrays = ours.inputs(preset, n)
     p = make_problem(*arrays, Settings())
-    where, repeats = (ours.shape_text(n), p.dtype), 10 if n <= 2**16 else 3
+    where = (ours.shape_text(n), p.dtype)
     rows = sample_rows(n, ROWS, 0)
     exact = exact_rows(p, *arrays, rows).out[0].astype(np.float64)
     rivals, dense = {"dense": None, "cudnn": None}, partial(s2o.dense_attention, *arrays, backend="cuda")
     if n <= DENSE_UPTO:
-        rivals["dense"] = dense_time("s2o_cupy dense_attention", n, record, where, repeats, lambda: dense)
-        rivals["cudnn"] = dense_time(CUDNN, n, record, where, repeats, partial(cudnn, arrays, p.scale))
+        rivals["dense"] = dense_time("s2o_cupy dense_attention", n, record, where, lambda: dense)
+        rivals["cudnn"] = dense_time(CUDNN, n, record, where, partial(cudnn, arrays, p.scale))
 
-    for (name, settings), wanted in itertools.product(SETTINGS.items(), ERRORS):
-        attention = partial(s2o.attention, *arrays, settings, backend="cuda")
-
-        def measure(tau, attention=attention):
-            found = attention(tau=tau, full_output=True)
-            return ours.rows_error(found.out, rows, exact), (found.stats.density, found.stats.path)
-
-        sweep = Sweep(measure, 1e-5, 1.0, start=taus.get((name, wanted), 1e-2))
-        met = sweep.meet(wanted)
-        if met is None:
-            record.case(name, *where, note=f"cannot reach error {wanted}: {sweep.least_error:.4f}", n=n)
-            continue
-        tau, error, (density, path) = met
-        taus[name, wanted] = tau
-        call = partial(attention, tau=tau)
-        timed, memory = on_device([call], repeats, 1), held(call)
-        shares = stage_shares(call)
-        note = f"error {wanted}: {path}, " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
-        note += f", {memory / 2**30:.2f} GiB"
-        if rivals["cudnn"]:
-            note += f", cuDNN takes {rivals['cudnn'] / timed.median:.2f} times as long"
-        record.case(
-            name, *where, time=timed, note=note, density=density, error=error, n=n, wanted=wanted, tau=tau,
-            tflops=timed.rate(4 * p.dim_qk * density * ours.causal_pairs(n)), shares=shares, bytes=memory, path=path,
-            ratio=rivals["dense"] / timed.median if rivals["dense"] else None, **rivals,
-        )  # fmt: skip
+    earlier = record.report["cases"]
+    for wanted in ERRORS:
+        best = fastest(earlier, wanted)[-1:] if n > ALL_UPTO else ()
+        for name in [case["name"] for case in best] or SETTINGS:
+            attention = partial(s2o.attention, settings=SETTINGS[name], backend="cuda")
+            met, least = meet(attention, arrays, rows, exact, wanted, taus.get((name, wanted)), n >= PART_FROM)
+            if met is None:
+                record.case(name, *where, note=f"cannot reach error {wanted}: {least:.4f}", n=n)
+                continue
+            tau, error, (density, path) = met
+            taus[name, wanted] = tau
+            call = partial(attention, *arrays, tau=tau)
+            timed = on_device([call], 10, 0, least=2, enough=ENOUGH)
+            shares, memory = stage_shares(call)
+            note = f"error {wanted}: {path}, " + ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
+            note += f", {memory / 2**30:.2f} GiB"
+            if rivals["cudnn"]:
+                note += f", cuDNN takes {rivals['cudnn'] / timed.median:.2f} times as long"
+            record.case(
+                name, *where, time=timed, note=note, density=density, error=error, n=n, wanted=wanted, tau=tau,
+                tflops=timed.rate(4 * p.dim_qk * density * ours.causal_pairs(n)), shares=shares, bytes=memory,
+                path=path, settings=SETTINGS[name].as_dict(), **rivals,
+                ratio=rivals["dense"] / timed.median if rivals["dense"] else None,
+            )  # fmt: skip
 
 
-def dense_time(name: str, n: int, record: Record, where: tuple, repeats: int, make) -> float | None:
+def meet(attention, arrays, rows, exact, wanted: float, start: float | None, part_first: bool):
+    """What `Sweep.meet` found for a whole call's tau, and the least error seen.
+
+    With `part_first` a sweep over a few heads says where the one over all heads begins.
+    """
+
+    def over(heads_kv: int, start: float | None) -> Sweep:
+        q, k, v = arrays
+        heads = heads_kv * (q.shape[1] // k.shape[1])
+        some = (q[:, :heads], k[:, :heads_kv], v[:, :heads_kv])
+
+        def measure(tau):
+            found = attention(*some, tau=tau, full_output=True)
+            return ours.rows_error(found.out, rows, exact[:heads]), (found.stats.density, found.stats.path)
+
+        return Sweep(measure, 1e-5, 1.0, start=start or 3e-3)
+
+    if part_first:
+        found = over(2, start).meet(wanted)
+        start = found[0] if found else start
+    sweep = over(arrays[1].shape[1], start)
+    return sweep.meet(wanted), sweep.least_error
+
+
+def dense_time(name: str, n: int, record: Record, where: tuple, make) -> float | None:
     """Milliseconds of a dense call; None, and a line, where it is missing or fails."""
     with record.attempt(name, *where, catch=(Exception,)):
-        timed = on_device([make()], repeats, 1)
+        timed = on_device([make()], 10, 1, least=2, enough=ENOUGH)
         record.case(name, *where, time=timed, density=1.0, tflops=timed.rate(4 * ours.DIM * ours.causal_pairs(n)), n=n)
         return timed.median
     return None
@@ -136,32 +163,27 @@ def cudnn(arrays, scale: float):
     return rivals.dense_peers(*(torch.from_dlpack(x[0]) for x in arrays), scale)[CUDNN]()
 
 
-def held(call) -> int:
-    """Bytes that CuPy's pool takes from the device during a call, its answer included."""
+def stage_shares(call) -> tuple[dict[str, float], int]:
+    """Share of a call's device time that each of the backend's stages takes, and what lies between them.
+
+    Also the bytes that CuPy's pool takes from the device during that call, its answer included.
+    """
     import cupy
 
     pool = cupy.get_default_memory_pool()
     pool.free_all_blocks()
     before = pool.total_bytes()
-    call()
-    return pool.total_bytes() - before
-
-
-def stage_shares(call) -> dict[str, float]:
-    """Share of a call's device time that each of the backend's stages takes, and what lies between them."""
-    import cupy
-
     with timed_stages() as spans:
         start, stop = cupy.cuda.Event(), cupy.cuda.Event()
         start.record()
         call()
         stop.record()
         stop.synchronize()
-    whole = cupy.cuda.get_elapsed_time(start, stop)
+    whole, held = cupy.cuda.get_elapsed_time(start, stop), pool.total_bytes() - before
     parts = dict.fromkeys(STAGES, 0.0)
     for name, first, last in spans:
         parts[name] += cupy.cuda.get_elapsed_time(first, last) / whole
-    return {name: part for name, part in parts.items() if part} | {"between": 1 - sum(parts.values())}
+    return {name: part for name, part in parts.items() if part} | {"between": 1 - sum(parts.values())}, held
 
 
 @contextmanager

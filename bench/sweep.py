@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 NEAR = 0.03  # a point this close below the wanted error meets it
+AIM = 0.985  # of the wanted error, where to measure next
+GROWTH = 2.5  # a knob goes about as this power of the error, until both sides of the wanted one are known
 MOST = 12  # measurements for one wanted error
 
 
@@ -58,12 +60,13 @@ class Sweep:
         """Where to measure next; None where the bracket is closed."""
         if good is None and bad is None:
             return self.start or math.sqrt(self.low * self.high)
-        if bad is None:
-            return min(good * 6, self.high)
-        if good is None:
-            return max(bad / 6, self.low)
+        if bad is None or good is None:
+            known = good or bad
+            step = (AIM * error / max(self.at(known), 1e-12)) ** GROWTH
+            step = min(max(step, 1.15), 10.0) if good else max(min(step, 1 / 1.15), 0.1)
+            return min(max(known * step, self.low), self.high)
         if bad / good < 1.01:
             return None
         e_good, e_bad = (max(self.at(x), 1e-12) for x in (good, bad))
-        share = math.log(0.985 * error / e_good) / math.log(e_bad / e_good) if e_bad > e_good else 0.5
+        share = math.log(AIM * error / e_good) / math.log(e_bad / e_good) if e_bad > e_good else 0.5
         return good * (bad / good) ** min(max(share, 0.1), 0.9)

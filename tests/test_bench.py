@@ -249,6 +249,7 @@ def test_a_wrong_dense_answer_is_not_timed(small, monkeypatch):
 
 def test_scaling_stops_where_the_time_ends_and_shares_add_up(small, monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "cudnn", lambda *_: Missing())
+    monkeypatch.setattr(scaling, "SETTINGS", {"one": Settings(), "two": Settings(segment=128)})
     path = tmp_path / "x.json"
     assert run("scaling", "--length", "1024", "4096", "1048576", "--seconds", "300", "--json", path) == 0
     found = json.loads(path.read_text())
@@ -261,6 +262,25 @@ def test_scaling_stops_where_the_time_ends_and_shares_add_up(small, monkeypatch,
         assert case["cudnn"] is None
     assert "--seconds 300" in found["cases"][-1]["note"]
     assert set(found["crossings"]) == {f"{rival}, error {e}" for rival in ("dense", "cudnn") for e in (0.05, 0.02)}
+
+
+def test_long_scaling_goes_on_with_the_faster_settings_and_begins_on_a_part(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(ours, "HEADS_Q", 6)
+    monkeypatch.setattr(ours, "HEADS_KV", 3)
+    monkeypatch.setattr(scaling, "cudnn", lambda *_: Missing())
+    monkeypatch.setattr(scaling, "SETTINGS", {"slow": Settings(segment=512), "fast": Settings(segment=128)})
+    for name, value in (("ALL_UPTO", 4096), ("PART_FROM", 4096), ("DENSE_UPTO", 4096), ("ERRORS", (0.05,))):
+        monkeypatch.setattr(scaling, name, value)
+    heads, attention = [], scaling.s2o.attention
+    monkeypatch.setattr(scaling.s2o, "attention", lambda q, *a, **k: heads.append(q.shape[1]) or attention(q, *a, **k))
+    assert run("scaling", "--length", "4096", "5120", "--json", tmp_path / "x.json") == 0
+    calls = [case for case in json.loads((tmp_path / "x.json").read_text())["cases"] if "wanted" in case]
+    fastest = min(calls[:2], key=lambda case: case["time"]["median"])["name"]
+    assert [(case["n"], case["name"]) for case in calls] == [(4096, "slow"), (4096, "fast"), (5120, fastest)]
+    assert calls[-1]["dense"] is None
+    assert all(case["error"] <= 0.05 for case in calls)
+    assert heads[0] == 4  # two K/V heads of three
+    assert heads[-1] == 6
 
 
 def test_gpu_measures_every_stage(small, tmp_path):
