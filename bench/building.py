@@ -54,12 +54,11 @@ class Building:
 
 def rank(settings: dict) -> None:
     """Stages 1 and 2."""
-    from s2o_cupy import planning
     from s2o_cupy.backends import cuda
 
     p, q, k, _ = _problem(settings)
     offsets, order = ours.lists(p)
-    planning.rank(p, q, k, p.whole, offsets, order, cuda)
+    cuda.rank(p, q, k, p.whole, offsets, order)
 
 
 def walk(settings: dict) -> None:
