@@ -35,7 +35,8 @@ def attention(
     Parameters
     ----------
     q : array (B, Hq, Nq, D)
-        Queries; float16, bfloat16, float32 or float64, any strides. B, or B and the heads, may be missing.
+        Queries; float16, bfloat16, float32 or float64. B, or B and the heads, may be missing. Any strides, but for
+        backend "cuda" no gaps in the last axis and less than 2 GiB from row to row: a copy would be needed.
     k : array (B, Hkv, Nk, D)
         Keys, of q's dtype, number of axes and device; Hq is a multiple of Hkv.
     v : array (B, Hkv, Nk, Dv)
@@ -45,7 +46,7 @@ def attention(
     backend : {"cpu", "cuda", "numba"}, optional
         Default: "cpu" for NumPy arrays, "cuda" for CuPy arrays.
     out : array, optional
-        Written in place and returned: q's shape with Dv for D, q's dtype.
+        Written in place and returned: q's shape with Dv for D, q's dtype, strides as those of q may be.
     workspace : int
         Bytes for rankings held at a time; less means more, smaller steps and the same answer.
     full_output : bool

@@ -47,7 +47,7 @@ class Call:
         written = native("out", out) if hasattr(out, "__dlpack__") and not isinstance(out, np.ndarray) else out
         if written is not None:
             check_out(written, shape, named)
-        engine = backends.get(backend, named)
+        engine = backends.get(backend, named if written is None else named | {"out": written})
         if finite:
             check_finite(named)
         arrays = [as_four_axes(name, x) for name, x in named.items()]

@@ -15,6 +15,7 @@ from s2o_cupy import reprs
 from s2o_cupy.files import save_json
 
 MAX_HEAD_DIM = 256
+MAX_SCALE = 1e38  # float32 holds it, times log2(e) too: scores are float32 whatever the inputs are
 _CHOICES = {
     "rank": ("mean", "gaussian", "mixture"),
     "tail": ("pooled", None),
@@ -24,6 +25,27 @@ _CHOICES = {
 ATTEND_SETTINGS = ("tau", "tail", "block_q", "block_k")
 
 
+def _known_fields_only(cls):
+    """A dataclass whose constructor refuses an unknown keyword by `_known`'s message."""
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def init(self, *values, **fields):
+        _known(cls, fields)
+        make(self, *values, **fields)
+
+    cls.__init__ = init
+    return cls
+
+
+def _known(cls, fields) -> None:
+    allowed = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(fields) - set(allowed))
+    if unknown:
+        raise TypeError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(allowed)}")
+
+
+@_known_fields_only
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """How attention is computed: every choice of the method, validated, immutable.
@@ -35,7 +57,7 @@ class Settings:
     window : int or None
         A causal query sees the last `window` of its keys only. Within a window attention is dense: nothing is ranked.
     scale : float or None
-        Positive factor on ``q . k``; ``None`` is ``1 / sqrt(D)``.
+        Positive factor on ``q . k``, at most 1e38; ``None`` is ``1 / sqrt(D)``.
     segment : int
         Queries that share one ranking of the keys (paper section 3).
     block_q, block_k : int
@@ -110,9 +132,10 @@ class Settings:
         if self.window is not None and not self.causal:
             raise ValueError(f"window is {self.window} and causal False; allowed: a window with causal=True, or None")
         if self.scale is not None:
-            object.__setattr__(self, "scale", real("scale", self.scale, "a finite number above 0, or None"))
-            if self.scale <= 0:
-                raise ValueError(f"scale is {self.scale}; allowed: a finite number above 0, or None")
+            allowed = f"a number above 0, at most {MAX_SCALE:g}, or None"
+            object.__setattr__(self, "scale", real("scale", self.scale, allowed))
+            if not 0 < self.scale <= MAX_SCALE:
+                raise ValueError(f"scale is {self.scale}; allowed: {allowed}")
         object.__setattr__(self, "cap", real("cap", self.cap, "a number in (0, 1]"))
         if not 0 < self.cap <= 1:
             raise ValueError(f"cap is {self.cap}; allowed: a number in (0, 1]")
@@ -130,10 +153,6 @@ class Settings:
 
     def replace(self, **changes) -> Settings:
         """A copy with some settings changed; an unknown name is refused."""
-        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(self)})
-        if unknown:
-            allowed = ", ".join(f.name for f in dataclasses.fields(self))
-            raise TypeError(f"unknown setting {unknown[0]!r}; allowed: {allowed}")
         return dataclasses.replace(self, **changes) if changes else self
 
     def _repr_html_(self) -> str:

@@ -64,10 +64,19 @@ class Backend:
             return x
         import cupy
 
+        x = self.readable(x)
         base = x if x.base is None else x.base
         moved = cupy.asarray(base)
         start = x.__array_interface__["data"][0] - base.__array_interface__["data"][0]
         return cupy.ndarray(x.shape, x.dtype, moved.data + start, strides=x.strides)
+
+    def readable(self, x):
+        """An array's values in a view that the backend takes: where the last axis has gaps, one without."""
+        if self.name != "cuda" or x.shape[-1] == 1 or x.strides[-1] == x.itemsize:
+            return x
+        view = np.empty((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), x.dtype)[..., ::-2, :]
+        view[...] = x
+        return view
 
     def to_host(self, x):
         return x if x is None or isinstance(x, np.ndarray) else x.get()
@@ -262,7 +271,11 @@ def runs_agree_bitwise(backend, case):
 def strides_do_not_matter(backend, case):
     """Bitwise; but on Hopper one kernel serves rows that start on 16 bytes and another the rest: there, to rounding."""
     p = case.problem
-    if backend.name == "cuda" and (p.dim_qk, p.dim_v) in SM90_HEAD_DIMS and not all(map(on_16_bytes, case.arrays)):
+    if (
+        backend.name == "cuda"
+        and (p.dim_qk, p.dim_v) in SM90_HEAD_DIMS
+        and not all(on_16_bytes(backend.readable(x)) for x in case.arrays)
+    ):
         return reaches_the_reference(backend, case)
     plain = case.copy()
     assert_same(backend.ranked(case), backend.ranked(plain))

@@ -117,7 +117,7 @@ def test_samples_are_small():
         ("rank_terms", 257, ValueError, "rank_terms is 257; allowed"),
         ("rank_levels", 1, ValueError, "rank_levels is 1; allowed: an integer from 2 to 65536 or None"),
         ("rank_levels", "many", TypeError, "rank_levels is 'many'; allowed"),
-        ("scale", 0, ValueError, "scale is 0.0; allowed: a finite number above 0, or None"),
+        ("scale", 0, ValueError, "scale is 0.0; allowed: a number above 0, at most 1e.38, or None"),
         ("scale", -1.0, ValueError, "scale is -1.0; allowed"),
         ("scale", np.inf, ValueError, "scale is inf; allowed"),
         ("scale", 1j, TypeError, "scale is 1j; allowed"),
@@ -160,6 +160,8 @@ def test_replace_leaves_the_original_and_refuses_unknown_names():
     assert settings.tau == 1e-2
     with pytest.raises(TypeError, match="unknown setting 'block'; allowed: causal, window, scale, segment"):
         settings.replace(tau=0.5, block=1)
+    with pytest.raises(TypeError, match="unknown setting 'block'; allowed: causal, window, scale, segment"):
+        Settings(tau=0.5, block=1)
 
 
 def test_paper_settings():

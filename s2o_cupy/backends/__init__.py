@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -31,9 +31,26 @@ def get(name: str | None, arrays: dict) -> ModuleType:
         require_cuda()
         if on_cpu:
             raise TypeError(f"{where} is a NumPy array; backend 'cuda' takes CuPy arrays: cupy.asarray({where})")
+        for where, x in arrays.items():
+            _require_rows(where, x.shape, x.strides, x.itemsize)
     if name == "numba":
         _require_numba(where, on_cpu)
     return importlib.import_module(NAMES[name])
+
+
+@lru_cache(maxsize=256)
+def _require_rows(where: str, shape: tuple, strides: tuple, itemsize: int) -> None:
+    """Refuse rows that the CUDA kernels cannot read: they would have to be copied."""
+    if shape[-1] > 1 and strides[-1] != itemsize:
+        raise ValueError(
+            f"{where} has strides {strides}, gaps in its last axis; backend 'cuda' takes {itemsize} bytes from each "
+            f"element of a row to the next: cupy.ascontiguousarray({where})"
+        )
+    if shape[-2] > 1 and abs(strides[-2]) >= 2**31:
+        raise ValueError(
+            f"{where} has strides {strides}; backend 'cuda' takes less than 2**31 bytes from each row to the next: "
+            f"cupy.ascontiguousarray({where})"
+        )
 
 
 def require_cuda() -> None:

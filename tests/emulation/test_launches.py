@@ -1,15 +1,18 @@
 """Every launch of the CUDA backend, without a GPU: as many arguments as the kernel has parameters, each of its type."""
 
 import importlib
+import math
 import re
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+import s2o_cupy as s2o
+from s2o_cupy import backends, planning
 from s2o_cupy.backends._tape import Place
 from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
@@ -21,20 +24,23 @@ SCALARS = {"int": (np.int32,), "long long": (np.int64,), "float": (np.float32,),
 
 
 class Array:
-    """The attributes of a device array that launching reads."""
+    """The attributes of a device array that a call reads."""
 
-    def __init__(self, shape, dtype=np.float32):
-        host = np.empty((shape,) if isinstance(shape, int) else shape, np.int8)
-        self.shape, self.size, self.dtype = host.shape, host.size, np.dtype(dtype)
+    device = "the GPU"
+
+    def __init__(self, shape, dtype=np.float32, strides=None):
+        self.shape = (shape,) if isinstance(shape, int) else shape
+        self.dtype, self.ndim, self.size = np.dtype(dtype), len(self.shape), math.prod(self.shape)
         self.itemsize = self.dtype.itemsize
-        self.strides = tuple(s * self.itemsize for s in host.strides)
+        steps = np.cumprod([1, *self.shape[:0:-1]])[::-1] * self.itemsize
+        self.strides = strides or tuple(steps.tolist())
         self.data = SimpleNamespace(ptr=4096)
 
 
 class Kernel:
     """Stands for a compiled kernel and checks what it is launched with."""
 
-    launched: ClassVar[set] = set()
+    launched: ClassVar[list] = []
 
     def __init__(self, name, entry):
         self.name, self.entry = name, entry or name
@@ -49,7 +55,7 @@ class Kernel:
             else:
                 kind = re.sub(r" ?\b\w+$", "", parameter) if parameter != "int" else "int"
                 assert type(argument) in SCALARS[kind], (self.entry, parameter, type(argument))
-        return lambda stream, addresses, extra: self.launched.add(self.entry)
+        return lambda stream, addresses, extra: self.launched.append(self.entry)
 
 
 def parameters(name, entry):
@@ -67,10 +73,13 @@ def cuda(monkeypatch):
         memsetAsync=lambda address, value, nbytes, stream: None,
     )
     stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
-    stand_in = SimpleNamespace(
+    stand_in = ModuleType("cupy")
+    stand_in.__dict__.update(
         ndarray=Array,
         empty=Array,
+        zeros=None,
         asarray=lambda x, dtype=None: Array(np.shape(x), dtype or x.dtype),
+        may_share_memory=lambda x, y: False,
         cuda=SimpleNamespace(runtime=runtime, get_current_stream=lambda: stream),
     )
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
@@ -78,7 +87,11 @@ def cuda(monkeypatch):
     module = importlib.import_module("s2o_cupy.backends.cuda")
     monkeypatch.setattr(module, "device_target", lambda device=None: "sm_90a")
     monkeypatch.setattr(module, "get_kernel", lambda name, entry=None, source=None, **macros: Kernel(name, entry))
+    monkeypatch.setattr(backends, "_cuda_status", lambda: (True, ""))
+    monkeypatch.setattr(Kernel, "launched", [])
+    planning._offsets.cache_clear()
     yield module
+    planning._offsets.cache_clear()  # its arrays are not NumPy's
     sys.modules.pop("s2o_cupy.backends.cuda", None)
 
 
@@ -118,4 +131,38 @@ def test_launches_match_their_kernels(cuda, dtype, settings):
         cuda.dense(p, q, k, v, result)
     if dtype in ("float16", "bfloat16"):
         assert "attend_sm90" in Kernel.launched
-    assert {"remap", *(("centres",) if p.settings.rank == "mixture" else ("factor",))} <= Kernel.launched
+    assert ("centres" if p.settings.rank == "mixture" else "factor") in Kernel.launched
+    assert {"remap", "remap_digits"} & set(Kernel.launched)
+
+
+def call_arrays(n=8192, dim=128):
+    return {name: Array((1, heads, n, dim), ml_dtypes.bfloat16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
+
+
+def test_a_whole_call_is_seven_launches(cuda):
+    s2o.attention(**call_arrays())
+    assert Kernel.launched == ["pool", "pool", "moments_128", "factor", "score_16_128", "remap", "attend_sm90"]
+    recordings = cuda._recorded.cache_info().misses
+    for strides in ((2**24, 2**21, 256, 2), (2**24, 256, 1024, 2)):
+        moved = call_arrays() | {"q": Array((1, 4, 8192, 128), ml_dtypes.bfloat16, strides)}
+        s2o.attention(**moved)
+    assert len(Kernel.launched) == 21
+    assert cuda._recorded.cache_info().misses == recordings + 2  # q's other strides: rank and attend
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+@pytest.mark.parametrize(
+    ("strides", "message"),
+    [
+        ((2**25, 2**22, 512, 4), "gaps in its last axis; backend 'cuda' takes 2 bytes from each element of a row"),
+        ((2**24, 2**21, 256, -2), "gaps in its last axis; backend 'cuda' takes 2 bytes from each element of a row"),
+        ((2**45, 2**44, 2**31, 2), r"backend 'cuda' takes less than 2\*\*31 bytes from each row to the next"),
+    ],
+)
+def test_what_would_need_a_copy_is_refused_before_anything_is_launched(cuda, name, strides, message):
+    heads = 2 if name in ("k", "v") else 4
+    arrays = call_arrays() | {name: Array((1, heads, 8192, 128), ml_dtypes.bfloat16, strides)}
+    for call in (s2o.attention, s2o.dense_attention):
+        with pytest.raises(ValueError, match=rf"^{name} has strides .*{message}.*: cupy.ascontiguousarray\({name}\)"):
+            call(**arrays)
+    assert Kernel.launched == []
