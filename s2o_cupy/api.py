@@ -83,25 +83,17 @@ def attention(
     workspace = integer("workspace", workspace, 1, 2**62)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress is {progress!r}; allowed: a callable, or None")
-    call = Call.take(q, k, v, settings, backend, out, check_finite)
+    call = Call.take(q, k, v, settings, backend, out, full_output, check_finite)
     problem, engine = call.problem, call.engine
     if call.empty:
-        return call.answer(full_output, "ranked", settings)
+        return call.answer("ranked", settings)
     if problem.longest < engine.RANKING_PAYS_FROM:
         engine.dense(problem, *call.arrays, call.result)
-        return call.answer(full_output, "dense", settings)
+        return call.answer("dense", settings)
     query_order = planning.query_order(problem, *call.arrays[:2])
-    pooled = engine.pool(problem, *call.arrays[1:])
-    done = 0
-    for slab in problem.split(problem.whole, workspace, "listed"):
-        kv_order, kv_offsets = planning.lists(problem, slab, call.arrays[0])
-        engine.rank(problem, *call.arrays[:2], slab, kv_offsets, kv_order)
-        engine.attend(problem, *call.arrays, slab, kv_order, kv_offsets, query_order, pooled, call.result)
-        del kv_order  # before the next slab takes its own
-        done += (slab.kv_stop - slab.kv_start) * slab.segments
-        if progress is not None:
-            progress(done, problem.batch * problem.heads_kv * problem.segments)
-    return call.answer(full_output, "ranked", settings)
+    after = progress and (lambda done: progress(done, problem.whole.size))
+    engine.ranked(problem, *call.arrays, query_order, call.result, workspace, after)
+    return call.answer("ranked", settings)
 
 
 def dense_attention(
@@ -131,10 +123,10 @@ def dense_attention(
     True
     """
     settings = as_settings(None, causal=causal, window=window, scale=scale)
-    call = Call.take(q, k, v, settings, backend, out, check_finite)
+    call = Call.take(q, k, v, settings, backend, out, full_output, check_finite)
     if not call.empty:
         call.engine.dense(call.problem, *call.arrays, call.result)
-    return call.answer(full_output, "dense", None)
+    return call.answer("dense", None)
 
 
 def plan(
@@ -204,7 +196,7 @@ def attend(
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan is a {type(plan).__name__}; allowed: a Plan")
-    call = Call.take(q, k, v, plan.settings, backend, out, check_finite)
+    call = Call.take(q, k, v, plan.settings, backend, out, full_output, check_finite)
     problem = call.problem = plan.applied(call.problem, changes)
     if namespace(plan.kv_order) is not namespace(call.arrays[0]):
         raise ValueError(
@@ -213,11 +205,11 @@ def attend(
     if problem.settings.window is not None:
         if not call.empty:
             call.engine.dense(problem, *call.arrays, call.result)
-        return call.answer(full_output, "dense", problem.settings, plan)
+        return call.answer("dense", problem.settings, plan)
     if not call.empty:
         pooled = call.engine.pool(problem, *call.arrays[1:])
         kv_offsets = plan.kv_offsets.reshape(-1, problem.segments + 1)
         call.engine.attend(
             problem, *call.arrays, problem.whole, plan.kv_order, kv_offsets, plan.query_order, pooled, call.result
         )
-    return call.answer(full_output, "ranked", problem.settings, plan)
+    return call.answer("ranked", problem.settings, plan)

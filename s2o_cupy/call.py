@@ -18,18 +18,18 @@ from s2o_cupy.settings import Settings
 
 @dataclass
 class Arrays:
-    """What stage 3 fills: 4-D out, and lse, tiles, tail_blocks, tail_mass as `Stats` describes them."""
+    """What stage 3 fills: 4-D out, and lse, tiles, tail_blocks, tail_mass as `Stats` describes them, or None."""
 
     out: Any
-    lse: Any
-    tiles: Any
-    tail_blocks: Any
-    tail_mass: Any
+    lse: Any = None
+    tiles: Any = None
+    tail_blocks: Any = None
+    tail_mass: Any = None
 
 
 @dataclass
 class Call:
-    """One call: the user's q and out, out as it is written, native 4-D arrays, the problem, the backend, the answer."""
+    """One call: the user's q and out, out as it is written, native 4-D arrays, problem, backend, what is asked for."""
 
     original: Any
     given_out: Any
@@ -38,9 +38,10 @@ class Call:
     arrays: list
     problem: Problem
     engine: Any
+    full_output: bool
 
     @classmethod
-    def take(cls, q, k, v, settings, backend, out, finite) -> Call:
+    def take(cls, q, k, v, settings, backend, out, full_output, finite) -> Call:
         named = natives(q=q, k=k, v=v)
         problem = make_problem(*named.values(), settings)
         shape = (*named["q"].shape[:-1], problem.dim_v)
@@ -51,11 +52,12 @@ class Call:
         if finite:
             check_finite(named)
         arrays = [as_four_axes(name, x) for name, x in named.items()]
-        return cls(q, out, written, shape, arrays, problem, engine)
+        return cls(q, out, written, shape, arrays, problem, engine, full_output)
 
     @cached_property
     def result(self) -> Arrays:
-        return _arrays(self.problem, self.arrays[0], self.written, self.empty)
+        stats = self.full_output or self.engine.NEEDS_STATS
+        return _arrays(self.problem, self.arrays[0], self.written, self.empty, stats)
 
     @property
     def empty(self) -> bool:
@@ -63,7 +65,7 @@ class Call:
         p = self.problem
         return not (p.batch and p.n_q and p.n_k)
 
-    def answer(self, full_output: bool, path: str, settings: Settings | None, plan: Plan | None = None):
+    def answer(self, path: str, settings: Settings | None, plan: Plan | None = None):
         r = self.result
         if self.empty:  # no backend wrote
             r.out[...] = 0
@@ -71,7 +73,7 @@ class Call:
             out = self.given_out
         else:
             out = in_kind(r.out if r.out.shape == self.shape else r.out.reshape(self.shape), self.original)
-        if not full_output:
+        if not self.full_output:
             return out
         lead = self.shape[:-2]
         if path == "dense":
@@ -90,18 +92,15 @@ class Call:
         return AttentionResult(out, lse, stats, settings, plan)
 
 
-def _arrays(problem: Problem, q, out, empty: bool) -> Arrays:
+def _arrays(problem: Problem, q, out, empty: bool, stats: bool) -> Arrays:
     """A GPU backend writes every element, so that its arrays start as they are, unless it has nothing to write."""
     xp, heads = namespace(q), (problem.batch, problem.heads_q)
     rows, tiles = (*heads, problem.n_q), (*heads, len(problem.tile_start))
     made = xp.zeros if empty or xp is np else xp.empty
+    out = made((*rows, problem.dim_v), q.dtype) if out is None else as_four_axes("out", out)
+    if not stats:
+        return Arrays(out)
     lse = made(rows, problem.compute_dtype)
     if made is xp.zeros:
         lse[...] = -np.inf
-    return Arrays(
-        out=made((*rows, problem.dim_v), q.dtype) if out is None else as_four_axes("out", out),
-        lse=lse,
-        tiles=made(tiles, np.int32),
-        tail_blocks=made(tiles, np.int32),
-        tail_mass=made(rows, np.float32),
-    )
+    return Arrays(out, lse, made(tiles, np.int32), made(tiles, np.int32), made(rows, np.float32))

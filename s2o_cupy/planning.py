@@ -179,6 +179,19 @@ def _offsets(problem: Problem, slab: Slab, xp, device):
     return kept, int(offsets[-1, -1]) if offsets.size else 0
 
 
+def ranked(backend, problem: Problem, q, k, v, query_order, result, workspace: int, progress=None) -> None:
+    """All stages of a backend, as many lists at a time as `workspace` holds; `progress` is called with those done."""
+    pooled, done = backend.pool(problem, k, v), 0
+    for slab in problem.split(problem.whole, workspace, "listed"):
+        kv_order, kv_offsets = lists(problem, slab, q)
+        backend.rank(problem, q, k, slab, kv_offsets, kv_order)
+        backend.attend(problem, q, k, v, slab, kv_order, kv_offsets, query_order, pooled, result)
+        del kv_order  # before the next slab takes its own
+        done += slab.size
+        if progress is not None:
+            progress(done)
+
+
 def query_order(problem: Problem, q, k):
     """The paper's guide order: descending ``q . g`` in each segment, g the mean history key; None: position order."""
     if problem.settings.query_order == "position":

@@ -29,6 +29,11 @@ class Slab:
     def segments(self) -> int:
         return self.segment_stop - self.segment_start
 
+    @property
+    def size(self) -> int:
+        """Segments of all its K/V heads."""
+        return (self.kv_stop - self.kv_start) * self.segments
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:

@@ -1,14 +1,14 @@
-"""A stage's launches, recorded once and run again on other arrays of the same layout: only addresses are written then.
+"""Launches recorded once and run again on other arrays of the same layout: only addresses are written then.
 
-A launch through CuPy looks at every argument, half a microsecond each, and a stage has 40. What a recorded stage costs
-the host is one allocation, its addresses, and the driver's own launches.
+A launch through CuPy looks at every argument, half a microsecond each, and a launch has 40.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
+import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,16 +18,23 @@ _ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Place:
-    """An array of a recorded stage: which of a run's addresses is its start, and how many bytes behind it.
+    """An array of a tape: which of a run's addresses it is counted from, and the bytes from there on.
 
     Strides are those of all axes but the last, in elements; `aligned`: every row starts on 16 bytes.
     """
 
     index: int
+    offset: int = 0
     itemsize: int = 1
     strides: tuple[np.int64, ...] = ()
     aligned: bool = True
-    offset: int = 0
+
+    @classmethod
+    def of(cls, index: int, offset: int, shape, strides, itemsize: int, start: int) -> Place:
+        """The place of an array whose first row starts `start` bytes after a multiple of 16."""
+        rows = list(zip(strides[:-1], shape))
+        aligned = start == 0 and all(step % 16 == 0 or n == 1 for step, n in rows)
+        return cls(index, offset, itemsize, tuple(np.int64(step // itemsize) for step, _ in rows), aligned)
 
     def __getitem__(self, slices: tuple[slice, ...]) -> Place:
         """A part of it, by a slice with a start for each axis."""
@@ -37,7 +44,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Room:
-    """Memory that a run needs for itself: where it starts in the workspace, and whether with zeros."""
+    """Memory that a run needs for itself: zeroed at its start, or with whatever is there."""
 
     offset: int
     shape: tuple[int, ...]
@@ -46,71 +53,81 @@ class Room:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Slots:
-    """Arguments of launches, 8 bytes each, and beside them the addresses of each, which the driver reads."""
-
-    def __init__(self, values: np.ndarray):
-        self.values = values
-        self._addresses = values.ctypes.data + 8 * np.arange(len(values), dtype=np.uint64)
-        self.address = self._addresses.ctypes.data
-
-    @classmethod
-    def copied(cls, address: int, count: int) -> Slots:
-        """The arguments of one launch, which another launch cannot change."""
-        first = ctypes.c_uint64.from_address(address).value
-        return cls(np.array((ctypes.c_uint64 * count).from_address(first)))
+        """Its bytes, up to where another room may start."""
+        return -(-math.prod(self.shape) * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 class Tape:
-    """Launches in order. `room` and `launch` record, `pack` ends the recording, `run` launches.
+    """Launches in steps. `keep`, `room`, `launch` and `end_step` record, `pack` ends the recording, `run` launches.
 
-    Rooms lie end to end in one workspace of `nbytes`; `top` is where the next starts: set back, it gives rooms away.
+    Rooms lie end to end in one workspace; `top` is where the next starts: set back, it gives rooms away. Zeroed rooms
+    lie before all others and stay.
     """
 
     def __init__(self, given: int):
         self.rooms: list[Room] = []
-        self.nbytes = self.top = 0
-        self._given = given
-        self._kernels, self._launches, self._arguments = [], [], []
+        self.top = self.zeroed = self._most = 0
+        self._given, self._kept, self._steps = given, [], [[]]
         self._lock = threading.Lock()
 
+    def keep(self, array) -> Place:
+        """A device array that stays the same."""
+        self._kept.append(array)
+        return Place.of(-1, array.data.ptr, array.shape, array.strides, array.itemsize, 0)
+
     def room(self, shape, dtype, zeroed: bool = False) -> Place:
-        """An array of the workspace: uninitialised, or `zeroed` at each run."""
-        shape, dtype = tuple(map(int, np.atleast_1d(shape))), np.dtype(dtype)
-        room = Room(self.top, shape, dtype, zeroed)
+        """An array of the workspace."""
+        room = Room(self.zeroed if zeroed else self.top, tuple(map(int, np.atleast_1d(shape))), np.dtype(dtype), zeroed)
         self.rooms.append(room)
-        self.top += -(-room.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.nbytes = max(self.nbytes, self.top)
+        if zeroed:
+            self.zeroed += room.nbytes
+        else:
+            self.top += room.nbytes
+            self._most = max(self._most, self.top)
         return Place(self._given + len(self.rooms) - 1)
 
     def launch(self, kernel, grid, block: int, arguments, shared_mem: int = 0) -> None:
-        """Record a launch of a `Kernel`. Arguments: places, device arrays that stay, None for null, NumPy scalars."""
-        self._launches.append(kernel.prepared(grid, block, arguments, shared_mem))
-        self._arguments.append(arguments)
-        self._kernels.append(kernel)  # stays loaded
+        """Record a launch of a `Kernel`. Arguments: places, None for null, NumPy scalars."""
+        self._kept.append(kernel)
+        self._steps[-1].append((kernel.prepared(grid, block, arguments, shared_mem), arguments))
+
+    def end_step(self) -> None:
+        """End a step: a run may look up here."""
+        self._steps.append([])
 
     def pack(self) -> None:
-        """End the recording: lay out the arguments."""
-        flat = [x for arguments in self._arguments for x in arguments]
-        values, places = np.zeros(len(flat), np.uint64), []
-        for slot, x in enumerate(flat):
-            if isinstance(x, Place):
-                places.append((slot, x.index, x.offset))
-            elif isinstance(x, np.generic):
-                values[slot : slot + 1].view(np.uint8)[: x.itemsize] = np.frombuffer(x.tobytes(), np.uint8)
-            elif x is not None:
-                values[slot] = x.data.ptr
-        self._at, self._index, self._offset = np.array(places, np.int64).reshape(-1, 3).T.copy()
-        self._slots = Slots(values)
-        starts = self._slots.address + 8 * np.cumsum([0, *map(len, self._arguments)])
-        self._ready = list(zip(self._launches, starts.tolist()))
+        """End the recording: lay out the workspace, each place and scalar once, and their addresses by launch."""
+        self.nbytes = self.zeroed + self._most
+        self.offsets = [room.offset + (0 if room.zeroed else self.zeroed) for room in self.rooms]
+        keys = [_key(x) for step in self._steps for _, arguments in step for x in arguments]
+        self._places = list(dict.fromkeys(key for key in keys if isinstance(key, tuple)))
+        scalars = list(dict.fromkeys(key for key in keys if isinstance(key, bytes)))
+        slots = {key: slot for slot, key in enumerate([*self._places, *scalars])}
+        self._values = np.zeros(len(slots), np.uint64)
+        self._values[len(self._places) :] = np.frombuffer(b"".join(scalars), np.uint64)
+        self._write = struct.Struct(f"{len(self._places)}Q").pack_into
+        self._addresses = self._values.ctypes.data + 8 * np.array([slots[key] for key in keys], np.uint64)
+        start, self._ready = self._addresses.ctypes.data, []
+        for step in self._steps:
+            self._ready.append([])
+            for launch, arguments in step:
+                self._ready[-1].append((launch, start))
+                start += 8 * len(arguments)
 
-    def run(self, stream: int, addresses: list[int]) -> None:
-        """Launch everything on a stream. Addresses: of the arrays given, in order, then of each room."""
-        with self._lock:  # the driver copies arguments at each launch
-            self._slots.values[self._at] = np.array(addresses, np.int64)[self._index] + self._offset
-            for launch, arguments in self._ready:
-                launch(stream, arguments, 0)
+    def run(self, stream: int, addresses: list[int], after: Callable[[int], None] | None = None) -> None:
+        """Launch on a stream, given the addresses of arrays, then rooms; call `after` with the number of each step."""
+        addresses = [*addresses, 0]  # kept arrays are counted from 0
+        for number, launches in enumerate(self._ready):
+            with self._lock:  # the driver copies arguments at each launch
+                self._write(self._values, 0, *[addresses[index] + offset for index, offset in self._places])
+                for launch, arguments in launches:
+                    launch(stream, arguments, 0)
+            if after is not None and launches:
+                after(number)
+
+
+def _key(argument) -> tuple[int, int] | bytes:
+    """What has one slot: a place, or the 8 bytes of a scalar or null pointer."""
+    if isinstance(argument, Place):
+        return argument.index, argument.offset
+    return (b"" if argument is None else argument.tobytes()).ljust(8, b"\0")

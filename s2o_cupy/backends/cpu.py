@@ -4,13 +4,15 @@ Every kernel does one work item with the GIL released; a call hands its items, l
 threads of its own, so calls from several threads are safe.
 """
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import numba
 import numpy as np
 from numba import types
 
+from s2o_cupy import planning
 from s2o_cupy.backends import _attend, _dense, _mixture, _order, _ranking
 from s2o_cupy.backends._storage import pack_step
 from s2o_cupy.backends._tiles import absorb_step
@@ -18,12 +20,16 @@ from s2o_cupy.problem import Problem, Slab
 
 # Keys of the longest history from which ranking pays: at N=2048 the shipped heads take as long as dense.
 RANKING_PAYS_FROM = 1792
+NEEDS_STATS = True  # lse, tiles, tail_blocks and tail_mass, whoever reads them
 # Scores that stage 1 leaves for stage 2 at a time.
 SCORE_BYTES = 2**24
 _LOG2E = float(np.log2(np.e))
 # Query lanes of a work item: enough to make packing a key tile cheap, few enough for the second cache.
 _LANES = 512
 _INT = types.int64
+
+
+ranked = partial(planning.ranked, sys.modules[__name__])
 
 
 def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import accumulate
 
 import cupy as cp
 import numpy as np
@@ -21,6 +22,7 @@ from s2o_cupy.specialisations import shared_limit
 
 # Keys of the longest history from which ranking pays (docs/kernels.md: between N=4096 and 8192 on an H100).
 RANKING_PAYS_FROM = 4096
+NEEDS_STATS = False  # lse, tiles, tail_blocks and tail_mass may be None
 PART_KEYS = 4096  # of a list, that one block sums up for the mixture rank; a multiple of 64
 SCORE_BYTES = 2**28  # a slab's scores, counted at 4 bytes each; 16-bit inputs keep 2
 _LOG2_E = 1.4426950408889634
@@ -35,6 +37,14 @@ class Scores:
     starts: cp.ndarray
     history: cp.ndarray
     longest: int
+
+
+def ranked(problem: Problem, q, k, v, query_order, result, workspace: int, progress=None) -> None:
+    """All stages, as many lists at a time as `workspace` holds; `progress` is called with those done."""
+    stats = (result.lse, result.tiles, result.tail_blocks, result.tail_mass)
+    done = progress and [*accumulate(slab.size for slab in problem.split(problem.whole, workspace, "listed"))]
+    after = progress and (lambda step: progress(done[step]))
+    _run(_ranked, problem, None, (q, k, v, result.out), (query_order, *stats), workspace, after=after)
 
 
 def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order) -> None:
@@ -60,10 +70,9 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
 
 def pool(problem: Problem, k, v):
     """Means of K and V over pool blocks, (B * Hkv, blocks, dim padded to 8), the inputs' dtype; None without a tail."""
-    blocks, heads = problem.pool_blocks, problem.batch * problem.heads_kv
-    if problem.settings.tail is None or not blocks:
+    if problem.settings.tail is None or not problem.pool_blocks:
         return None
-    means = tuple([cp.empty((heads, blocks, _pool_row(x.shape[3])), x.dtype) for x in (k, v)])
+    means = tuple([cp.empty(_mean_shape(problem, x.shape[3]), x.dtype) for x in (k, v)])
     _run(_pool, problem, None, (k, v), means)
     return means
 
@@ -81,7 +90,7 @@ def dense(problem: Problem, q, k, v, result) -> None:
 
 
 # --- recorded stages ------------------------------------------------------------------------------
-def _run(stage, p: Problem, slab: Slab | None, strided, plain, *numbers) -> None:
+def _run(stage, p: Problem, slab: Slab | None, strided, plain, *numbers, after=None) -> None:
     """Launch a stage on arrays of any strides and on contiguous ones; None among them is a null pointer."""
     device, stream = cp.cuda.runtime.getDevice(), cp.cuda.get_current_stream().ptr
     addresses = [0 if x is None else x.data.ptr for x in strided + plain]
@@ -91,8 +100,8 @@ def _run(stage, p: Problem, slab: Slab | None, strided, plain, *numbers) -> None
     given = tuple([x is not None for x in plain])
     tape = _recorded(stage, device, version(), p, slab, layouts, given, *numbers)
     memory, rooms = workspace(tape, stream)
-    cp.cuda.runtime.setDevice(device)  # a thread's first call: makes the device's context its own
-    tape.run(stream, addresses + rooms)
+    cp.cuda.runtime.setDevice(device)  # in a thread's first call this makes the device's context its own
+    tape.run(stream, addresses + rooms, after)
     del memory  # not before: the pool may give it to another thread
 
 
@@ -100,29 +109,44 @@ def _run(stage, p: Problem, slab: Slab | None, strided, plain, *numbers) -> None
 def _recorded(stage, device: int, sources, p: Problem, slab: Slab | None, layouts, given, *numbers) -> Tape:
     """The launches of a stage; `sources`: the kernels as they are now."""
     tape = Tape(len(layouts) + len(given))
-    places = [layout and _place(i, *layout) for i, layout in enumerate(layouts)]
+    places = [layout and Place.of(i, 0, *layout) for i, layout in enumerate(layouts)]
     places += [Place(i) if there else None for i, there in enumerate(given, len(layouts))]
     stage(tape, p, slab, *places, *numbers)
     tape.pack()
     return tape
 
 
-def _place(index: int, shape, strides, itemsize: int, start: int) -> Place:
-    rows = list(zip(strides[:-1], shape))
-    aligned = start == 0 and all(step % 16 == 0 or n == 1 for step, n in rows)
-    return Place(index, itemsize, tuple(np.int64(step // itemsize) for step, _ in rows), aligned)
-
-
 def workspace(tape: Tape, stream: int):
     """Memory for a run, and where each room starts in it."""
-    if not tape.rooms:
+    if not tape.nbytes:
         return None, []
-    memory = cp.empty(tape.nbytes, np.uint8)
-    rooms = [memory.data.ptr + room.offset for room in tape.rooms]
-    for room, start in zip(tape.rooms, rooms):
-        if room.zeroed:
-            cp.cuda.runtime.memsetAsync(start, 0, room.nbytes, stream)
-    return memory, rooms
+    memory = cp.cuda.alloc(tape.nbytes)
+    if tape.zeroed:
+        cp.cuda.runtime.memsetAsync(memory.ptr, 0, tape.zeroed, stream)
+    return memory, [memory.ptr + offset for offset in tape.offsets]
+
+
+def _kept(tape: Tape, x) -> Place:
+    """A host array on the device, for as long as the tape."""
+    kept = cp.asarray(x)
+    cp.cuda.get_current_stream().synchronize()  # other streams will read it
+    return tape.keep(kept)
+
+
+def _ranked(tape: Tape, p: Problem, _, q, k, v, out, query_order, lse, tiles, tail_blocks, tail_mass, nbytes) -> None:
+    means = (None, None)
+    if p.settings.tail is not None and p.pool_blocks:
+        means = tuple([tape.room(_mean_shape(p, dim), _type(p)) for dim in (p.dim_qk, p.dim_v)])
+        _pool(tape, p, None, k, v, *means)
+    before = tape.top
+    for slab in p.split(p.whole, nbytes, "listed"):
+        offsets = p.offsets(slab)
+        kv_offsets, kv_order = _kept(tape, offsets), tape.room(offsets[-1, -1], np.int32)
+        _rank(tape, p, slab, q, k, kv_offsets, kv_order)
+        stats = (lse, tiles, tail_blocks, tail_mass)
+        _attend(tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, *means, *stats)
+        tape.end_step()
+        tape.top = before
 
 
 def _rank(tape: Tape, p: Problem, slab: Slab, q, k, kv_offsets, kv_order) -> None:
@@ -133,7 +157,7 @@ def _rank(tape: Tape, p: Problem, slab: Slab, q, k, kv_offsets, kv_order) -> Non
             before, scores, after = tape.top, tape.room(size, _score_type(p)), tape.top
             _score(tape, p, part, q, k, scores)
             tape.top = after
-            _remap(tape, p, part, offsets, scores, starts, history, kv_order, longest, size)
+            _remap(tape, p, part, offsets, scores, tape.keep(starts), tape.keep(history), kv_order, longest, size)
             tape.top = before
 
 
@@ -149,6 +173,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     width = kernels.rank_width(p.dim_qk) if halves else p.dim_qk
     per_list = width if full else next(n for n in (1, 8, 16, 32, 64) if 1 + terms <= n) if halves else 1 + terms
     history, starts, _, longest = _lists(p, slab)
+    history, starts = tape.keep(history), tape.keep(starts)
 
     totals, counts = tape.room((lists, width), np.float32), tape.room(lists, np.int32)
     moment = tape.room((lists, width, width), np.float32) if terms else None
@@ -166,7 +191,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
 
     hopper = halves and device_target() == "sm_90a" and width <= 128 and per_list > 1 and not full
     head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
-    rows = tape.room((heads, head_rows, width), np.uint16 if halves else p.dtype)
+    rows = tape.room((heads, head_rows, width), _type(p))
     mean = tape.room((lists, width), np.float32) if full else None
     room = shared_limit(device_target())
     staged = (
@@ -208,9 +233,10 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     lists, width = heads * segments, kernels.rank_width(p.dim_qk) if halves else p.dim_qk
     per_list = p.terms if not halves else 32 if p.terms <= 32 else -(-p.terms // 64) * 64
     history, starts, _, longest = _lists(p, slab)
+    history, starts = tape.keep(history), tape.keep(starts)
     hopper = halves and device_target() == "sm_90a" and width <= 128
     head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
-    kind = np.uint16 if halves else p.dtype
+    kind = _type(p)
     rows, variance = tape.room((heads, head_rows, width), kind), tape.room((lists, width), kind)
     offset = tape.room((heads, head_rows), p.compute_dtype)
     members, order_start, real = p.group // p.orders, slab.kv_start * p.orders, p.compute_dtype.type
@@ -292,6 +318,10 @@ def _pool_row(dim: int) -> int:
     return -(-dim // 8) * 8
 
 
+def _mean_shape(p: Problem, dim: int) -> tuple[int, ...]:
+    return p.batch * p.heads_kv, p.pool_blocks, _pool_row(dim)
+
+
 def _attend(
     tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, k_mean, v_mean, lse, tiles, tail_blocks, tail_mass
 ) -> None:
@@ -331,16 +361,16 @@ def _attend(
     rows = (p.pool_blocks, _pool_row(p.dim_qk), _pool_row(p.dim_v)) if blocks else (0, 0, 0)
     order = (kv_order, kv_offsets, *kv_offsets.strides) if walk else (None, None, np.int64(0))
     if walk and isinstance(s.tau, tuple):
-        taus = _taus_on(cp.cuda.runtime.getDevice(), s.tau), np.float32(0)
+        taus = _kept(tape, np.array(s.tau, np.float32)), np.float32(0)
     else:
         taus = None, np.float32(s.tau if walk else 0)
     sizes = (p.heads_q, p.heads_kv, p.orders, slab.kv_start, p.n_q, p.n_k, p.dim_qk, p.dim_v)
     shape = (s.causal, p.window, segment, slab.segment_start, tiles_per_segment, tile_start, tile_stop, row_tiles)
     steps = (block_q, s.block_k, s.pool.bit_length() - 1)
     arguments = [y for x in (q, k, v, out) for y in (x, *x.strides)]
-    arguments += [np.int32(aligned), k_mean, v_mean, *map(np.int32, rows), *order, query_order, *taus, lse]
-    arguments += [tiles, tail_blocks, tail_mass, *map(np.int32, (*sizes, *shape, *steps))]
-    arguments.append(p.compute_dtype.type(p.scale * _LOG2_E))
+    arguments += [np.int32(aligned), k_mean, v_mean, *map(np.int32, rows), *order, query_order, *taus]
+    arguments += [lse or tape.room((p.batch, p.heads_q, p.n_q), p.compute_dtype), tiles, tail_blocks, tail_mass]
+    arguments += [*map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E)]
     if served:  # blocks stay, and draw row tiles by a counter
         arguments += [np.int32(grid[1]), tape.room(1, np.int32, zeroed=True)]
         grid = (min(grid[0] * grid[1], _processors(cp.cuda.runtime.getDevice())),)
@@ -361,6 +391,11 @@ def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=Non
 
 def _dense_block_q(arch: str, dtype: str, dim_qk: int, dim_v: int) -> int:
     return kernels.largest_block_q(dtype, dim_qk, dim_v, arch) if dtype in _HALVES else 128
+
+
+def _type(p: Problem):
+    """A type of the inputs' size."""
+    return np.uint16 if p.dtype in _HALVES else p.dtype
 
 
 def _score_type(p: Problem):
@@ -387,10 +422,3 @@ def _lists_on(device: int, geometry: tuple, segment_start: int, segment_stop: in
     kept = cp.asarray(history.astype(np.int32)), cp.asarray(starts)
     cp.cuda.get_current_stream().synchronize()  # other streams will read them
     return *kept, int(starts[-1]), int(history.max(initial=0))
-
-
-@functools.lru_cache(maxsize=1024)
-def _taus_on(device: int, taus: tuple):
-    kept = cp.asarray(taus, np.float32)
-    cp.cuda.get_current_stream().synchronize()  # other streams will read it
-    return kept

@@ -7,8 +7,9 @@ and centres of the queries are linear algebra of the arrays' own module, in floa
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import FunctionType
 
@@ -16,7 +17,7 @@ import numba
 import numpy as np
 from numba import cuda
 
-from s2o_cupy import kernels
+from s2o_cupy import kernels, planning
 from s2o_cupy.arrays import namespace
 from s2o_cupy.kernels.attend_numba import MAX_BLOCKS, MAX_ROWS, attend_kernel
 from s2o_cupy.kernels.mixture_numba import mixture_kernel, norm_kernel
@@ -29,6 +30,7 @@ from s2o_cupy.problem import Problem, Slab
 
 # Keys of the longest history from which `attention` ranks: the raw kernels' number, not measured for these.
 RANKING_PAYS_FROM = 4096
+NEEDS_STATS = True  # lse, tiles, tail_blocks and tail_mass, whoever reads them
 SCORE_BYTES = 2**27
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 _WARP = 1 if SIMULATED else 32
@@ -37,6 +39,9 @@ _DENSE_ROWS = 4 if SIMULATED else 128
 _WIDTHS = (64, 128, 256)
 if SIMULATED:
     from s2o_cupy.backends._simulator import simulate
+
+
+ranked = partial(planning.ranked, sys.modules[__name__])
 
 
 def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order) -> None:

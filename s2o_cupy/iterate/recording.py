@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from s2o_cupy.backends._tape import Slots
+import numpy as np
+
+
+class Arguments:
+    """A copy of a launch's arguments, which no other launch can change, and the address of their addresses."""
+
+    def __init__(self, addresses: int, count: int):
+        places = (ctypes.c_uint64 * count).from_address(addresses)
+        self.values = np.array([ctypes.c_uint64.from_address(place).value for place in places], np.uint64)
+        self._addresses = self.values.ctypes.data + 8 * np.arange(count, dtype=np.uint64)
+        self.address = self._addresses.ctypes.data
 
 
 @dataclass
@@ -19,7 +30,7 @@ class Launch:
     kernel: Any
     prepared: Callable
     block: int
-    arguments: Slots
+    arguments: Arguments
     shared: int
     zeroed: list  # of the arguments: counters that a launch expects to be zero
 
@@ -64,7 +75,7 @@ def recorded(backend, name: str) -> Iterator[list[Launch]]:
             launch = kernel.prepared(grid, block, arguments, shared_mem)
 
             def both(stream, addresses, extra):
-                kept = Slots.copied(addresses, len(arguments))
+                kept = Arguments(addresses, len(arguments))
                 zeroed = [x for x in backend.cp.zeroed if x.data.ptr in kept.values]
                 launches.append(Launch(entry or file, kernel, launch, block, kept, shared_mem, zeroed))
                 launch(stream, addresses, extra)

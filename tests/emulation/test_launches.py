@@ -1,6 +1,7 @@
 """Every launch of the CUDA backend, without a GPU: as many arguments as the kernel has parameters, each of its type."""
 
 import importlib
+import itertools
 import math
 import re
 import sys
@@ -80,7 +81,9 @@ def cuda(monkeypatch):
         zeros=None,
         asarray=lambda x, dtype=None: Array(np.shape(x), dtype or x.dtype),
         may_share_memory=lambda x, y: False,
-        cuda=SimpleNamespace(runtime=runtime, get_current_stream=lambda: stream),
+        cuda=SimpleNamespace(
+            runtime=runtime, get_current_stream=lambda: stream, alloc=lambda nbytes: SimpleNamespace(ptr=4096)
+        ),
     )
     monkeypatch.setitem(sys.modules, "cupy", stand_in)
     monkeypatch.delitem(sys.modules, "s2o_cupy.backends.cuda", raising=False)
@@ -139,15 +142,48 @@ def call_arrays(n=8192, dim=128):
     return {name: Array((1, heads, n, dim), ml_dtypes.bfloat16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
 
 
-def test_a_whole_call_is_seven_launches(cuda):
+def test_a_whole_call_is_seven_launches_and_one_workspace(cuda, monkeypatch):
+    taken = []
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "alloc", lambda n: taken.append(n) or SimpleNamespace(ptr=4096))
     s2o.attention(**call_arrays())
+    assert len(taken) == 1  # beside the answer
     assert Kernel.launched == ["pool", "pool", "moments_128", "factor", "score_16_128", "remap", "attend_sm90"]
-    recordings = cuda._recorded.cache_info().misses
     for strides in ((2**23, 2**21, 256, 2), (2**23, 256, 1024, 2)):  # the same, then rows of heads in turn
         moved = call_arrays() | {"q": Array((1, 4, 8192, 128), ml_dtypes.bfloat16, strides)}
         s2o.attention(**moved)
     assert len(Kernel.launched) == 21
-    assert cuda._recorded.cache_info().misses == recordings + 2  # q's other strides: rank and attend
+    assert cuda._recorded.cache_info().misses == 2
+
+
+def test_progress_and_the_workspace_of_several_steps(cuda, monkeypatch):
+    taken, said = [], []
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "alloc", lambda n: taken.append(n) or SimpleNamespace(ptr=4096))
+
+    def progress(done, lists):
+        said.append((done, lists, Kernel.launched.count("attend_sm90")))
+
+    for workspace in (2**30, 2**17):
+        s2o.attention(**call_arrays(), workspace=workspace, progress=progress)
+    assert said[0] == (64, 64, 1)
+    assert len(said) > 9
+    assert said[1:] == [(done, 64, i + 2) for i, (done, _, _) in enumerate(said[1:])]
+    assert said[1][0] > 0
+    assert all(a < b for (a, _, _), (b, _, _) in itertools.pairwise(said[1:]))
+    assert said[-1][0] == 64
+    assert taken[1] < taken[0] / 4
+
+
+def test_arrays_in_two_places_are_refused(cuda):
+    arrays = call_arrays()
+    arrays["v"].device = "another GPU"
+    with pytest.raises(ValueError, match="q is on the GPU and v on another GPU; allowed: all on one device"):
+        s2o.attention(**arrays)
+    arrays["v"] = np.zeros((1, 2, 8192, 128), ml_dtypes.bfloat16)
+    with pytest.raises(ValueError, match=r"q is on the GPU \(CuPy\) and v on the CPU \(NumPy\); allowed: all on one"):
+        s2o.attention(**arrays)
+    with pytest.raises(TypeError, match=r"q is a NumPy array; backend 'cuda' takes CuPy arrays: cupy.asarray\(q\)"):
+        s2o.attention(*[arrays["v"]] * 3, backend="cuda")
+    assert Kernel.launched == []
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "out"])

@@ -1,0 +1,43 @@
+"""Whole calls by the CUDA backend's own launches, emulated: one tape gives what the stages give one by one."""
+
+import numpy as np
+import pytest
+
+from s2o_cupy import reference
+from s2o_cupy.iterate import emulation as run
+from s2o_cupy.problem import Problem
+from s2o_cupy.settings import Settings
+
+from .backend import emulated
+
+pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
+
+
+@pytest.mark.parametrize("workspace", [1, 2500, 2**30])
+def test_a_whole_call_is_its_stages(monkeypatch, workspace):
+    s = Settings(segment=32, pool=16, block_q=16, block_k=16, rank_terms=3, tau=(0.3, 0.1, 0.2, 0.05))
+    p = Problem(2, 4, 2, 90, 100, 12, 7, "float32", s)
+    rng = np.random.default_rng(5)
+    q, k, v = (
+        rng.standard_normal((2, h, n, d)).astype(np.float32) for h, n, d in ((4, 90, 12), (2, 100, 12), (2, 100, 7))
+    )
+    engine = emulated(monkeypatch)
+    device, cuda, done = [engine.place(x) for x in (q, k, v)], engine.backend, []
+    monkeypatch.setattr(cuda, "SCORE_BYTES", 1500)  # several parts
+    order, offsets = engine.guards.empty(int(p.offsets(p.whole)[-1, -1]), np.int32), engine.place(p.offsets(p.whole))
+    cuda.rank(p, *device[:2], p.whole, offsets, order)
+    alone = engine.attend(p, *device, engine.host(order), engine.host(offsets), None)
+    whole = engine.answer(p)
+    cuda.ranked(p, *device, None, whole, workspace, done.append)
+    steps = p.split(p.whole, workspace, "listed")
+    assert done == np.cumsum([slab.size for slab in steps]).tolist()
+    assert (len(steps) > 1) == (workspace < 2**30)
+    for name, x in vars(engine._on_host(whole)).items():
+        np.testing.assert_array_equal(x, getattr(alone, name), err_msg=name)
+    bare = engine.answer(p)
+    bare.lse = bare.tiles = bare.tail_blocks = bare.tail_mass = None
+    cuda.ranked(p, *device, None, bare, workspace)
+    np.testing.assert_array_equal(engine.host(bare.out), alone.out)
+    assert engine.guards.broken() == []
+    want = reference.attend(p, q, k, v, engine.host(order), p.offsets(p.whole).reshape(2, 4, -1))
+    np.testing.assert_allclose(alone.out, want.out, atol=3e-5)
