@@ -31,7 +31,7 @@ class KernelCompileError(RuntimeError):
 # --- runtime: RawModule ---------------------------------------------------------------------------
 MORE_OPTIONS: tuple[str, ...] = ()  # for every kernel of this process: line numbers, when a sanitizer watches
 _kernels: dict = {}
-_lock = threading.Lock()
+_locks: dict = {}  # one for each kernel: different ones compile at the same time
 
 
 def options(arch: str, macros: dict) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ def get_kernel(name: str, entry: str | None = None, source: Source | None = None
     key = (device, name, entry or name, source, *sorted(macros.items()))
     kernel = _kernels.get(key)
     if kernel is None:
-        with _lock:
+        with _locks.setdefault(key, threading.Lock()):
             kernel = _kernels.get(key) or _kernels.setdefault(key, _build(cupy, device, source, entry or name, macros))
     return kernel
 

@@ -235,6 +235,18 @@ def _masked(text: str) -> str:
     return re.sub(rf"//[^\n]*|/\*.*?\*/|{strings}|{directive}", blank, text, flags=re.MULTILINE | re.DOTALL)
 
 
+def only(text: str, entry: str) -> str:
+    """The text with one kernel of its kernels, on the lines where it was: it compiles in a part of the time."""
+    clear = _masked(text)
+    others = [(clear.index("extern", d.start), d.stop) for d in definitions(text) if d.kernel and d.name != entry]
+    for macro in _macros(text):
+        made = re.finditer(rf"^{macro}\((\w+)[^\n]*", text, re.MULTILINE)
+        others += [match.span() for match in made if match[1] != entry]
+    for start, stop in sorted(others, reverse=True):
+        text = text[:start] + "\n" * text.count("\n", start, stop) + text[stop:]
+    return text
+
+
 # --- signatures -----------------------------------------------------------------------------------
 def entries(text: str) -> list[str]:
     """The kernels that a text defines, by name; score.cu and others make theirs by a macro of NAME."""

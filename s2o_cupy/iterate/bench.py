@@ -35,14 +35,8 @@ def problem(stage: str, at: Focus, name: str = "", keys: int = KEYS) -> Problem:
 
 def prepared(engine, stage: str, p: Problem) -> SimpleNamespace:
     """What the stage of a call needs, on the device: arrays, and scores or a plan where it comes later."""
-    xp, kind = engine.xp, DTYPES[p.dtype]
-    rng = xp.random.default_rng(0)
-
-    def normal(heads, rows, dim):
-        return rng.standard_normal((1, heads, rows, dim), dtype=np.float32).astype(kind)
-
-    made = SimpleNamespace(q=normal(p.heads_q, p.n_q, p.dim_qk), k=normal(p.heads_kv, p.n_k, p.dim_qk))
-    made.v = normal(p.heads_kv, p.n_k, p.dim_v) if stage in ("pool", "attend") else None
+    xp = engine.xp
+    made = SimpleNamespace(**_inputs(xp, p))
     offsets = p.offsets(p.whole)
     if stage in ("remap", "attend"):
         made.offsets = xp.asarray(offsets)
@@ -52,6 +46,18 @@ def prepared(engine, stage: str, p: Problem) -> SimpleNamespace:
         engine.backend.remap(p, made.scores, p.whole, made.offsets, made.order)
         made.scores, made.pooled = None, engine.backend.pool(p, made.k, made.v)
     return made
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(xp, p: Problem) -> dict:
+    """q, k and v of standard normal numbers, kept for the next variant."""
+    rng = xp.random.default_rng(0)
+
+    def normal(heads, rows, dim):
+        return rng.standard_normal((1, heads, rows, dim), dtype=np.float32).astype(DTYPES[p.dtype])
+
+    of_keys = {name: normal(p.heads_kv, p.n_k, dim) for name, dim in (("k", p.dim_qk), ("v", p.dim_v))}
+    return {"q": normal(p.heads_q, p.n_q, p.dim_qk), **of_keys}
 
 
 def run(engine, stage: str, p: Problem, made) -> object:

@@ -1,11 +1,13 @@
 """What a stage's kernel is judged by: small awkward calls, the float64 reference's answers, and what rounding allows.
 
 A case runs one stage of a backend module (score, remap, pool, attend or dense) on arrays of its kind. Every element
-of every answer is compared; the worst is the one that uses the most of what it is allowed.
+of every answer is compared; the worst is the one that uses the most of what it is allowed. The reference is asked once
+in a process: its answers are kept.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -97,12 +99,23 @@ SIMULATED = Sizes(2, 1, 10, 14, 6, 4, 3, 2, 4)
 
 @dataclass(frozen=True)
 class Case:
-    """A name, and what runs it on an engine and compares: (array, got, wanted, allowed), one array after the other."""
+    """One call of a stage.
+
+    Attributes
+    ----------
+    label : its name
+    ask : runs it on an engine; the answer, on the host
+    judge : compares an answer: (array, got, wanted, allowed), one array after the other
+    prepare : asks the reference, which `judge` otherwise does
+    """
 
     label: str
-    run: Callable[[Any], Iterator[tuple[str, np.ndarray, np.ndarray, Any]]]
+    ask: Callable[[Any], Any]
+    judge: Callable[[Any], Iterator[tuple[str, np.ndarray, np.ndarray, Any]]]
+    prepare: Callable[[], Any]
 
 
+@functools.cache
 def cases(stage: str, at: Focus, sizes: Sizes) -> list[Case]:
     """The cases of a stage: "score", "remap", "pool" or "attend"."""
     makers = {"score": _score_cases, "remap": _remap_cases, "pool": _pool_cases, "attend": _attend_cases}
@@ -158,6 +171,10 @@ def _wide(*arrays):
     return [x.astype(np.float64) for x in arrays]
 
 
+def _placed(engine, x: np.ndarray):
+    return engine.place(x)
+
+
 def _beside(engine, x: np.ndarray):
     """`x` as a view inside a wider array of sevens: rows that do not start on 16 bytes, gaps between them."""
     wider = np.full((*x.shape[:3], x.shape[3] + 5), 7, x.dtype)
@@ -170,18 +187,23 @@ def _pool_cases(at: Focus, sizes: Sizes) -> list[Case]:
     def case(what, dims, beside=False, **settings):
         p, label = _problem(at, sizes, dims, causal=False, **settings), f"{what}, head dims {dims[0]} and {dims[1]}"
 
-        def run(engine):
+        @functools.cache
+        def known():
             _, k, v = _arrays(p)
-            place = _beside if beside else lambda engine, x: engine.place(x)
-            means = engine.pool(p, *(place(engine, x) for x in (k, v)))
-            for name, x, mean in zip(("k_pool", "v_pool"), (k, v), means):
-                wanted, sizes_of = reference.pool(p, x), reference.pool(p, np.abs(x))
-                got = engine.host(mean).reshape(*wanted.shape[:3], -1)
+            return [(x, reference.pool(p, x), reference.pool(p, np.abs(x))) for x in (k, v)]
+
+        def ask(engine):
+            place = _beside if beside else _placed
+            return [engine.host(mean) for mean in engine.pool(p, *(place(engine, x) for x in _arrays(p)[1:]))]
+
+        def judge(means):
+            for name, mean, (x, wanted, sizes_of) in zip(("k_pool", "v_pool"), means, known()):
+                got = mean.reshape(*wanted.shape[:3], -1)
                 allowed = UNIT[p.dtype] * np.abs(wanted) + 4 * ARITHMETIC[p.dtype] * sizes_of
                 yield name, got[..., : x.shape[3]], wanted, allowed
                 yield f"{name}, columns past the head dim", got[..., x.shape[3] :], 0 * got[..., x.shape[3] :], 0
 
-        return Case(label, run)
+        return Case(label, ask, judge, known)
 
     most = min(256, sizes.dim)
     return [
@@ -197,19 +219,30 @@ def _score_cases(at: Focus, sizes: Sizes) -> list[Case]:
     def case(label, dims=None, bad_query=False, **settings):
         p = _problem(at, sizes, dims, **settings)
 
-        def run(engine):
+        @functools.cache
+        def inputs():
             q, k, _ = _arrays(p)
             if bad_query:
                 q[0, 1, p.n_q // 2, 0] = np.nan
-            scores = engine.scores(p, *map(engine.place, (q, k)))
-            exact = _wide(q, k)
-            for b, o, s in np.ndindex(p.batch, p.heads_order, p.segments):
-                if not p.history[s]:
-                    continue
-                wanted = reference.score(p, *exact, b, o, s)
-                yield f"score of list ({o}, {s})", scores(o, s), wanted, _score_error(p, *exact, b, o, s, wanted)
+            return q, k
 
-        return Case(label, run)
+        @functools.cache
+        def known():
+            exact, found = _wide(*inputs()), []
+            for b, o, s in np.ndindex(p.batch, p.heads_order, p.segments):
+                if p.history[s]:
+                    wanted = reference.score(p, *exact, b, o, s)
+                    found.append((o, s, wanted, _score_error(p, *exact, b, o, s, wanted)))
+            return found
+
+        def ask(engine):
+            return engine.scores(p, *map(engine.place, inputs()))
+
+        def judge(scores):
+            for o, s, wanted, allowed in known():
+                yield f"score of list ({o}, {s})", scores(o, s), wanted, allowed
+
+        return Case(label, ask, judge, known)
 
     small = min(at.dim, sizes.dim)
     dim = (small - 3 if small > 64 else max(small - 1, 1),) * 2
@@ -249,16 +282,25 @@ def _remap_cases(at: Focus, sizes: Sizes) -> list[Case]:
     kind = np.float16 if at.dtype in HALVES else np.float32
 
     def case(label, keys, make, **settings):
-        def run(engine):
-            s = Settings(causal=False, segment=2, rank="mean", **settings)
-            p = Problem(1, 2, 2, 2, keys, 2, 2, at.dtype, s)
-            scores = np.stack([make(np.random.default_rng(h), keys) for h in range(2)]).astype(kind)
-            got = engine.order(p, scores)
-            for h in range(2):
-                wanted = reference.remap(scores[h], int(p.listed[0]), s.rank_levels)
+        s = Settings(causal=False, segment=2, rank="mean", **settings)
+        p = Problem(1, 2, 2, 2, keys, 2, 2, at.dtype, s)
+
+        @functools.cache
+        def scores():
+            return np.stack([make(np.random.default_rng(h), keys) for h in range(2)]).astype(kind)
+
+        @functools.cache
+        def known():
+            return [reference.remap(one, int(p.listed[0]), s.rank_levels) for one in scores()]
+
+        def ask(engine):
+            return engine.order(p, scores())
+
+        def judge(got):
+            for h, wanted in enumerate(known()):
                 yield f"kv_order of list {h}", got[h], wanted, 0
 
-        return Case(label, run)
+        return Case(label, ask, judge, known)
 
     def special(rng, n):
         x = np.round(rng.standard_normal(n) * 4)
@@ -286,32 +328,55 @@ def _attend_cases(at: Focus, sizes: Sizes) -> list[Case]:
     def case(label, dims=None, gain=1.0, beside=False, bad=False, twice=False, **settings):
         p = _problem(at, sizes, dims, **settings)
 
-        def run(engine):
+        @functools.cache
+        def inputs():
             q, k, v = _arrays(p, gain=gain)
             if bad:
                 q[0, 1, p.n_q // 2, 0], v[0, 0, p.n_k - 2, 0] = np.nan, np.inf
-            place = _beside if beside else lambda engine, x: engine.place(x)
-            order, offsets, rows = reference.plan(p.replace(rank="mean"), q, k)
-            placed = [place(engine, x) for x in (q, k, v)]
-            answer = engine.attend(p, *placed, order, offsets, rows)
-            yield from _judged(p, q, k, v, order, offsets, rows, answer)
-            if twice:
-                again = engine.attend(p, *placed, order, offsets, rows, second=True)
-                yield "out, run again (bitwise)", again.out, answer.out, 0
-                yield "lse, run again (bitwise)", again.lse, answer.lse, 0
+            return q, k, v, *reference.plan(p.replace(rank="mean"), q, k)
 
-        return Case(label, run)
+        @functools.cache
+        def known(factor=1.0):
+            """The reference's answer, and its answer for the values' sizes, with tau times `factor`."""
+            q, k, v, *plan = inputs()
+            changed = p if factor == 1 else p.replace(tau=(p.tau * factor).tolist())
+            with np.errstate(all="ignore"):
+                return tuple(reference.attend(changed, q, k, x, *plan) for x in (v, np.abs(v.astype(np.float64))))
 
-    def dense(engine):
+        def ask(engine):
+            place, (*arrays, order, offsets, rows) = _beside if beside else _placed, inputs()
+            placed = [place(engine, x) for x in arrays]
+            return [
+                engine.attend(p, *placed, order, offsets, rows, second=again) for again in (False, True)[: 1 + twice]
+            ]
+
+        def judge(answers):
+            q, k, v, _, _, rows = inputs()
+            yield from _judged(p, q, k, v, rows, known, answers[0])
+            for again in answers[1:]:
+                yield "out, run again (bitwise)", again.out, answers[0].out, 0
+                yield "lse, run again (bitwise)", again.lse, answers[0].lse, 0
+
+        return Case(label, ask, judge, known)
+
+    def dense():
         p = _problem(at, sizes)
-        q, k, v = _arrays(p)
-        got = engine.dense(p, *map(engine.place, (q, k, v)))
-        with np.errstate(all="ignore"):
-            out, lse = reference.dense(p, q, k, v)
-            among, _ = reference.dense(p, q, k, np.abs(v.astype(np.float64)))
-        error = _logit_error(p, q, k)
-        yield "out", got.out, out, _out_error(p, v, out, among, error, 0)
-        yield "lse", got.lse, lse, _lse_error(p, error)
+
+        @functools.cache
+        def known():
+            q, k, v = _arrays(p)
+            return q, k, v, *reference.dense(p, q, k, v), reference.dense(p, q, k, np.abs(v.astype(np.float64)))[0]
+
+        def ask(engine):
+            return engine.dense(p, *map(engine.place, _arrays(p)))
+
+        def judge(got):
+            q, k, v, out, lse, among = known()
+            error = _logit_error(p, q, k)
+            yield "out", got.out, out, _out_error(p, v, out, among, error, 0)
+            yield "lse", got.lse, lse, _lse_error(p, error)
+
+        return Case("dense attention", ask, judge, known)
 
     small = min(at.dim, sizes.dim), min(at.dim_v, sizes.dim)
     off = tuple(n - 3 if n > 32 else max(n - 1, 1) for n in small)
@@ -333,19 +398,19 @@ def _attend_cases(at: Focus, sizes: Sizes) -> list[Case]:
         case("a NaN query, an infinite value", bad=True),
         case("large logits, tau a head", gain=6.0, tau=tuple(np.linspace(0.01, 0.5, sizes.heads_q).tolist())),
     ]
-    return [*found, Case("dense attention", dense)] if at.dense else found
+    return [*found, dense()] if at.dense else found
 
 
-def _judged(p: Problem, q, k, v, order, offsets, rows, got):
+def _judged(p: Problem, q, k, v, rows, known, got):
     """An answer beside the reference's; a stop may differ where the reference's own is undecided to rounding."""
     error = _logit_error(p, q, k)
     nudge = max(4 * error, 0.01 if p.dtype in HALVES else 0)
     with np.errstate(all="ignore"):
-        want, among = _reference(p, q, k, v, order, offsets, rows)
+        want, among = (SimpleNamespace(**{name: x.copy() for name, x in vars(one).items()}) for one in known())
         for factor in (1 + nudge, max(1 - nudge, 0)):
             if (want.tiles == got.tiles).all():
                 break
-            other = _reference(p.replace(tau=(p.tau * factor).tolist()), q, k, v, order, offsets, rows)
+            other = known(factor)
             for b, h, tile in np.argwhere((want.tiles != got.tiles) & (other[0].tiles == got.tiles)):
                 at = p.tile_start[tile] + np.arange(p.tile_rows[tile])
                 at = at if rows is None else rows[b, h, at]
@@ -367,13 +432,6 @@ def _judged(p: Problem, q, k, v, order, offsets, rows, got):
     yield "lse", got.lse * keep, want.lse * keep, _lse_error(p, error) + pooled
     mass_error = 2 * error + UNIT[p.dtype] * tail + 2 * pooled + 1e-6
     yield "tail_mass", got.tail_mass * keep, want.tail_mass * keep, mass_error
-
-
-def _reference(p, q, k, v, order, offsets, rows):
-    """The reference's answer, and its answer for the values' sizes."""
-    absolute = np.abs(v.astype(np.float64))
-    both = reference.attend(p, q, k, v, order, offsets, rows), reference.attend(p, q, k, absolute, order, offsets, rows)
-    return tuple(SimpleNamespace(**vars(answer)) for answer in both)
 
 
 def _products(p: Problem, q, k) -> float:

@@ -6,6 +6,7 @@ the stage allocates lies between guards, so that a write past an end shows.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -18,6 +19,7 @@ from s2o_cupy.backends._tape import Tape
 from s2o_cupy.iterate import emulation
 from s2o_cupy.problem import Problem
 from s2o_cupy.sources import Source
+from s2o_cupy.variants import only
 
 GUARD = 64  # elements on either side of an array; none where a sanitizer watches each allocation
 _BYTE = 0xA5
@@ -83,7 +85,13 @@ class Raw:
 
         self.xp, self.backend = cupy, cuda
         self.guards = Guards(cupy)
-        cuda.cp, cuda.workspace = self.guards, self.guards.workspace
+        cuda.cp, cuda.workspace, cuda.get_kernel = self.guards, self.guards.workspace, self.kernel
+
+    def kernel(self, name: str, entry: str | None, source: Source, **macros):
+        """One kernel of a file, compiled without the file's others."""
+        from s2o_cupy.compile import get_kernel
+
+        return get_kernel(name, entry, part(source, entry or name), **macros)
 
     def place(self, x: np.ndarray):
         return self.xp.asarray(x)
@@ -162,11 +170,12 @@ class Emulated(Raw):
         cuda = importlib.import_module("s2o_cupy.backends.cuda")
         self.backend, self.reverse = cuda, reverse
         self.guards = Guards(self.xp)
-        cuda.cp, cuda.workspace = self.guards, self.guards.workspace
-        cuda.get_kernel, cuda.device_target = self._kernel, lambda device=None: arch
+        cuda.cp, cuda.workspace, cuda.get_kernel = self.guards, self.guards.workspace, self.kernel
+        cuda.device_target = lambda device=None: arch
 
-    def _kernel(self, name, entry=None, source: Source | None = None, **macros):
-        function, kinds = emulation.built(source.text, entry or name, tuple(sorted(macros.items())))
+    def kernel(self, name: str, entry: str | None, source: Source, **macros):
+        text = part(source, entry or name).text
+        function, kinds = emulation.built(text, entry or name, tuple(sorted(macros.items())))
 
         def prepared(grid, block, arguments, shared_mem=0):
             def launch(stream, addresses, extra):
@@ -189,6 +198,12 @@ class Emulated(Raw):
             return super().attend(*arguments)
         finally:
             self.reverse = False
+
+
+@functools.lru_cache(maxsize=256)
+def part(source: Source, entry: str) -> Source:
+    """A source with one kernel of its kernels."""
+    return Source(source.name, only(source.text, entry), source.macros)
 
 
 class DeviceArray(np.ndarray):

@@ -60,6 +60,32 @@ class Launch:
         }
 
 
+def distinct(launches: list[Launch]) -> list[dict]:
+    """The usage of each kernel that was launched, and of each way that it was; those launched alike once."""
+    found = {(x.entry, id(x.kernel), x.block, x.shared): x for x in launches}
+    return [launch.usage() for launch in found.values()]
+
+
+@contextmanager
+def rehearsed(backend) -> Iterator[dict[tuple, None]]:
+    """The kernels that the CUDA backend asks for inside the block, as (file, entry, source, macros): none is compiled,
+    none runs, and what the stages answer is nothing."""
+    wanted: dict[tuple, None] = {}
+    original = backend.get_kernel
+
+    def get_kernel(file, entry=None, source=None, **macros):
+        wanted[file, entry or file, source, tuple(sorted(macros.items()))] = None
+        return SimpleNamespace(prepared=lambda *launch, **shared: lambda stream, addresses, extra: None)
+
+    backend.get_kernel = get_kernel
+    backend._recorded.cache_clear()
+    try:
+        yield wanted
+    finally:
+        backend.get_kernel = original
+        backend._recorded.cache_clear()
+
+
 @contextmanager
 def recorded(backend, name: str) -> Iterator[list[Launch]]:
     """The launches of ``kernels/NAME.cu`` that the CUDA backend makes inside the block; they run too."""

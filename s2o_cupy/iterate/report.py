@@ -23,6 +23,7 @@ class Verdict:
     against : what it was timed against
     status : "right", "wrong", "compiled" (neither checked nor timed), "timed" or "failed"
     failure : why it failed, or empty
+    launched : registers, memory and occupancy of its kernels as the check launched them, on a GPU
     cases : one dict a case of the check: label, worst element, seconds
     timing : medians, ratio with its spread, launches, floor; None where not timed
     seconds : from the change to the verdict
@@ -37,6 +38,7 @@ class Verdict:
     failure: str = ""
     where: str = ""
     compiled: dict | None = None
+    launched: list[dict] = field(default_factory=list)
     cases: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timing: dict | None = None
@@ -55,6 +57,8 @@ class Verdict:
                 at, v.where = event["label"], event["where"]
             elif what == "checked":
                 v.cases.append(event)
+            elif what == "launched":
+                v.launched = event["kernels"]
             elif what == "note":
                 v.notes.append(event["message"])
             elif what == "timed":
@@ -195,19 +199,26 @@ class Verdict:
         found = [
             ("timed", f"{t['ms']:.4f} ms; {self.against} {t['other_ms']:.4f} ms; {t['turns']} turns\n{t['what']}"),
         ]
-        for mine, other in zip(t["launches"][:1], t["other_launches"][:1]):
-            found.append(
-                (
-                    "uses",
-                    f"{mine['registers']} registers ({self.against} {other['registers']}), "
-                    f"{mine['shared_bytes']} bytes of shared memory ({other['shared_bytes']}), "
-                    f"{mine['blocks']} blocks a multiprocessor ({other['blocks']}), "
-                    f"occupancy {mine['occupancy']:.2f} ({other['occupancy']:.2f})",
-                )
-            )
+        uses = [_uses(mine, other, self.against) for mine, other in zip(t["launches"], t["other_launches"])]
+        if len(uses) > 1:
+            uses = [f"{mine['kernel']}: {line}" for mine, line in zip(t["launches"], uses)]
+        if uses:
+            found.append(("uses", "\n".join(uses)))
         floor = t["floor"]
         found.append(("floor", f"{floor['ms']:.4f} ms ({floor['why']}): {t['ms'] / floor['ms']:.2f} times that"))
         return found
+
+
+def _uses(mine: dict, other: dict, against: str) -> str:
+    """A kernel's resources, beside those of what it was compared with."""
+    local = f"{mine['local_bytes']} bytes of local memory ({other['local_bytes']}), "
+    return (
+        f"{mine['registers']} registers ({against} {other['registers']}), "
+        f"{local if mine['local_bytes'] or other['local_bytes'] else ''}"
+        f"{mine['shared_bytes']} bytes of shared memory ({other['shared_bytes']}), "
+        f"{mine['blocks']} blocks a multiprocessor ({other['blocks']}), "
+        f"occupancy {mine['occupancy']:.2f} ({other['occupancy']:.2f})"
+    )
 
 
 def _printable(text: str) -> str:

@@ -23,6 +23,8 @@ from s2o_cupy.variants import Variant, make_variant
 
 AGAINST = ("shipped", "HEAD", "previous")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# The reference multiplies small matrices: threads of a BLAS would only wait for each other, and for the compiler's.
+_ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 _START_S = 120.0  # until a worker is ready, and until a kernel is compiled
 
 
@@ -40,7 +42,7 @@ class Worker:
         self.stop()
         root = str(Path(s2o_cupy.__file__).parent.parent)
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **self.environment}
+        environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **self.environment}
         reading, writing = os.pipe()
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
         command = [*self.before, sys.executable, "-m", "s2o_cupy.iterate.worker", str(writing), *self.more]

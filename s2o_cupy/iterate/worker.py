@@ -13,16 +13,19 @@ import os
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 
 from s2o_cupy import specialisations
 from s2o_cupy.compile import KernelCompileError, compile_cubin, parse_report
-from s2o_cupy.iterate import bench, emulation
+from s2o_cupy.iterate import bench, emulation, engines
 from s2o_cupy.iterate.cases import EMULATED, ON_GPU, SIMULATED, STAGES, cases, focus, worst_of
-from s2o_cupy.iterate.recording import recorded
+from s2o_cupy.iterate.recording import distinct, recorded, rehearsed
 from s2o_cupy.sources import SHAPE_MACROS, Source, in_use
 from s2o_cupy.specialisations import launch_macros
+from s2o_cupy.variants import entries
 
 _SM90_SERVES = specialisations.sm90_serves
 
@@ -40,9 +43,7 @@ def main(fd: int, watched: bool = False) -> None:
 
         if watched:
             watch(cupy)
-        from s2o_cupy.iterate import engines
-
-        guards = engines.Guards(cupy)  # the context, and CuPy's own kernels for what every check does
+            guards = engines.Guards(cupy)  # the context, and CuPy's own kernels for what every check does
         guards.empty(1, np.float32)
         guards.broken()
     say("ready", gpu=gpu)
@@ -69,7 +70,6 @@ def main(fd: int, watched: bool = False) -> None:
 def watch(cupy) -> None:
     """Give every array an allocation of its own, and kernels their lines, so that a sanitizer can name both."""
     from s2o_cupy import compile as compiling
-    from s2o_cupy.iterate import engines
 
     cupy.cuda.set_allocator(None)
     compiling.MORE_OPTIONS, engines.GUARD = ("-lineinfo",), 0
@@ -87,39 +87,129 @@ def has_gpu() -> bool:
 # --- raw CUDA -------------------------------------------------------------------------------------
 def serve(job: dict, gpu: bool, say) -> None:
     """One variant: compiled, then checked and timed where asked and where it can be."""
-    from s2o_cupy.iterate import engines
-
     name = job["name"]
     source = Source(name, job["text"], tuple((n, v) for n, v in job["macros"]))
+    other = Source(name, job["other"], tuple((n, v) for n, v in job["macros"] if n in SHAPE_MACROS))
     at, stage = focus(name, dict(source.macros)), STAGES[name]
     own_arch = device_arch() if gpu else None
     arch = job["arch"] or own_arch or "sm_90a"
     macros = source.applied(default_macros(name, at, arch))
-    on_gpu = gpu and arch == own_arch
-    engine = engines.Raw() if on_gpu else None
+    on_gpu = arch == own_arch
     if on_gpu:  # attend.cu runs where Hopper's kernel would take its calls
         specialisations.sm90_serves = _nowhere if name == "attend" else _SM90_SERVES
-        engine.backend._recorded.cache_clear()
+    engine, reason = _engine(name, arch, own_arch)
+    todo = cases(stage, at, ON_GPU if on_gpu else EMULATED) if job["check"] and engine is not None else []
+    timed = bench.problem(stage, at, name) if job["bench"] and on_gpu else None
+
+    wanted = launched(engine, source, todo, timed, stage)
+    if todo and not any(one is source for _, _, one, _ in wanted):
+        raise ValueError(f"{name} {job['macros']} is launched in no case of the check: other kernels serve its calls")
+    if timed is not None:
+        wanted |= launched(engine, other, [], timed, stage)
+    compile_all(engine, source, macros, arch, wanted, todo, on_gpu, say)
+    if todo:
+        with recorded(engine.backend, name) if on_gpu else nullcontext([]) as launches:
+            check(engine, todo, source, say)
+        say("launched", kernels=distinct(launches))
+    elif job["check"]:
+        say("note", message=f"not checked: {reason}")
+    if timed is not None:
+        time_both(engine, stage, name, at, source, other, say)
+    elif job["bench"]:
+        say("note", message=f"not timed: {reason if own_arch else 'that needs a GPU'}")
+
+
+def _engine(name: str, arch: str, own_arch: str | None):
+    """What a kernel runs on here; None, and why, where it cannot."""
+    if own_arch is not None:
+        if arch == own_arch:
+            return engines.Raw(), ""
+        return None, f"{arch} code does not run on this GPU ({own_arch})"
+    if name in ("attend", "attend_sm90"):
+        why = "there is no GPU here, and the emulation on the CPU does not know this kernel's instructions"
+        return None, f"{why}. Without a GPU, try the idea in attend_simt"
+    if emulation.compiler() is None:
+        return None, "there is no GPU here, and the emulation on the CPU needs g++"
+    return engines.Emulated("sm_90a" if name.endswith("_sm90") else "sm_80"), ""
+
+
+def launched(engine, source: Source, todo: list, timed, stage: str) -> dict[tuple, None]:
+    """The kernels that cases, and the call that is timed, ask for with `source` in use: found without running any."""
+    if engine is None:
+        return {}
+    with in_use(source), rehearsed(engine.backend) as wanted:
+        for case in todo:
+            case.ask(engine)
+        if timed is not None:
+            bench.run(engine, stage, timed, bench.prepared(engine, stage, timed))
+    engine.guards.forget()
+    return wanted
+
+
+def compile_all(engine, source: Source, macros: dict, arch: str, wanted: dict, todo: list, on_gpu: bool, say) -> None:
+    """Compile what is wanted and every kernel of the variant, at the same time, and meanwhile ask the reference."""
+    own = [(source.name, entry, source, tuple(sorted(macros.items()))) for entry in entries(source.text)]
+
+    def build(file, entry, one, defined):
+        return engine.kernel(file, entry, one, **dict(defined))
+
     if on_gpu:
-        start = time.perf_counter()
-        made = compiled_here(source, macros)
-        say("compiled", seconds=time.perf_counter() - start, arch=arch, macros=macros, kernels=made)
+        wanted = {**wanted, **dict.fromkeys(own)}
+        seconds, made = at_once(build, wanted, todo)
+        kernels = [_resources(one[1], made[one]) for one in own]
     else:
-        _compile_there(source, macros, arch, say)
-    if job["check"]:
-        if own_arch and arch != own_arch:
-            say("note", message=f"not checked: {arch} code does not run on this GPU ({own_arch})")
-        elif on_gpu:
-            check(engine, stage, at, ON_GPU, source, say)
-        else:
-            _check_emulated(engines, name, stage, at, source, say)
-    if job["bench"]:
-        if not on_gpu:
-            why = f"{arch} code does not run on this GPU ({own_arch})" if own_arch else "that needs a GPU"
-            say("note", message=f"not timed: {why}")
-        else:
-            other = Source(name, job["other"], tuple((n, v) for n, v in job["macros"] if n in SHAPE_MACROS))
-            time_both(engine, stage, name, at, source, other, say)
+        try:
+            seconds, made = at_once(lambda file, entry, one, _: _assembled(arch, entry, one, macros), own, [])
+            kernels = [numbers for one in own for numbers in made[one]]
+        except ImportError as error:
+            kernels = None
+            say("note", message=f"not compiled for {arch}: {error}")
+        at_once(build, wanted, todo)
+    if kernels is not None:
+        say("compiled", seconds=seconds, arch=arch, macros=macros, kernels=kernels)
+
+
+def at_once(build, wanted, todo: list) -> tuple[float, dict]:
+    """Seconds until everything wanted was built, and what was; the reference answers the cases in the meantime."""
+    start = time.perf_counter()
+
+    def timed(one):
+        return build(*one), time.perf_counter()
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        made = {one: pool.submit(timed, one) for one in wanted}
+        try:
+            for case in todo:
+                if not any(x.done() and x.exception() for x in made.values()):
+                    case.prepare()
+            found = {one: x.result() for one, x in made.items()}
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return max((stop - start for _, stop in found.values()), default=0.0), {one: x for one, (x, _) in found.items()}
+
+
+def _resources(entry: str, kernel) -> dict:
+    """Registers, local and shared memory of a kernel on this GPU."""
+    return {
+        "kernel": entry,
+        "registers": kernel.num_regs,
+        "local_bytes": kernel.local_size_bytes,
+        "shared_bytes": kernel.shared_size_bytes,
+    }
+
+
+def _assembled(arch: str, entry: str, source: Source, macros: dict) -> list[dict]:
+    """The same of a kernel compiled for a GPU that is not here."""
+    _, log = compile_cubin(arch, source.name, macros, engines.part(source, entry))
+    return [
+        {
+            "kernel": kernel,
+            "registers": x["registers"],
+            "local_bytes": x["stack_bytes"],
+            "shared_bytes": x["shared_bytes"],
+        }
+        for kernel, x in parse_report(log).items()
+    ]
 
 
 def default_macros(name: str, at, arch: str) -> dict:
@@ -137,65 +227,13 @@ def device_arch() -> str:
     return device_target()
 
 
-def compiled_here(source: Source, macros: dict) -> list[dict]:
-    """Compiles for the current GPU; registers, spills and shared memory of every kernel of the file."""
-    from s2o_cupy.compile import get_kernel
-    from s2o_cupy.variants import entries
-
-    found = []
-    for entry in entries(source.text):
-        kernel = get_kernel(source.name, entry, source, **macros)
-        found.append(
-            {
-                "kernel": entry,
-                "registers": kernel.num_regs,
-                "local_bytes": kernel.local_size_bytes,
-                "shared_bytes": kernel.shared_size_bytes,
-            }
-        )
-    return found
-
-
-def _compile_there(source: Source, macros: dict, arch: str, say) -> None:
-    start = time.perf_counter()
-    try:
-        _, log = compile_cubin(arch, source.name, macros, source)
-    except ImportError as error:
-        say("note", message=f"not compiled for {arch}: {error}")
-        return
-    found = [
-        {
-            "kernel": kernel,
-            "registers": x["registers"],
-            "local_bytes": x["stack_bytes"],
-            "shared_bytes": x["shared_bytes"],
-        }
-        for kernel, x in parse_report(log).items()
-    ]
-    say("compiled", seconds=time.perf_counter() - start, arch=arch, macros=macros, kernels=found)
-
-
-def _check_emulated(engines, name, stage, at, source, say) -> None:
-    if name in ("attend", "attend_sm90"):
-        why = "there is no GPU here, and the emulation on the CPU does not know this kernel's instructions"
-        say("note", message=f"not checked: {why}. Without a GPU, try the idea in attend_simt")
-    elif emulation.compiler() is None:
-        say("note", message="not checked: there is no GPU here, and the emulation on the CPU needs g++")
-    else:
-        engine = engines.Emulated("sm_90a" if name.endswith("_sm90") else "sm_80")
-        check(engine, stage, at, EMULATED, source, say)
-
-
-def check(engine, stage: str, at, sizes, source: Source | None, say) -> None:
+def check(engine, todo: list, source: Source, say) -> None:
     """Every case of the stage, one event each."""
-    for case in cases(stage, at, sizes):
+    for case in todo:
         say("case", label=case.label, where=engine.where)
         start = time.perf_counter()
-        if source is None:
-            worst = worst_of(case.run(engine))
-        else:
-            with in_use(source):
-                worst = worst_of(case.run(engine))
+        with in_use(source):
+            worst = worst_of(case.judge(case.ask(engine)))
         engine.wait()
         found = None if worst is None else dataclasses.asdict(worst) | {"text": str(worst)}
         seconds = time.perf_counter() - start
@@ -220,17 +258,17 @@ def time_both(engine, stage, name, at, source, other, say) -> None:
     what = f"{p.heads_q} query and {p.heads_kv} K/V heads, {p.n_k} keys, {at.dtype}, head dims {at.dim}, {at.dim_v}"
     if stage == "attend":
         what += ", a tenth of each history walked"
-    usage = [launch.usage() for launch in launches]
     floor = bench.floor(engine.xp, stage, name, p)
     engine.guards.forget()
     del mine_out, other_out
-    say("timed", **found, what=what, launches=usage, other_launches=[x.usage() for x in other_launches], floor=floor)
+    sides = {"launches": distinct(launches), "other_launches": distinct(other_launches)}
+    say("timed", **found, **sides, what=what, floor=floor)
 
 
 # --- Numba twins ----------------------------------------------------------------------------------
 def serve_twin(job: dict, gpu: bool, say) -> None:
     """One Numba twin: its module run with the cell's text, then checked and timed through the backend."""
-    from s2o_cupy.iterate import engines, twins
+    from s2o_cupy.iterate import twins
 
     stage = job["name"]
     start = time.perf_counter()
@@ -239,7 +277,8 @@ def serve_twin(job: dict, gpu: bool, say) -> None:
         say("compiled", seconds=time.perf_counter() - start, arch="numba", macros={}, kernels=[])
         at = focus("attend_simt", {"HEAD_DIM": 64})
         if job["check"]:
-            check(engine, stage, at, SIMULATED if engine.simulated else ON_GPU, None, say)
+            todo = cases(stage, at, SIMULATED if engine.simulated else ON_GPU)
+            check(engine, todo, Source(f"{stage}_numba", job["text"]), say)
     if job["bench"]:
         if engine.simulated:
             say("note", message="not timed: that needs a GPU")
