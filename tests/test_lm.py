@@ -203,6 +203,16 @@ def test_evaluation_at_tau_0_changes_nothing(llama, story):
     assert report["dense_nats"] == pytest.approx(expected.mean(), abs=1e-4)
 
 
+def test_an_evaluation_whose_rows_are_all_but_one_dense_changes_nothing(llama, story):
+    model = Model(llama)
+    ids = text.encode(model, story, 2304)
+    settings = {layer: s2o.Settings(tau=1.0, tail=None, rank="mean") for layer in range(model.layers)}
+    report = evaluate(model, ids, settings, dense_rows=2303)
+    assert report["dense_rows"] == 2303
+    assert report["mean_density"] == 1
+    assert abs(report["rise_nats"]) < 1e-4
+
+
 def test_calibration_is_of_every_global_layer(tmp_path):
     write(tmp_path / "m.gguf", "gemma3", 6)
     settings = calibrate_layers(Model(tmp_path / "m.gguf"), np.random.default_rng(4).integers(0, 200, 600), 0.1)
@@ -482,6 +492,25 @@ def test_lengths(llama, story, tmp_path, capsys):
         assert message in line
     with pytest.raises(ValueError, match="the text has 4097 tokens; allowed: 4096"):
         prefill(Model(llama), np.zeros(4097, np.int64))
+
+
+def test_dense_rows_are_refused_before_any_work(llama, story, capsys, monkeypatch):
+    monkeypatch.setattr(command, "calibrate_layers", lambda *_: pytest.fail("calibrated"))
+    for name in ("eval", "needle"):
+        arguments = (name, llama, "--text", story, "--length", 2304, "--error", 0.1, "--dense-rows", 2304)
+        code, line = refused(capsys, *arguments)
+        assert code == 2
+        assert "dense_rows is 2304; allowed: 0 to 2303" in line
+
+
+def test_a_ranking_for_fewer_queries(llama, story, capsys):
+    arguments = ["eval", llama, "--text", story, "--length", 2304, "--error", 0.3, "--segment", 64]
+    assert command.main([*map(str, arguments), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["segment"] == 64
+    assert command.main([*map(str, arguments), "--dense-rows", "64"]) == 0
+    heading = capsys.readouterr().out.splitlines()[1]
+    assert "segments of 64" in heading
+    assert heading.endswith("; the last 64 rows dense")
 
 
 def test_layers_that_are_not_there(llama, story, tmp_path, capsys):

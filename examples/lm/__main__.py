@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from examples.lm.capture import capture
-from examples.lm.evaluate import TAU_ALONE, calibrate_layers, evaluate
+from examples.lm.evaluate import TAU_ALONE, calibrate_layers, check_dense_rows, evaluate
 from examples.lm.needle import ANSWER, CUE, DEPTHS, Needle, needle
 from examples.lm.text import encode
 from examples.lm.weights import Model, locate
@@ -103,6 +103,7 @@ def _dtype(options):
 
 def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
     """Settings of the global layers, and the report's first lines."""
+    check_dense_rows(options.dense_rows, len(ids))
     seen = ids
     if options.calibrate_text is not None:
         seen = _arrays(options.device).asarray(encode(model, options.calibrate_text, options.length))

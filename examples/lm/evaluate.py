@@ -69,13 +69,18 @@ class Attention:
 
     def _sparse(self, q, k, v, settings: s2o.Settings):
         """The answer, and the stats of the rows before the dense ones."""
+        check_dense_rows(self.dense_rows, q.shape[1])
         rows = q.shape[1] - self.dense_rows
-        if not 0 < rows <= q.shape[1]:
-            raise ValueError(f"dense_rows is {self.dense_rows}; allowed: 0 to {q.shape[1] - 1}")
         result = s2o.attention(q[:, :rows], k[:, :rows], v[:, :rows], settings, full_output=True)
         if not self.dense_rows:
             return result.out, result.stats
         return namespace(q).concatenate([result.out, last_rows(q[:, rows:], k, v)], axis=1), result.stats
+
+
+def check_dense_rows(dense_rows: int, tokens: int) -> None:
+    """Refuse what is no number of rows below all."""
+    if not 0 <= dense_rows < tokens:
+        raise ValueError(f"dense_rows is {dense_rows}; allowed: 0 to {tokens - 1}")
 
 
 def last_rows(q, k, v):
