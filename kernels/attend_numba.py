@@ -106,7 +106,7 @@ def attend_kernel(real, width):
         add_keys(keys, values, unordered, first, seen, first, seen if active else 0, CLOSED, mine, staged, 0, scale)
 
         # 2. Ranked history, until a key tile adds too little to every row.
-        order, tiles_walked, ceiling = unordered, 0, real(inf)
+        order, tiles_walked, found, ceiling = unordered, 0, 0, real(inf)
         if not dense:
             orders = kv_offsets.shape[0] // (cuda.gridDim.y // group)
             lists = kv_offsets[(kv - slab[0]) * orders + (member if orders > 1 else 0)]
@@ -122,7 +122,6 @@ def attend_kernel(real, width):
                 break
 
         # 3. Tail: a block that has a quarter of its keys left enters as one, no heavier than the last tile's mean key.
-        found = 0
         for start in range(0, blocks, step):
             count = min(step, blocks - start)
             stage(k_pool[batch, head_kv], v_pool[batch, head_kv], unordered, start, count, staged, 0)

@@ -5,8 +5,12 @@ The simulator is chosen when Numba is imported, so its tests need a run of their
     NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/test_numba_cuda.py
 """
 
+import ast
 import importlib.util
+import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numba
@@ -21,6 +25,7 @@ from strategies import Case, cases
 import s2o_cupy as s2o
 from s2o_cupy import Settings, backends, reference
 from s2o_cupy.problem import Problem
+from s2o_cupy.sources import kernel_folder
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 simulator = pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1, in a run of this file alone")
@@ -251,6 +256,49 @@ def test_the_simulator_is_named_and_never_the_default():
         backends.get("numba", {"q": SimpleNamespace()})
 
 
+@simulator
+def test_simulated_threads_share_an_array():
+    from numba.cuda.simulator.kernelapi import FakeCUDAShared
+
+    class Eight:
+        def __index__(self):
+            time.sleep(0.02)  # lets the others in while this thread makes its array
+            return 8
+
+    shared = FakeCUDAShared(0)
+    with ThreadPoolExecutor(4) as threads:
+        arrays = list(threads.map(lambda _: shared.array(Eight(), numba.int32), range(4)))
+    assert all(x is arrays[0] for x in arrays)
+    assert arrays[0].shape == (8,)
+
+
+def test_each_specialisation_has_cache_files_of_its_own():
+    """Processes that compile kinds of one kernel at once would write each other's files."""
+    from s2o_cupy.kernels.score_numba import score_kernel
+
+    from s2o_cupy.backends.numba_cuda import _named
+
+    kinds = [((np.dtype(name), 4),) for name in ("float16", "float32")]
+    kernels = [score_kernel(numba.float32, width) for width in (64, 128)]
+    names = [_named(kernel.py_func, kind).__qualname__ for kernel in kernels for kind in kinds]
+    assert len(set(names)) == 4
+    assert names[0] == _named(kernels[0].py_func, kinds[0]).__qualname__
+
+
+TWINS = sorted(kernel_folder().glob("*_numba.py"))
+
+
+@pytest.mark.parametrize("path", TWINS, ids=lambda path: path.stem)
+def test_a_twin_is_short_and_says_what_it_is(path):
+    text = path.read_text()
+    assert len(text.splitlines()) < 150
+    header = ast.get_docstring(ast.parse(text))
+    assert header.startswith(f"{path.name}: ")
+    assert "REAL" in header or path.stem == "remap_numba"
+    if path.stem in ("pool_numba", "score_numba", "remap_numba", "attend_numba", "mixture_numba"):
+        assert re.search(r"^(norm: )?grid \(.+block .+", header, re.M), "says how it is launched"
+
+
 @device
 def test_numpy_arrays_without_the_simulator_are_refused():
     q = np.ones((4, 2), np.float32)
@@ -267,6 +315,11 @@ def test_what_is_missing_is_named(monkeypatch, missing):
     works, why = backends._numba_status.__wrapped__()
     assert not works
     assert why.startswith(f"{name} is missing: pip install")
+    monkeypatch.setattr(backends, "_numba_status", backends._numba_status.__wrapped__)
+    with pytest.raises(RuntimeError) as refusal:
+        backends.get("numba", {"q": SimpleNamespace()})
+    assert str(refusal.value) == f"backend 'numba' cannot run: {why}"
+    assert "\n" not in why
 
 
 # --- PTX without a GPU -----------------------------------------------------------------------
