@@ -222,7 +222,7 @@ def _launch(kernel, grid, threads: int, *arguments) -> None:
     device, stream = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
     with cuda.gpus[device]:
         compiled = _compiled(kernel, tuple(map(_kind, arguments)), device)
-        _configured(compiled, grid, threads, stream)(*arguments)
+        _configured(compiled, grid, threads, stream)(*map(_handed, arguments))
 
 
 @cache
@@ -270,6 +270,13 @@ def _kind(x):
     if isinstance(x, tuple):
         return len(x)
     return x.dtype if isinstance(x, np.floating) else (x.dtype, x.ndim)
+
+
+def _handed(x):
+    """An argument as Numba is to get it: where strides are negative, CuPy 14.2's DLPack is wrong (cupy#10172)."""
+    if min(getattr(x, "strides", ()), default=0) < 0:
+        return cuda.as_cuda_array(x, sync=False)
+    return x
 
 
 @lru_cache(maxsize=1024)
