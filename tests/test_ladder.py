@@ -9,7 +9,7 @@ import pytest
 from properties import NUMBA
 
 from examples.ladder import __main__ as program
-from examples.ladder import rungs
+from examples.ladder import checks, rungs
 from examples.ladder.work import check, settings_of, small_work
 from s2o_cupy import backends
 from s2o_cupy.compile import kernel_folder
@@ -84,6 +84,10 @@ def test_the_check_can_fail():
     right.out[1, 5, 2] += 0.01
     with pytest.raises(AssertionError, match="off by"):
         check(work, right)
+
+
+def test_a_rung_that_fails_says_so():
+    assert checks.check_rung("no_such_step", 64).startswith(("StopIteration", "ModuleNotFoundError"))
 
 
 def test_work_that_the_steps_do_not_walk_is_refused():

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from properties import NUMBA
-from strategies import Case, cases
+from strategies import DTYPES, Case, cases, laid
 
 import s2o_cupy as s2o
 from s2o_cupy import Settings, backends, reference
@@ -198,7 +198,7 @@ def test_exact_scores_order_bitwise(scores, levels, cap):
 
 def wide_case(dim, dtype="float32", rows=12, **changes):
     rng = np.random.default_rng(5)
-    q, k, v = (rng.standard_normal((1, h, rows, dim)).astype(dtype) for h in (2, 1, 1))
+    q, k, v = (rng.standard_normal((1, h, rows, dim)).astype(DTYPES[dtype]) for h in (2, 1, 1))
     chosen = Settings(segment=6, block_q=4, block_k=3, pool=2, tau=0.1, rank_terms=3).replace(**changes)
     return Case(q, k, v, chosen, "randn", ("plain",) * 3)
 
@@ -225,6 +225,32 @@ def test_a_block_with_less_than_a_quarter_left_stays_out():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_greatest_head_dim(dtype):
     properties.reaches_the_reference(NUMBA, wide_case(256, dtype))
+
+
+def require_device():
+    if SIMULATED:
+        pytest.skip("Numba's simulator is on; unset NUMBA_ENABLE_CUDASIM")
+    if missing := NUMBA.missing():
+        pytest.skip(missing)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_the_greatest_head_dim_on_a_device(dtype):
+    require_device()
+    properties.reaches_the_reference(NUMBA, wide_case(256, dtype, rows=70))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_flipped_arrays_on_a_device(dtype):
+    """CuPy 14.2 tells wrong strides through DLPack, by which numba-cuda takes arrays, where they are negative."""
+    require_device()
+    case = wide_case(20, dtype, rows=70)
+    flipped = Case(*(laid(x, "negative") for x in case.arrays), case.settings, "randn", ("negative",) * 3)
+    assert min(flipped.q.strides) < 0
+    properties.strides_do_not_matter(NUMBA, flipped)
+    properties.reaches_the_reference(NUMBA, flipped)
 
 
 @simulator

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from bench import workloads
 from bench.timing import as_json, machine, on_device
+from examples.ladder.checks import checked_rungs
 from examples.ladder.rungs import RUNGS
-from examples.ladder.work import Work, check, settings_of, small_work
+from examples.ladder.work import Work, ranked_work
 from s2o_cupy import backends
 from s2o_cupy.files import save_json
-from s2o_cupy.problem import make_problem
 
 
 def main(arguments=None) -> int:
@@ -32,7 +30,7 @@ def main(arguments=None) -> int:
     Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine()}
     checked = checked_rungs(options.dim)
-    work = ranked_work(options)
+    work = ranked_work(options.length, options.dim, options.tau)
     report |= {"shape": shape_of(work), "rungs": []}
     print(f"{report['machine']['gpu']}: {report['shape']}")
     print(f"{'step':20}{'ms':>10}{'TFLOP/s':>10}{'times':>8}{'error':>10}{'stops':>8}  change")
@@ -47,19 +45,6 @@ def shape_of(work: Work) -> dict:
     p, s = work.problem, work.problem.settings
     numbers = {"heads_q": p.heads_q, "heads_kv": p.heads_kv, "n": p.n_q, "dim": p.dim_qk, "dtype": p.dtype}
     return numbers | {"tau": s.tau, "segment": s.segment, "block_q": s.block_q, "block_k": s.block_k}
-
-
-def checked_rungs(dim: int) -> dict[str, str]:
-    """Compile each rung that runs here and check it on a small case, all at once; why one failed, or "".
-
-    Each has a process of its own, and leaves what it compiled in the disk caches of CuPy and Numba.
-    """
-    names = [rung.name for rung in RUNGS if not rung.missing()]
-    with multiprocessing.get_context("spawn").Pool(len(names) + 1) as pool:
-        ranking = pool.apply_async(rank_small, (dim,))
-        said = pool.starmap(check_on_device, [(name, dim) for name in names], chunksize=1)
-        ranking.get()
-    return dict(zip(names, said))
 
 
 def measured(work: Work, checked: dict[str, str]):
@@ -94,45 +79,11 @@ def measured(work: Work, checked: dict[str, str]):
         yield found
 
 
-def check_on_device(name: str, dim: int) -> str:
-    """Why a rung's answer to a small case is not the reference's; "" where it is."""
-    import cupy
-
-    try:
-        small = small_work(n=600, dim=dim, segment=256, block_q=128, block_k=128, pool=64)
-        on_device = small.on_device()
-        answer = on_device.answer(cupy)
-        next(rung for rung in RUNGS if rung.name == name).prepare(on_device, answer)()
-        check(small, type(answer)(out=answer.out.get(), tiles=answer.tiles.get()))
-    except Exception as error:  # the other steps can still be measured
-        return f"{type(error).__name__}: {error}"[:300]
-    return ""
-
-
-def rank_small(dim: int) -> None:
-    """Compile what ranks."""
-    ranked_work(argparse.Namespace(length=1024, dim=dim, tau=1e-2))
-
-
 def line(found: dict) -> str:
     if "time" not in found:
         return f"{found['name']:20}{found.get('missing') or found['failed']}"
     numbers = f"{found['time'].median:10.3f}{found['tflops']:10.2f}{found['times_as_fast']:8.1f}"
     return f"{found['name']:20}{numbers}{found['error']:10.1e}{found['same_stops']:8.4f}  {found['change']}"
-
-
-def ranked_work(options) -> Work:
-    """The `diffuse` preset of the benchmarks at the measured shape, ranked by the package."""
-    import cupy
-
-    from s2o_cupy.backends import cuda
-
-    q, k, v = workloads.make("diffuse", options.length, dim=options.dim, dtype="float16", xp=cupy)
-    problem = make_problem(q[None], k[None], v[None], settings_of(tau=options.tau))
-    starts = cupy.asarray(problem.offsets(problem.whole))
-    order = cupy.empty(int(starts[-1, -1]), np.int32)
-    cuda.rank(problem, q[None], k[None], problem.whole, starts, order)
-    return Work(problem, q, k, v, order, starts)
 
 
 def computed_pairs(work: Work, answer) -> float:

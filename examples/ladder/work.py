@@ -62,6 +62,21 @@ def settings_of(**changes) -> Settings:
     return Settings(segment=512, block_q=128, block_k=128, pool=256, tail=None, tau=1e-2).replace(**changes)
 
 
+def ranked_work(length: int, dim: int, tau: float) -> Work:
+    """The `diffuse` preset of the benchmarks, ranked by the package on the current CuPy device."""
+    import cupy
+
+    from bench import workloads
+    from s2o_cupy.backends import cuda
+
+    q, k, v = workloads.make("diffuse", length, dim=dim, dtype="float16", xp=cupy)
+    problem = make_problem(q[None], k[None], v[None], settings_of(tau=tau))
+    starts = cupy.asarray(problem.offsets(problem.whole))
+    order = cupy.empty(int(starts[-1, -1]), np.int32)
+    cuda.rank(problem, q[None], k[None], problem.whole, starts, order)
+    return Work(problem, q, k, v, order, starts)
+
+
 def small_work(n=60, heads=(4, 2), dim=32, seed=0, **settings) -> Work:
     """A small case with a plan of the reference, to check a rung by: ragged, with stops of its own in each row tile."""
     from s2o_cupy import reference
