@@ -24,9 +24,9 @@ def checked_rungs(dim: int) -> dict[str, str]:
 
 def check_rung(name: str, dim: int) -> str:
     """Why a rung's answer to a small case is not the reference's; "" where it is."""
-    import cupy
-
     try:
+        import cupy
+
         small = small_work(n=600, dim=dim, segment=256, block_q=128, block_k=128, pool=64)
         on_device = small.on_device()
         answer = on_device.answer(cupy)
