@@ -1,16 +1,16 @@
 """remap_numba.py: stage 2, the keys of every list by descending score, the twin of remap.cu in Numba CUDA.
 
 score      [lists, longest history]             float32
-bits       the same memory                      uint32
+patterns   the same memory                      uint32
 history    [segments of the slab]               int32    scores of a list
 kv_offsets [lists' heads, segments + 1]         int64    where a list goes
 kv_order   [keys]                               int32    answer: the first offsets[s+1] - offsets[s] keys of a list
-scratch    [2, lists, longest history + THREADS] int64   items on their way from pass to pass
+scratch    [2, lists, threads * 2^n, the longest history at least] int64   items on their way from pass to pass
 An item is a key, and above its 32 bits the code that it is sorted by, ascending. levels > 0: finite scores are cut into
 that many equal steps between the list's least and greatest, in float32; 0: exact. +inf leads, -inf and NaN close, ties
 go to the smaller key. A stable counting sort, DIGIT_BITS bits a pass: a thread counts the digits of its own run of
 places, a scan over (digit, thread) turns counts into places, and the thread deals its run out.
-grid (segments, lists' heads)   block THREADS at most
+grid (segments, lists' heads)   block THREADS, or a divisor of RUNS
 shared memory DIGITS * (THREADS + 1 + 2 * RUNS) int32, 2 * THREADS float32
 """
 
@@ -19,15 +19,14 @@ from math import inf, isfinite
 from numba import cuda, float32, int32, int64
 
 THREADS, RUNS, DIGIT_BITS = 512, 32, 4
-DIGITS, STRIDE = 2**DIGIT_BITS, THREADS + 1  # the digits of a thread lie in banks of their own
-SUMS = DIGITS * RUNS
+DIGITS, STRIDE, SUMS = 2**DIGIT_BITS, THREADS + 1, RUNS * 2**DIGIT_BITS  # a thread's digits lie in banks of their own
 PLUS_ZERO, LAST = 0x7FFFFFFF, 0xFFFFFFFF
 
 
 @cuda.jit(device=True)
-def slot(place, share):
-    """Where in scratch a place lies: the threads, each at its own run of `share` places, read neighbouring slots."""
-    return place % share * cuda.blockDim.x + place // share
+def slot(place, bits):
+    """Where in scratch a place lies: the threads, each at its own run of 2^bits places, read neighbouring slots."""
+    return (place & ((1 << bits) - 1)) * cuda.blockDim.x + (place >> bits)
 
 
 @cuda.jit(device=True)
@@ -53,35 +52,31 @@ def finite_range(scores, index, n, least, greatest):
 @cuda.jit(device=True)
 def level_code(x, high, factor, levels):
     """0 for +inf, 1 to `levels` for the steps from the greatest score down, then the rest."""
-    if x == inf:
-        return int64(0)
     if not isfinite(x):
-        return int64(levels + 1)
+        return int64(0) if x == inf else int64(levels + 1)
     return int64(min(int64((high - x) * factor), int64(levels - 1)) + 1)
 
 
 @cuda.jit(device=True)
-def exact_code(x, bits):
+def exact_code(x, pattern):
     """A number that grows as the score falls; both zeros give one, as do -inf and NaN."""
     if x == 0:
         return int64(PLUS_ZERO)
     if x != x or x == -inf:
         return int64(LAST)
-    return int64(PLUS_ZERO) - int64(bits) if x > 0 else int64(bits)
+    return int64(PLUS_ZERO) - int64(pattern) if x > 0 else int64(pattern)
 
 
 @cuda.jit(device=True)
-def write_items(scores, bits, items, index, n, share, levels, low, high):
+def write_items(scores, patterns, items, index, n, bits, levels, low, high):
     """A list's items, in the order of its keys."""
-    factor = float32(0)
-    if high > low:
-        factor = float32(levels) / float32(high - low)
-        if not isfinite(factor):
-            factor = float32(0)
+    factor = float32(levels) / float32(high - low) if high > low else float32(0)
+    if not isfinite(factor):
+        factor = float32(0)
     for i in range(cuda.threadIdx.x, n, cuda.blockDim.x):
         x = scores[index, i]
-        code = level_code(x, high, factor, levels) if levels else exact_code(x, bits[index, i])
-        items[slot(i, share)] = (code << 32) + i
+        code = level_code(x, high, factor, levels) if levels else exact_code(x, patterns[index, i])
+        items[slot(i, bits)] = (code << 32) + i
     cuda.syncthreads()
 
 
@@ -93,33 +88,35 @@ def digit_of(item, shift):
 @cuda.jit(device=True)
 def scan_counts(places, sums):
     """Counts to first places, over the digits and within one over the threads, by runs of threads."""
-    me, threads = cuda.threadIdx.x, cuda.blockDim.x
+    me, threads, now, step = cuda.threadIdx.x, cuda.blockDim.x, 0, 1
     runs = min(RUNS, threads)
-    share, now, step = (threads + runs - 1) // runs, 0, 1
+    share, turns = threads // runs, DIGITS * runs // threads
     cuda.syncthreads()
-    for i in range(me, DIGITS * runs, threads):
-        digit, first, total = i % DIGITS, i // DIGITS * share, 0
-        for thread in range(first, min(first + share, threads)):
-            total += places[digit, thread]
-        sums[0, digit * runs + i // DIGITS] = total
+    for turn in range(turns):
+        i, total = turn * threads + me, 0
+        for thread in range(i // DIGITS * share, (i // DIGITS + 1) * share):
+            total += places[i % DIGITS, thread]
+        sums[0, i % DIGITS * runs + i // DIGITS] = total
     cuda.syncthreads()
     while step < DIGITS * runs:  # each sum becomes that of itself and all before it
-        for i in range(me, DIGITS * runs, threads):
+        for turn in range(turns):
+            i = turn * threads + me
             sums[1 - now, i] = sums[now, i] + (sums[now, i - step] if i >= step else 0)
         cuda.syncthreads()
         now, step = 1 - now, 2 * step
-    for i in range(me, DIGITS * runs, threads):
-        digit, first, before = i % DIGITS, i // DIGITS * share, i % DIGITS * runs + i // DIGITS - 1
+    for turn in range(turns):
+        i = turn * threads + me
+        before = i % DIGITS * runs + i // DIGITS - 1
         place = sums[now, before] if before >= 0 else 0
-        for thread in range(first, min(first + share, threads)):
-            count = places[digit, thread]
-            places[digit, thread] = place
+        for thread in range(i // DIGITS * share, (i // DIGITS + 1) * share):
+            count = places[i % DIGITS, thread]
+            places[i % DIGITS, thread] = place
             place += count
     cuda.syncthreads()
 
 
 @cuda.jit
-def remap(scores, bits, history, kv_offsets, kv_order, scratch, levels, passes):
+def remap(scores, patterns, history, kv_offsets, kv_order, scratch, levels, passes):
     least = cuda.shared.array(THREADS, float32)
     greatest = cuda.shared.array(THREADS, float32)
     places = cuda.shared.array((DIGITS, STRIDE), int32)
@@ -127,22 +124,25 @@ def remap(scores, bits, history, kv_offsets, kv_order, scratch, levels, passes):
     s, head, me, threads = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x, cuda.blockDim.x
     index, n = head * cuda.gridDim.x + s, history[s]
     start, room = kv_offsets[head, s], kv_offsets[head, s + 1] - kv_offsets[head, s]
-    share = max(1, (n + threads - 1) // threads)
+    bits = 0
+    while threads << bits < n:
+        bits += 1
+    mine = min(1 << bits, n - (me << bits))
     low, high = finite_range(scores, index, n, least, greatest)
-    write_items(scores, bits, scratch[0, index], index, n, share, levels, low, high)
+    write_items(scores, patterns, scratch[0, index], index, n, bits, levels, low, high)
     for i in range(passes):
         items, dealt, shift = scratch[i % 2, index], scratch[(i + 1) % 2, index], DIGIT_BITS * i
         for digit in range(DIGITS):
             places[digit, me] = 0
-        for j in range(min(share, n - me * share)):
+        for j in range(mine):
             places[digit_of(items[j * threads + me], shift), me] += 1
         scan_counts(places, sums)
-        for j in range(min(share, n - me * share)):
+        for j in range(mine):
             item = items[j * threads + me]
             place = places[digit_of(item, shift), me]
             places[digit_of(item, shift), me] = place + 1
             if i + 1 < passes:
-                dealt[slot(place, share)] = item
+                dealt[slot(place, bits)] = item
             elif place < room:
                 kv_order[start + place] = item & 0xFFFFFFFF
         cuda.syncthreads()

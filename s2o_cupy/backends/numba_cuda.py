@@ -142,11 +142,13 @@ def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
     """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
     xp, levels = namespace(scores), problem.settings.rank_levels or 0
     history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
-    scratch = xp.empty((2, len(scores), scores.shape[1] + REMAP_THREADS), np.int64)
+    threads = _THREADS if SIMULATED else REMAP_THREADS
+    runs = -(-scores.shape[1] // threads)
+    scratch = xp.empty((2, len(scores), threads << max(runs - 1, 0).bit_length()), np.int64)
     passes = -(-((levels + 1).bit_length() if levels else 32) // DIGIT_BITS)
     grid = (slab.segments, kv_offsets.shape[0])
     arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch)
-    _launch(remap_kernel, grid, _THREADS if SIMULATED else REMAP_THREADS, *arrays, levels, passes)
+    _launch(remap_kernel, grid, threads, *arrays, levels, passes)
 
 
 def pool(problem: Problem, k, v):
