@@ -5,12 +5,12 @@ patterns   the same memory                      uint32
 history    [segments of the slab]               int32    scores of a list
 kv_offsets [lists' heads, segments + 1]         int64    where a list goes
 kv_order   [keys]                               int32    answer: the first offsets[s+1] - offsets[s] keys of a list
-scratch    [2, lists, threads * 2^n, the longest history at least] int64   items on their way from pass to pass
+scratch    [2, lists, places]                   int64    items between passes; places: block * 2^n, at least a history
 An item is a key, and above its 32 bits the code that it is sorted by, ascending. levels > 0: finite scores are cut into
 that many equal steps between the list's least and greatest, in float32; 0: exact. +inf leads, -inf and NaN close, ties
 go to the smaller key. A stable counting sort, DIGIT_BITS bits a pass: a thread counts the digits of its own run of
 places, a scan over (digit, thread) turns counts into places, and the thread deals its run out.
-grid (segments, lists' heads)   block THREADS, or a divisor of RUNS
+grid (segments, lists' heads)   block a power of two, THREADS at most
 shared memory DIGITS * (THREADS + 1 + 2 * RUNS) int32, 2 * THREADS float32
 """
 
