@@ -62,6 +62,7 @@ def run(options) -> int:
         kept = f"; {record.path} holds what was measured" if record.path else ""
         print(f"\nbench: interrupted after {len(record.report['cases'])} cases{kept}")
         return 130
+    record.put(finished=True)
     return 0
 
 

@@ -1,8 +1,10 @@
-"""How many times faster ours is than each method at the same error, from the cases of a `peers` report."""
+"""What follows from the cases of a report: how many times faster ours is at the same error, which settings are."""
 
 from __future__ import annotations
 
 import math
+
+SLOW = 0.85  # a walk below this share of its kernel's own dense rate is said to be
 
 
 def faster(cases: list[dict], n: int) -> dict[str, dict[float, float]]:
@@ -24,3 +26,14 @@ def faster(cases: list[dict], n: int) -> dict[str, dict[float, float]]:
                     at = found.setdefault("PBS-Attn's selection at cuDNN's dense rate", {})
                     at[wanted] = case["at_cudnn_rate_ms"] / ours
     return found
+
+
+def fastest(cases: list[dict], wanted: float) -> list[dict]:
+    """The faster of the settings at each length, by length."""
+    found: dict[int, dict] = {}
+    for case in cases:
+        if case.get("wanted") == wanted and case.get("time"):
+            best = found.setdefault(case["n"], case)
+            if case["time"]["median"] < best["time"]["median"]:
+                found[case["n"]] = case
+    return [found[n] for n in sorted(found)]

@@ -7,18 +7,17 @@ import json
 import os
 from pathlib import Path
 
-from bench.scaling import fastest
+from bench.faster import fastest
 from s2o_cupy import plots
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 
 
-def headline(path: str | os.PathLike, report: dict, source: Path) -> None:
-    """Time against error at the longest length of a `peers` report; the PNG names the JSON it was made from."""
-    n = max(case["n"] for case in report["cases"] if case.get("time"))
+def save(path: str | os.PathLike, report: dict, source: Path) -> None:
+    """A report's figure as a PNG that names the JSON it was made from; of a `peers` report the longest length's."""
     stated = {"Source": json.dumps({"file": source.name, "sha256": digest(source)})}
-    matched(report, n).savefig(path, format="png", dpi=130, metadata=stated)
+    of(report)[-1].savefig(path, format="png", dpi=130, metadata=stated)
 
 
 def digest(path: Path) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 import s2o_cupy as s2o
 from bench import building, ours
-from bench.faster import faster
+from bench.faster import SLOW, faster
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import Timing, on_device
@@ -26,7 +26,6 @@ from s2o_cupy.settings import Settings
 
 LENGTHS = (131072, 32768)
 ERRORS = (0.05, 0.02, 0.10, 0.01)
-SLOW = 0.85  # a kernel below this share of its own dense rate is said to be
 ENOUGH = 150.0  # ms of repeats of one case
 OURS = {  # which is the fastest depends on the error and on the length: smaller segments stop sooner, and rank more
     "s2o_cupy": Settings(),

@@ -23,6 +23,7 @@ class Record:
     def __init__(self, bench: str, machine: dict, path: str | None = None):
         self.path = _file(Path(path), bench, machine) if path else None  # refused now, not after the work
         self.report = {"bench": bench, "format": FORMAT, "arguments": sys.argv[1:], "machine": machine, "cases": []}
+        self.report["finished"] = False  # until it is: a run that was killed keeps its cases
         self._headed, self._start = False, time.perf_counter()
         print("\n".join(f"{key}: {value}" for key, value in machine.items()), flush=True)
         self.save()
@@ -85,7 +86,7 @@ class Record:
 def _file(path: Path, bench: str, machine: dict) -> Path:
     """The file to write; in a folder, one named by the benchmark, the day and the commit."""
     if path.is_dir():
-        day = machine.get("date", "undated").split()[0].replace("-", "")
+        day = machine.get("date", "undated").split()[0]
         path = path / f"{bench}_{day}_{machine.get('commit', 'unknown')}.json"
     return writable(path)
 

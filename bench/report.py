@@ -1,7 +1,8 @@
 """`python -m bench report`: one page with plots from JSON, which needs no other file; the headline figure; tables.
 
-``--update FILE.md`` makes every table between ``<!-- bench JSON TABLE [N] -->`` and ``<!-- /bench -->`` anew from the
-JSON it names, so that no number of it is typed; TABLE is one of `TABLES`.
+``--update`` makes every table between ``<!-- bench JSON TABLE [N] -->`` and ``<!-- /bench -->`` anew from the JSON it
+names, so that no number of it is typed; TABLE is one of `TABLES`. A JSON with a star, as in ``peers_*.json``, is the
+newest one, and the table then says which. Without files it updates all documents of the checkout, and `FIGURES`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ import json
 import re
 from pathlib import Path
 
-from bench.faster import faster
+from bench.faster import SLOW, faster, fastest
 from s2o_cupy.files import replacing
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+FIGURES = {"docs/speed.png": "peers_*.json", "docs/scaling.png": "scaling_*.json"}
+WHAT = {
+    "cpu": "speed, memory and first calls of the CPU backend",
+    "gpu": "dense, plan, attend and whole calls of the CUDA backend, beside PyTorch's kernels and Triton loops",
+    "peers": "every method at the same error, dense kernels beside",
+    "scaling": "one error from 1K tokens on: time, density, stages, memory",
+    "kernels": "every kernel alone beside its floor",
+}
 COLUMNS = ("case", "dtype", "shape", "density", "error", "ms", "p10", "p90", "TFLOP/s", "ratio", "note")
 _MARKED = re.compile(r"(<!-- bench (\S+) (\w+)(?: (\d+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _STYLE = "body{font:15px sans-serif;margin:2em;max-width:80em}table{border-collapse:collapse;font-size:13px}"
@@ -28,19 +38,22 @@ def arguments(parser) -> None:
     """Adds the options that `main` reads."""
     parser.add_argument("files", nargs="*", metavar="FILE.json", help="reports (default: all of bench/results)")
     parser.add_argument("--out", default="bench_report.html", metavar="FILE.html", help="the page")
-    parser.add_argument("--figure", metavar="FILE.png", help="only the headline figure, of one `peers` report")
-    parser.add_argument("--update", nargs="+", metavar="FILE.md", help="only rewrite these files' marked tables")
+    parser.add_argument("--figure", metavar="FILE.png", help="only the figure of one `peers` or `scaling` report")
+    parser.add_argument("--update", nargs="*", metavar="FILE.md", help="only rewrite marked tables (default: all)")
 
 
 def main(options) -> None:
     """Write the page, or the figure, or the tables."""
-    if options.update:
-        for path in map(Path, options.update):
+    if options.update is not None:
+        for path in map(Path, options.update or documents()):
             text = path.read_text()
             new = updated(text)
             if new != text:
                 path.write_text(new)
             print(f"{path}: {len(_MARKED.findall(text))} tables{'' if new == text else ', rewritten'}")
+        for name, pattern in () if options.update else FIGURES.items():
+            if source := newest(pattern):
+                figure(ROOT / name, load(source), source)
         return
     paths = [Path(path) for path in options.files] or sorted(RESULTS.glob("*.json"))
     reports = {path: load(path) for path in paths}
@@ -49,13 +62,10 @@ def main(options) -> None:
         if path not in readable:
             print(f"{path}: written by an older bench, or by another command; left out")
     if options.figure:
-        named = [path for path, report in readable.items() if report["bench"] == "peers"]
+        named = [path for path, report in readable.items() if report["bench"] in ("peers", "scaling")]
         if len(named) != 1:
-            raise ValueError(f"{len(named)} of the files are `peers` reports; allowed: name one for --figure")
-        from bench import figures
-
-        figures.headline(options.figure, readable[named[0]], named[0])
-        print(options.figure)
+            raise ValueError(f"{len(named)} of the files are `peers` or `scaling` reports; allowed: one for --figure")
+        figure(Path(options.figure), readable[named[0]], named[0])
         return
     with replacing(options.out) as file:
         file.write(page(readable).encode())
@@ -71,6 +81,32 @@ def load(path: Path) -> dict | None:
     return report if isinstance(report, dict) and {"bench", "format", "cases"} <= set(report) else None
 
 
+def documents() -> list[Path]:
+    """The checkout's documents that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), RESULTS / "README.md"]
+
+
+def newest(pattern: str) -> Path | None:
+    """The report under bench/results whose name fits and whose machine has the last date; None without one."""
+    dated = [(report["machine"].get("date", ""), path) for path in RESULTS.glob(pattern) if (report := load(path))]
+    return max(dated)[1] if dated else None
+
+
+def figure(path: Path, report: dict, source: Path) -> None:
+    """A report's first figure as a PNG that names its source."""
+    from bench import figures
+
+    figures.save(path, report, source)
+    print(path)
+
+
+def command(report: dict) -> str:
+    """The command that made a report, without where it wrote."""
+    words = iter(report["arguments"])
+    kept = [word for word in words if not (word == "--json" and next(words, None))]
+    return " ".join(["python -m bench", *kept])
+
+
 # --- the page -----------------------------------------------------------------------------------
 def page(reports: dict[Path, dict]) -> str:
     """HTML that needs no other file."""
@@ -80,12 +116,11 @@ def page(reports: dict[Path, dict]) -> str:
     parts.append("<h1>s2o_cupy: benchmarks</h1>")
     for path, report in reports.items():
         machine = "; ".join(f"{key} {value}" for key, value in report["machine"].items())
-        command = " ".join(["python -m bench", *report["arguments"]])
-        parts.append(f"<h2>{html.escape(path.name)}</h2><p><code>{html.escape(command)}</code></p>")
+        parts.append(f"<h2>{html.escape(path.name)}</h2><p><code>{html.escape(command(report))}</code></p>")
         parts.append(f"<p>{html.escape(machine)}</p>")
-        for figure in figures.of(report):
+        for plot in figures.of(report):
             data = io.BytesIO()
-            figure.savefig(data, format="png", dpi=110)
+            plot.savefig(data, format="png", dpi=110)
             parts.append(f'<p><img src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"></p>')
         rows = [cells(case) for case in report["cases"]]
         body = "".join("<tr>" + "".join(f"<td>{html.escape(x)}</td>" for x in row) + "</tr>" for row in rows)
@@ -109,15 +144,37 @@ def updated(text: str) -> str:
 
     def table(match: re.Match) -> str:
         head, name, kind, n, foot = match.groups()
-        report = load(RESULTS / name)
-        if report is None or kind not in TABLES:
-            raise ValueError(f"table {kind!r} of {name!r}; allowed: {', '.join(TABLES)}, of a report under {RESULTS}")
-        return head + "\n".join(TABLES[kind](report, int(n) if n else None)) + "\n" + foot
+        if kind not in TABLES:
+            raise ValueError(f"table {kind!r} of {name!r}; allowed: {', '.join(TABLES)}")
+        if name == "*":
+            return head + "\n".join(TABLES[kind](None, None)) + "\n" + foot
+        path = newest(name) if "*" in name else RESULTS / name
+        report = load(path) if path and path.is_file() else None
+        if report is None and "*" not in name:
+            raise ValueError(f"table {kind!r} of {name!r}; allowed: a report under {RESULTS}")
+        if report is None:
+            return head + f"Not measured yet: no `{name}`.\n" + foot
+        lines = TABLES[kind](report, int(n) if n else None)
+        if "*" in name:
+            lines = [*lines, "", f"From `bench/results/{path.name}`: {origin(report)}."]
+        return head + "\n".join(lines) + "\n" + foot
 
     return _MARKED.sub(table, text)
 
 
+def origin(report: dict) -> str:
+    """The command and the machine of a report, and whether it was cut off."""
+    machine = report["machine"]
+    whole = report.get("finished", True) and not report.get("interrupted")
+    cut = "" if whole else ", cut off before its end"
+    where = machine.get("gpu") or machine.get("cpu", "?")
+    return f"`{command(report)}`, {where}, commit {machine.get('commit', '?')}, {machine.get('date', '?')}{cut}"
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A table; a line that says so where it has no row."""
+    if not rows:
+        return [f"{head[0]}: not measured."]
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
@@ -126,7 +183,7 @@ def table_faster(report: dict, n: int | None) -> list[str]:
     found = faster(report["cases"], n)
     errors = sorted({wanted for row in found.values() for wanted in row}, reverse=True)
     rows = [[name, *(_number(row.get(e), 2) for e in errors)] for name, row in found.items()]
-    return markdown([f"N={n}: time over ours at error", *(f"{e:g}" for e in errors)], rows)
+    return markdown([f"N={n}, time over ours at error", *(f"{e:g}" for e in errors)], rows)
 
 
 def table_cases(report: dict, n: int | None) -> list[str]:
@@ -137,24 +194,87 @@ def table_cases(report: dict, n: int | None) -> list[str]:
 
 
 def table_matched(report: dict, n: int | None) -> list[str]:
-    """Milliseconds and density of each sparse method at each error, dense kernels in the first rows."""
+    """Milliseconds and density of each sparse method at each error, dense kernels in the first rows.
+
+    In brackets: milliseconds at the kernel's own dense rate, where its walk is slower than `SLOW` of that.
+    """
     cases = [case for case in report["cases"] if case.get("time") and case.get("n") == n]
     errors = sorted({case["wanted"] for case in cases if "wanted" in case}, reverse=True)
     dense = [case for case in cases if case.get("kind") == "dense"]
     rows = [[case["name"], _ms(case), *([""] * len(errors))] for case in dense]
+
+    def cell(case: dict) -> str:
+        slow = case.get("kernel_tflops", 1) < SLOW * case.get("dense_tflops", 0)
+        own = f" [{_digits(case['at_dense_rate_ms'])}]" if slow else ""
+        return f"{_ms(case)}{own}, {case['density']:.3f}"
+
     for name in dict.fromkeys(case["name"] for case in cases if "wanted" in case):
         by_error = {case["wanted"]: case for case in cases if case["name"] == name and "wanted" in case}
-        at = [by_error.get(e) for e in errors]
-        rows.append([name, "", *(f"{_ms(case)}, {case['density']:.3f}" if case else "-" for case in at)])
+        rows.append([name, "", *(cell(by_error[e]) if e in by_error else "-" for e in errors)])
     return markdown([f"N={n}", "dense, ms", *(f"error {e:g}: ms, density" for e in errors)], rows)
 
 
-TABLES = {"faster": table_faster, "cases": table_cases, "matched": table_matched}
+def table_lengths(report: dict, n: int | None) -> list[str]:
+    """The faster settings at each length and error of a `scaling` report, dense kernels beside."""
+    errors = sorted({case["wanted"] for case in report["cases"] if "wanted" in case}, reverse=True)
+    rows: dict[int, list[str]] = {}
+    for wanted in errors:
+        for case in fastest(report["cases"], wanted):
+            row = rows.setdefault(case["n"], [f"{case['n']}", *(_digits(case.get(key)) for key in ("dense", "cudnn"))])
+            ranking = sum(part for stage, part in case["shares"].items() if stage in ("score", "remap"))
+            how = case["name"].removeprefix("attention()").strip(", ") or "defaults"
+            row.append(f"{_ms(case)}, {case['density']:.3f}" + (f", {ranking:.0%}, {how}" if ranking else ", dense"))
+            row.append(f"{case['bytes'] / 2**30:.2f}")
+    head = [f"error {e:g}: ms, density, share of ranking, settings | GiB" for e in errors]
+    head = ["N", "dense_attention, ms", "cuDNN, ms", *(part for text in head for part in text.split(" | "))]
+    found = markdown(head, [row for row in rows.values() if len(row) == len(head)])
+    crossed = [f"{name} {'not reached' if at is None else f'{at:.0f}'}" for name, at in report["crossings"].items()]
+    return [*found, "", f"Sparse is faster from N on (interpolated): {'; '.join(crossed)}."]
+
+
+def table_stages(report: dict, n: int | None) -> list[str]:
+    """What a `gpu` report has for the diffuse preset at each length, in milliseconds, rates beside."""
+    cases = {}
+    for case in report["cases"]:
+        if case.get("preset") == "diffuse" and case.get("time") and case["name"].startswith("diffuse: "):
+            cases.setdefault(case["name"].removeprefix("diffuse: "), {})[case["n"]] = case
+    lengths = sorted({n for by_n in cases.values() for n in by_n})
+
+    def cell(case: dict | None) -> str:
+        if not case:
+            return "-"
+        share = f", density {case['density']:.3f}" if (case.get("density") or 1) < 1 else ""
+        rate = f", {case['tflops']:.0f} TFLOP/s" if case.get("tflops") else ""
+        return f"{_ms(case)} ms{share}{rate}"
+
+    rows = [[name, *(cell(by_n.get(n)) for n in lengths)] for name, by_n in cases.items()]
+    return markdown(["diffuse preset", *(f"N={n}" for n in lengths)], rows)
+
+
+def table_files(report: dict | None, n: int | None) -> list[str]:
+    """Every report under bench/results."""
+    reports = [(path.name, report) for path in sorted(RESULTS.glob("*.json")) if (report := load(path))]
+    return markdown(
+        ["file", "what", "from"], [[name, WHAT.get(x["bench"], x["bench"]), origin(x)] for name, x in reports]
+    )
+
+
+TABLES = {
+    "faster": table_faster,
+    "cases": table_cases,
+    "matched": table_matched,
+    "lengths": table_lengths,
+    "stages": table_stages,
+    "files": table_files,
+}
 
 
 def _ms(case: dict) -> str:
-    ms = case["time"]["median"]
-    return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+    return _digits(case["time"]["median"])
+
+
+def _digits(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 import s2o_cupy as s2o
 from bench import building, ours
+from bench.faster import fastest
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import on_device
@@ -70,17 +71,6 @@ def main(options, record: Record) -> None:
     print("\nlength from which the whole call is faster, interpolated between measured ones")
     for name, n in crossings.items():
         print(f"  than {name}: {'not reached' if n is None else f'{n:.0f}'}")
-
-
-def fastest(cases: list[dict], wanted: float) -> list[dict]:
-    """The faster of the settings at each length, by length."""
-    found: dict[int, dict] = {}
-    for case in cases:
-        if case.get("wanted") == wanted and case.get("time"):
-            best = found.setdefault(case["n"], case)
-            if case["time"]["median"] < best["time"]["median"]:
-                found[case["n"]] = case
-    return [found[n] for n in sorted(found)]
 
 
 def one_length(preset: str, n: int, taus: dict, record: Record) -> None:

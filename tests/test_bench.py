@@ -88,7 +88,7 @@ def test_a_json_path_that_cannot_be_written_is_refused_before_any_work(tmp_path)
 
 def test_in_a_folder_the_day_and_the_commit_name_the_json(tmp_path):
     Record("peers", {"date": "2026-11-24 10:00", "commit": "abc1234"}, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["peers_20261124_abc1234.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["peers_2026-11-24_abc1234.json"]
 
 
 class OutOfMemoryError(RuntimeError):
@@ -132,6 +132,7 @@ def test_an_interrupted_run_keeps_what_was_measured(small, monkeypatch, tmp_path
     assert run("peers", "--json", tmp_path / "x.json") == 130
     kept = json.loads((tmp_path / "x.json").read_text())
     assert kept["interrupted"] is True
+    assert kept["finished"] is False
     assert [case["name"] for case in kept["cases"]] == ["one"]
     assert "interrupted after 1 cases" in capsys.readouterr().out
 
@@ -416,12 +417,14 @@ def test_the_other_reports_have_figures(small, monkeypatch):
 def test_the_headline_figure_names_the_json_it_was_made_from(peers_json, tmp_path):
     assert run("report", peers_json, "--figure", tmp_path / "x.png") == 0
     assert figures.source(tmp_path / "x.png") == {"file": peers_json.name, "sha256": figures.digest(peers_json)}
-    assert "0 of the files are `peers` reports" in run("report", "--figure", tmp_path / "y.png", _other(tmp_path))
+    assert "0 of the files are `peers` or `scaling` reports" in run(
+        "report", "--figure", tmp_path / "y.png", _other(tmp_path)
+    )
 
 
 def _other(folder):
-    Record("scaling", {}, folder / "scaling.json")
-    return folder / "scaling.json"
+    Record("kernels", {}, folder / "kernels.json")
+    return folder / "kernels.json"
 
 
 def test_marked_tables_are_made_from_their_json(peers_json, tmp_path, monkeypatch):
@@ -435,8 +438,47 @@ def test_marked_tables_are_made_from_their_json(peers_json, tmp_path, monkeypatc
     assert "stale" not in new
     assert (new.count("before"), new.count("after")) == (2, 2)
     assert report.updated(new) == new
-    with pytest.raises(ValueError, match="allowed: faster, cases, matched"):
+    with pytest.raises(ValueError, match="allowed: faster, cases, matched, lengths"):
         report.updated(text.format("nothing", ""))
+
+
+def test_a_star_is_the_newest_report_and_the_table_says_which(peers_json, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for name, date in (("peers_new.json", "2026-01-03 10:00"), ("peers_old.json", "2026-01-02 10:00")):
+        made = json.loads(peers_json.read_text())
+        made["machine"] |= {"date": date, "commit": name}
+        made["arguments"] = ["peers", "--json", "somewhere/x.json", "--quick"]
+        (tmp_path / name).write_text(json.dumps(made | {"finished": "old" in name}))
+    assert report.newest("peers_*.json").name == "peers_new.json"
+    new = report.updated("<!-- bench peers_*.json faster 4096 -->\n<!-- /bench -->\n")
+    assert "From `bench/results/peers_new.json`: `python -m bench peers --quick`, made <up>, commit peers_new" in new
+    assert "2026-01-03 10:00, cut off before its end." in new
+    assert report.updated(new) == new
+    nothing = report.updated("<!-- bench scaling_*.json lengths -->\n<!-- /bench -->\n")
+    assert "Not measured yet: no `scaling_*.json`." in nothing
+    listed = report.updated("<!-- bench * files -->\n<!-- /bench -->\n")
+    assert all(f"| {path.name} | every method" in listed for path in tmp_path.glob("*.json"))
+
+
+def test_a_slow_walk_stands_with_its_time_at_its_own_dense_rate(peers_json):
+    found = json.loads(peers_json.read_text())
+    slow = next(case for case in found["cases"] if case["name"] == "S2O")
+    slow |= {"kernel_tflops": 300.0, "dense_tflops": 400.0, "at_dense_rate_ms": 3.25}
+    assert "| S2O |  | 4 [3.25], 0.200 | 8, 0.080 |" in report.table_matched(found, 4096)
+    slow["kernel_tflops"] = 341.0
+    assert "| S2O |  | 4, 0.200 | 8, 0.080 |" in report.table_matched(found, 4096)
+
+
+def test_lengths_are_a_table_of_the_faster_settings():
+    same = {"wanted": 0.05, "density": 0.25, "bytes": 2**30, "dense": 4.0, "cudnn": None, "dtype": "", "note": ""}
+    cases = [
+        same | {"name": "attention()", "n": 1024, "time": {"median": 3.0}, "shares": {"dense": 0.9, "between": 0.1}},
+        same | {"name": "attention()", "n": 2048, "time": {"median": 3.0}, "shares": {"score": 0.25, "remap": 0.1}},
+        same | {"name": "attention(), x", "n": 2048, "time": {"median": 2.0}, "shares": {"score": 0.2, "remap": 0.2}},
+    ]
+    lines = report.table_lengths({"cases": cases, "crossings": {"dense, error 0.05": 1024.0}}, None)
+    assert lines[2:4] == ["| 1024 | 4 | - | 3, 0.250, dense | 1.00 |", "| 2048 | 4 | - | 2, 0.250, 40%, x | 1.00 |"]
+    assert lines[-1].endswith("dense, error 0.05 1024.")
 
 
 # --- what is committed ---------------------------------------------------------------------------------
@@ -470,9 +512,23 @@ def test_a_document_with_times_names_the_json_that_holds_them():
         assert not timed or re.search(r"bench/results/[\w-]+\.json", text), path
 
 
-def test_pictures_of_speed_were_made_from_a_committed_json():
-    for path in (ROOT / "docs").glob("*.png"):
-        stated = figures.source(path)
-        if stated:
-            made_from = ROOT / "bench" / "results" / stated["file"]
-            assert figures.digest(made_from) == stated["sha256"], path
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "docs/bench.md"], ids=lambda path: path.name)
+def test_a_section_with_speeds_names_the_result_that_holds_them(path):
+    speeds = re.compile(r"\d (ms|us|TFLOP/s|GFLOP/s)\b|times (as fast|faster)|time over ours")
+    sections = [text for text in re.split(r"(?m)^(?=## )", path.read_text()) if speeds.search(text)]
+    assert sections
+    for text in sections:
+        assert re.search(r"bench/results/[\w.-]+\.(json|txt)", text), text[:200]
+
+
+@pytest.mark.parametrize(("name", "pattern"), report.FIGURES.items())
+def test_pictures_of_speed_were_made_from_the_newest_json(name, pattern):
+    source, path = report.newest(pattern), ROOT / name
+    assert path.exists() == bool(source)
+    if source:
+        assert figures.source(path) == {"file": source.name, "sha256": figures.digest(source)}
+
+
+def test_every_picture_of_speed_is_made_by_the_report():
+    stated = [path for path in (ROOT / "docs").rglob("*.png") if figures.source(path)]
+    assert {str(path.relative_to(ROOT)) for path in stated} <= set(report.FIGURES)
