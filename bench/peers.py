@@ -42,6 +42,7 @@ def arguments(parser) -> None:
     parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
     parser.add_argument("--rows", type=int, default=1024, metavar="N", help="query rows a head, for errors")
     parser.add_argument("--errors", type=_errors, default=ERRORS, metavar="E,E", help="relative errors, in this order")
+    parser.add_argument("--only", metavar="TEXT,TEXT", help="only methods whose name holds one of these")
     parser.add_argument("--quick", action="store_true", help="the first length, the first two errors, the main peers")
 
 
@@ -50,7 +51,9 @@ def main(options, record: Record) -> None:
     lengths, errors = options.length, options.errors
     if options.quick:
         lengths, errors = lengths[:1], errors[:2]
-    chosen = dict(list(OURS.items())[: 2 if options.quick else None])
+    chosen = {name: settings for name, settings in OURS.items() if _wanted(options, name)}
+    if options.quick:
+        chosen = dict(list(chosen.items())[:2])
     for name, settings in chosen.items():
         print(f"{name}: {_changes(settings)}")
     knobs: dict[tuple, float] = {}
@@ -59,7 +62,7 @@ def main(options, record: Record) -> None:
         with record.section("imports, arrays, exact rows"):
             built.start(building.of_ours(chosen.values()))
             rivals = _rivals()
-            built.start(_peers_tasks(rivals, lengths, options.quick))
+            built.start(_peers_tasks(rivals, lengths, options))
             for n in lengths:
                 with record.attempt(f"all of N={n}"):
                     runs.append(Run(options, n, rivals, chosen, knobs, record))
@@ -119,7 +122,7 @@ class Run:
     """One length: its arrays, the exact rows, the dense time that ratios are against, and the methods' sweeps."""
 
     def __init__(self, options, n: int, rivals, chosen: dict[str, Settings], knobs: dict, record: Record):
-        self.record, self.n, self.rivals, self.knobs = record, n, rivals, knobs
+        self.record, self.n, self.rivals, self.knobs, self.options = record, n, rivals, knobs, options
         self.arrays = ours.inputs(options.preset, n)
         problem = make_problem(*self.arrays, Settings())
         self.scale, self.pairs, self.flop = problem.scale, ours.causal_pairs(n), 4 * ours.DIM
@@ -134,7 +137,7 @@ class Run:
             import torch
 
             self.tensors = [torch.from_dlpack(x[0]) for x in self.arrays]
-            self.makers |= dict(rivals.sparse_peers(options.quick))
+            self.makers |= {name: make for name, make in rivals.sparse_peers(options.quick) if _wanted(options, name)}
 
     def dense_kernels(self) -> None:
         """Each dense kernel there is, checked and timed; the first is what ratios are against."""
@@ -142,15 +145,16 @@ class Run:
             self.record.case("every peer", *self.where, note="not measured: pip install torch", **self.same)
         else:
             for name, make in self.rivals.dense_peers(*self.tensors, self.scale).items():
-                with self.record.attempt(name, *self.where, catch=(Exception,)):
-                    self.dense(name, make())
+                if _wanted(self.options, name):
+                    with self.record.attempt(name, *self.where, catch=(Exception,)):
+                        self.dense(name, make())
         self.dense("s2o_cupy dense_attention", partial(s2o.dense_attention, *self.arrays, backend="cuda"))
 
     def dense(self, name: str, call: Callable[[], object]) -> None:
         """One dense kernel, its error checked before it is timed."""
         error = self.error(call())
         _allow(name, error)
-        time = on_device([call], 10, 1, least=2, enough=4 * ENOUGH)
+        time = on_device([call], 10, 0, least=2, enough=4 * ENOUGH)
         rate = time.rate(self.flop * self.pairs)
         self.baseline = self.baseline or (name, time.median)
         if name.startswith("cuDNN"):
@@ -217,14 +221,14 @@ class Run:
         if met:
             x, sparsity, error = met
             self.knobs[method.name, "density"] = x
-            time = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 1, enough=ENOUGH)
+            time = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 0, enough=ENOUGH)
             rate, note = time.rate(self.flop * self.pairs / sparsity), f"at our density for error {wanted}"
             self.say(method.name, time, 1 / sparsity, error, rate, note, kind="equal density", our_error=wanted)
 
     def timed(self, entry: Entry, x, kernel: Timing, density, error, **more) -> None:
         """Time the whole call at a knob and say it, with what its kernel alone would take at better rates."""
         method, dense_rate = entry.method, entry.dense_rate
-        time = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 1, enough=ENOUGH)
+        time = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 0, enough=ENOUGH)
         flop = self.flop * density * self.pairs
         selecting, share = time.median - kernel.median, kernel.rate(flop) / dense_rate
         note = f"{method.knob} {x:.3g}, all but the walk {selecting / time.median:.0%}"
@@ -292,6 +296,11 @@ def _rivals():
     return rivals
 
 
+def _wanted(options, name: str) -> bool:
+    """Whether `--only` leaves a method in."""
+    return not options.only or any(text in name for text in options.only.split(","))
+
+
 def _changes(settings: Settings) -> str:
     """Settings that are not the defaults."""
     plain = Settings().as_dict()
@@ -299,10 +308,12 @@ def _changes(settings: Settings) -> str:
     return ", ".join(changed) or "the defaults"
 
 
-def _peers_tasks(rivals, lengths, quick: bool) -> list[dict]:
+def _peers_tasks(rivals, lengths, options) -> list[dict]:
     """What `bench.building` is to build of the sparse peers; FlexAttention is compiled for each length."""
     found: list[dict] = []
-    for name, _ in rivals.sparse_peers(quick) if rivals else ():
+    for name, _ in rivals.sparse_peers(options.quick) if rivals else ():
+        if not _wanted(options, name):
+            continue
         at = [{"n": n} for n in lengths] if name == rivals.Flex.name else [{}]
         found += [{"task": "peer", "name": name} | where for where in at]
     return found

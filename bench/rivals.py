@@ -6,6 +6,7 @@ the output and the pairs it computed. A knob is above 0, and more of it is less 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -132,15 +133,13 @@ class Flex:
     """FlexAttention over a block mask: pooled blocks of keys in position order up to a share of their mass."""
 
     name, knob, span = "FlexAttention, pooled blocks", "1 - threshold", (1e-7, 0.999)
-    _compiled = None
 
     def __init__(self):
-        from torch.nn.attention.flex_attention import BlockMask, flex_attention
+        from torch.nn.attention.flex_attention import BlockMask
 
-        self.block_mask = BlockMask.from_kv_blocks
+        self.block_mask, self.attend = BlockMask.from_kv_blocks, _flex_attention()
         no_backward = "compute_q_blocks" in inspect.signature(self.block_mask).parameters
         self.options = {"compute_q_blocks": False} if no_backward else {}
-        Flex._compiled = Flex._compiled or torch.compile(flex_attention, dynamic=False)
 
     def rank(self, q, k, v, scale):
         return q, k, v, scale
@@ -162,8 +161,16 @@ class Flex:
 
     def walk(self, chosen):
         (q, k, v, scale), mask, counts = chosen
-        out = self._compiled(q[None], k[None], v[None], block_mask=mask, scale=scale, enable_gqa=True)[0]
+        out = self.attend(q[None], k[None], v[None], block_mask=mask, scale=scale, enable_gqa=True)[0]
         return out, partial(_pairs, q, counts, BLOCK)
+
+
+@functools.cache
+def _flex_attention() -> Callable:
+    """FlexAttention compiled: once for each length that it meets."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def sparse_peers(quick: bool = False) -> list[tuple[str, Callable]]:

@@ -173,3 +173,31 @@ def test_pooled_blocks_are_those_of_the_baseline(arrays):
     for h in range(HEADS):
         points = baselines.block_attention(q[h].cpu().numpy(), k[0].cpu().numpy(), v[0].cpu().numpy(), SCALE, (0.6,))
         assert (int(counts[h].sum()) * 128**2 + own) / (N * (N + 1) / 2) == pytest.approx(points.density[0])
+
+
+@pytest.mark.parametrize("loss", [0.4, 0.0])
+@pytest.mark.filterwarnings("ignore")  # PyTorch says that it was not compiled
+def test_flex_attention_attends_its_own_block_and_the_chosen_ones(arrays, monkeypatch, loss):
+    from bench import rivals
+
+    if DEVICE == "cpu" and loss:
+        pytest.skip("FlexAttention reads the blocks of a mask only where it is compiled: on a GPU")
+    rivals._flex_attention.cache_clear()
+    if DEVICE == "cpu":  # a compiler may be missing
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    q, k, v = arrays if DEVICE == "cpu" else (x.half() for x in arrays)
+    method = rivals.Flex()
+    chosen = method.choose(method.rank(q, k, v, SCALE), loss)
+    out, pairs = method.walk(chosen)
+    rivals._flex_attention.cache_clear()
+    taken, counts = selection.top_cdf_blocks(
+        q, k, 128, SCALE, torch.zeros(HEADS, dtype=torch.int64, device=DEVICE), 1 - loss
+    )
+    mask = torch.zeros(HEADS, N, N, dtype=torch.bool, device=DEVICE)
+    for h, row in np.ndindex(HEADS, N // 128):
+        for block in [row, *taken[h, row, : counts[h, row]].tolist()]:
+            mask[h, row * 128 : row * 128 + 128, block * 128 : block * 128 + 128] = True
+    mask &= torch.ones(N, N, dtype=torch.bool, device=DEVICE).tril()
+    assert relative(out, attended(q, k, v, mask)) < (1e-5 if DEVICE == "cpu" else 2e-3)
+    assert pairs() == int(mask.sum())
+    assert (pairs() == HEADS * N * (N + 1) // 2) == (loss == 0)
