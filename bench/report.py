@@ -221,7 +221,7 @@ def table_lengths(report: dict, n: int | None) -> list[str]:
     for wanted in errors:
         for case in fastest(report["cases"], wanted):
             row = rows.setdefault(case["n"], [f"{case['n']}", *(_digits(case.get(key)) for key in ("dense", "cudnn"))])
-            ranking = sum(part for stage, part in case["shares"].items() if stage in ("score", "remap"))
+            ranking = case["shares"].get("rank")
             how = case["name"].removeprefix("attention()").strip(", ") or "defaults"
             row.append(f"{_ms(case)}, {case['density']:.3f}" + (f", {ranking:.0%}, {how}" if ranking else ", dense"))
             row.append(f"{case['bytes'] / 2**30:.2f}")

@@ -26,7 +26,7 @@ from s2o_cupy.settings import Settings
 
 LENGTHS = tuple(2**power for power in range(10, 21))
 ERRORS = (0.05, 0.02)
-STAGES = ("score", "remap", "pool", "attend", "dense")
+STAGES = ("rank", "pool", "attend", "dense")
 ROWS = 256
 CUDNN = "cuDNN (PyTorch SDPA)"
 SETTINGS = {"attention()": Settings(), "attention(), S=512": ours.S512, "attention(), S=128 shared": ours.SHARED}

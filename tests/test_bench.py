@@ -258,7 +258,7 @@ def test_scaling_stops_where_the_time_ends_and_shares_add_up(small, monkeypatch,
     assert [(case["n"], case["path"]) for case in calls] == [(1024, "dense")] * 4 + [(4096, "ranked")] * 4
     for case in calls:
         assert sum(case["shares"].values()) == pytest.approx(1)
-        assert {"score", "remap", "attend"} <= set(case["shares"]) or case["path"] == "dense"
+        assert {"rank", "attend"} <= set(case["shares"]) or case["path"] == "dense"
         assert case["dense"] > 0
         assert case["cudnn"] is None
     assert "--seconds 300" in found["cases"][-1]["note"]
@@ -269,8 +269,8 @@ def test_long_scaling_goes_on_with_the_faster_settings_and_begins_on_a_part(smal
     monkeypatch.setattr(ours, "HEADS_Q", 6)
     monkeypatch.setattr(ours, "HEADS_KV", 3)
     monkeypatch.setattr(scaling, "cudnn", lambda *_: Missing())
-    monkeypatch.setattr(scaling, "SETTINGS", {"slow": Settings(segment=512), "fast": Settings(segment=128)})
-    for name, value in (("ALL_UPTO", 4096), ("PART_FROM", 4096), ("DENSE_UPTO", 4096), ("ERRORS", (0.05,))):
+    monkeypatch.setattr(scaling, "SETTINGS", {"slow": Settings(segment=256), "fast": Settings(segment=128)})
+    for name, value in (("ALL_UPTO", 4096), ("PART_FROM", 4096), ("DENSE_UPTO", 4096), ("ERRORS", (0.2,))):
         monkeypatch.setattr(scaling, name, value)
     heads, attention = [], scaling.s2o.attention
     monkeypatch.setattr(scaling.s2o, "attention", lambda q, *a, **k: heads.append(q.shape[1]) or attention(q, *a, **k))
@@ -279,7 +279,7 @@ def test_long_scaling_goes_on_with_the_faster_settings_and_begins_on_a_part(smal
     fastest = min(calls[:2], key=lambda case: case["time"]["median"])["name"]
     assert [(case["n"], case["name"]) for case in calls] == [(4096, "slow"), (4096, "fast"), (5120, fastest)]
     assert calls[-1]["dense"] is None
-    assert all(case["error"] <= 0.05 for case in calls)
+    assert all(case["error"] <= 0.2 for case in calls)
     assert heads[0] == 4  # two K/V heads of three
     assert heads[-1] == 6
 
@@ -473,8 +473,8 @@ def test_lengths_are_a_table_of_the_faster_settings():
     same = {"wanted": 0.05, "density": 0.25, "bytes": 2**30, "dense": 4.0, "cudnn": None, "dtype": "", "note": ""}
     cases = [
         same | {"name": "attention()", "n": 1024, "time": {"median": 3.0}, "shares": {"dense": 0.9, "between": 0.1}},
-        same | {"name": "attention()", "n": 2048, "time": {"median": 3.0}, "shares": {"score": 0.25, "remap": 0.1}},
-        same | {"name": "attention(), x", "n": 2048, "time": {"median": 2.0}, "shares": {"score": 0.2, "remap": 0.2}},
+        same | {"name": "attention()", "n": 2048, "time": {"median": 3.0}, "shares": {"rank": 0.35}},
+        same | {"name": "attention(), x", "n": 2048, "time": {"median": 2.0}, "shares": {"rank": 0.4}},
     ]
     lines = report.table_lengths({"cases": cases, "crossings": {"dense, error 0.05": 1024.0}}, None)
     assert lines[2:4] == ["| 1024 | 4 | - | 3, 0.250, dense | 1.00 |", "| 2048 | 4 | - | 2, 0.250, 40%, x | 1.00 |"]
