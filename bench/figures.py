@@ -58,7 +58,7 @@ def matched(report: dict, n: int):
     for i, name in enumerate(dict.fromkeys(case["name"] for case in cases if "wanted" in case)):
         points = sorted((c["wanted"], c["time"]["median"]) for c in cases if c["name"] == name and "wanted" in c)
         ours = name.startswith("s2o_cupy")
-        style = {"color": "black", "lw": 2.2} if ours else {"lw": 1.2}
+        style = {"color": "black", "lw": 2.2, "ls": LINES[i % len(LINES)]} if ours else {"lw": 1.2}
         axes.plot(*zip(*points, strict=True), marker=MARKS[i % len(MARKS)], label=name, **style)
     axes.set(xscale="log", yscale="log", xlabel="relative error of attention", ylabel="ms, ranking included")
     axes.set_title(f"N={n}, {_heads(cases)}, causal, on {report['machine'].get('gpu', '?')}")

@@ -33,6 +33,7 @@ OURS = {  # which is the fastest depends on the error and on the length: smaller
     "s2o_cupy, S=128 shared": ours.SHARED,
     "s2o_cupy, S=128": Settings(segment=128, block_k=128, rank_terms=7),
     "s2o_cupy precise": Settings.precise(),
+    "s2o_cupy precise, shared": Settings.precise(block_k=128, share_order=True),
 }
 
 
