@@ -15,7 +15,7 @@ HEADS_Q, HEADS_KV, DIM = 32, 8, 128  # of every synthetic case
 BASE = {"segment": 512, "block_k": 128, "pool": 256}  # fixed here, whatever the package's defaults are
 S512 = Settings(**BASE)
 # Small segments stop much sooner here; one order for the four query heads of a K/V head pays for them.
-SHARED = Settings(segment=128, block_k=128, share_order=True)
+SHARED = Settings(segment=128, block_k=128, rank_terms=7, share_order=True)
 
 
 def inputs(preset: str, n: int, seed: int = 0) -> list:

@@ -182,8 +182,16 @@ def table_faster(report: dict, n: int | None) -> list[str]:
     """Each method's time over ours at each error, at one length."""
     found = faster(report["cases"], n)
     errors = sorted({wanted for row in found.values() for wanted in row}, reverse=True)
-    rows = [[name, *(_number(row.get(e), 2) for e in errors)] for name, row in found.items()]
+    ours = {case["wanted"]: case for case in sorted(_ours(report, n), key=lambda case: -case["time"]["median"])}
+    rows = [["our fastest, ms", *(_ms(ours[e]) for e in errors)]] if errors else []
+    rows += [[name, *(_number(row.get(e), 2) for e in errors)] for name, row in found.items()]
     return markdown([f"N={n}, time over ours at error", *(f"{e:g}" for e in errors)], rows)
+
+
+def _ours(report: dict, n: int | None) -> list[dict]:
+    """Our timed cases at one length."""
+    cases = report["cases"]
+    return [case for case in cases if case.get("kind") == "ours" and case.get("time") and case["n"] == n]
 
 
 def table_cases(report: dict, n: int | None) -> list[str]:

@@ -433,6 +433,7 @@ def test_marked_tables_are_made_from_their_json(peers_json, tmp_path, monkeypatc
     (tmp_path / "x.md").write_text(text.format("faster", "stale\n") + text.format("matched", ""))
     assert run("report", "--update", tmp_path / "x.md") == 0
     new = (tmp_path / "x.md").read_text()
+    assert "| our fastest, ms | 1 | 2 |" in new
     assert "| cuDNN (PyTorch SDPA) | 10.00 | 5.00 |" in new
     assert "| S2O |  | 4, 0.200 | 8, 0.080 |" in new
     assert "stale" not in new
