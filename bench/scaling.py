@@ -51,16 +51,16 @@ def main(options, record: Record) -> None:
         built.wait()
     for n in sorted(options.length):
         left = options.seconds - (time.perf_counter() - start)
-        needed = last[1] * (n / last[0]) ** 2 if last else 0.0
+        needed = expected(last, n)
         if needed > left:
             note = f"not measured: about {needed:.0f} s, {left:.0f} of --seconds {options.seconds:.0f} left"
             record.case("scaling", ours.shape_text(n), note=note, n=n)
             continue
-        began = time.perf_counter()
+        began, dense = time.perf_counter(), 0.0
         with record.section(f"N={n}"), record.attempt("scaling", ours.shape_text(n)):
-            one_length(options.preset, n, taus, record)
-        first = n == min(options.length)  # it loads the kernels: its time says nothing
-        last = (n, 0.0 if first else time.perf_counter() - began)
+            dense = one_length(options.preset, n, taus, record)
+        if n > min(options.length):  # the first loads the kernels: its time says nothing
+            last = (n, time.perf_counter() - began - dense, dense)
     crossings = {}
     for wanted in ERRORS:
         calls = fastest(record.report["cases"], wanted)
@@ -73,19 +73,31 @@ def main(options, record: Record) -> None:
         print(f"  than {name}: {'not reached' if n is None else f'{n:.0f}'}")
 
 
-def one_length(preset: str, n: int, taus: dict, record: Record) -> None:
-    """Both errors at one length; `taus` goes in with the last length's knobs, and out with this one's."""
+def expected(last: tuple[int, float, float] | None, n: int) -> float:
+    """Seconds for a length, from the last one's without and with dense attention."""
+    if last is None:
+        return 0.0
+    before, sparse, dense = last
+    return (sparse + dense * (n <= DENSE_UPTO)) * (n / before) ** 2
+
+
+def one_length(preset: str, n: int, taus: dict, record: Record) -> float:
+    """Both errors at one length; `taus` goes in with the last length's knobs, and out with this one's.
+
+    Returns the seconds that the dense kernels took.
+    """
     arrays = ours.inputs(preset, n)
     p = make_problem(*arrays, Settings())
     where = (ours.shape_text(n), p.dtype)
     rows = sample_rows(n, ROWS, 0)
     exact = exact_rows(p, *arrays, rows).out[0].astype(np.float64)
+    began = time.perf_counter()
     rivals, dense = {"dense": None, "cudnn": None}, partial(s2o.dense_attention, *arrays, backend="cuda")
     if n <= DENSE_UPTO:
         rivals["dense"] = dense_time("s2o_cupy dense_attention", n, record, where, lambda: dense)
         rivals["cudnn"] = dense_time(CUDNN, n, record, where, partial(cudnn, arrays, p.scale))
 
-    earlier = record.report["cases"]
+    dense_seconds, earlier = time.perf_counter() - began, record.report["cases"]
     for wanted in ERRORS:
         best = fastest(earlier, wanted)[-1:] if n > ALL_UPTO else ()
         for name in [case["name"] for case in best] or SETTINGS:
@@ -109,6 +121,7 @@ def one_length(preset: str, n: int, taus: dict, record: Record) -> None:
                 path=path, settings=SETTINGS[name].as_dict(), **rivals,
                 ratio=rivals["dense"] / timed.median if rivals["dense"] else None,
             )  # fmt: skip
+    return dense_seconds
 
 
 def meet(attention, arrays, rows, exact, wanted: float, start: float | None, part_first: bool):

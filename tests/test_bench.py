@@ -198,6 +198,12 @@ def test_a_sweep_goes_no_further_than_its_least_work():
     assert (x, error) == (1.0, 0.01)
 
 
+def test_the_time_of_a_length_is_expected_from_the_last_one():
+    assert scaling.expected(None, 1024) == 0
+    assert scaling.expected((2**16, 3.0, 2.0), 2**17) == 20
+    assert scaling.expected((2**18, 3.0, 2.0), 2**19) == 12
+
+
 def test_a_crossing_lies_between_the_lengths_around_it():
     assert scaling.crossing([]) is None
     assert scaling.crossing([(1024, 0.5), (2048, 1.0)]) is None
