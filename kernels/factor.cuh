@@ -5,7 +5,7 @@
 //   moment  [lists, width, width]  float  sum of q q^T (raw), or the covariance itself (`centred`); null: mean rank
 //   rows    [lists, terms_rows, width]  T   the answer; rows past 1 + terms are zero
 //   mean    [lists, width]         float  scale * mean, written when `full`
-// tiled: how many segments an order head has, whose rows then lie as tiled.cuh says; 0: row after row.
+// tiled: how many segments an order head has, whose rows then lie as tiled.cuh says, dealt out; 0: row after row.
 // full: the answer is scale^2 / 2 times the covariance, width rows (score = sum_i (row_i . k + mean_i) k_i).
 // Else one step of subspace iteration from the `terms` axes of largest variance: basis = orth(cov[:, axes]), by the
 // Gram matrix of those columns, and a Cholesky factor of basis^T cov basis (any square root of it gives the same scores
@@ -92,7 +92,7 @@ __device__ __forceinline__ void make_factors(
     const int own_row = tiled ? (int)(list % tiled) * terms_rows : 0;
     rows += (tiled ? list / tiled * tiled_rows(tiled, terms_rows) : list * terms_rows) * width;
     auto write = [&](int r, int d, float x) {
-        rows[tiled ? tiled_place(own_row + r, d, width) : (long long)r * width + d] = to_element(x);
+        rows[tiled ? tiled_place(dealt_row(own_row + r), d, width) : (long long)r * width + d] = to_element(x);
     };
 
     if (full) {

@@ -10,6 +10,7 @@ static inline half_t float_to_half(float x) { return s2o_emulation::float_to_hal
 static inline half_t float_to_bfloat16(float x) { return s2o_emulation::float_to_half(x, 1); }
 static inline unsigned short float_to_score(float x) { return s2o_emulation::float_to_half(x, 0); }
 static inline float score_to_float(unsigned short x) { return s2o_emulation::half_to_float(x, 0); }
+static inline unsigned int pack_scores(float low, float high) { return float_to_score(low) | (unsigned int)float_to_score(high) << 16; }
 static inline unsigned int pack_halves(float low, float high) { return float_to_half(low) | (unsigned int)float_to_half(high) << 16; }
 #else
 __device__ __forceinline__ float half_to_float(half_t x) {
@@ -45,6 +46,12 @@ __device__ __forceinline__ half_t float_to_bfloat16(float x) {
 __device__ __forceinline__ unsigned short float_to_score(float x) {
     unsigned short y;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ unsigned int pack_scores(float low, float high) {
+    unsigned int y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
     return y;
 }
 

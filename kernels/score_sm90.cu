@@ -2,8 +2,8 @@
 // rate. Covariance factors of 8, 16, 32 or 64 rows a list, and the mixture's centres; head dims to 128. score.cu does the
 // rest.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
-//   rows     [order heads of the slab, chunks of 64, WIDTH]  T  mean query, then covariance factors; or centres: as
-//            tiled.cuh says
+//   rows     [order heads of the slab, chunks of 64, WIDTH]  T  mean query, then covariance factors, dealt out; or
+//            centres in order: as tiled.cuh says
 //   tiles    [K/V heads of the slab, chunks of 64, WIDTH]    T  keys as tiled.cuh says, from tile_keys; 0 past the last
 //   offset, partial: as in score.cu, over whole chunks of an order head
 //   history, starts, score: as in score.cu
@@ -63,26 +63,6 @@ __device__ __forceinline__ void multipliers_sync() { asm volatile("bar.sync 1, %
 // Rows of 128 bytes, 128-byte swizzle, 1024 bytes from 8 rows to the next.
 __device__ __forceinline__ unsigned long long descriptor(unsigned int address) {
     return (unsigned long long)((address & 0x3ffff) >> 4) | 1ull << 16 | (unsigned long long)(1024 >> 4) << 32 | 1ull << 62;
-}
-
-// Adds up the quad's shares of LISTS lists for two keys; lane `quad` ends with its own lists' sums in the first places.
-template <int LISTS>
-__device__ __forceinline__ void reduce_quad(float (&u)[LISTS][2]) {
-    const int quad = threadIdx.x & 3;
-    int held = LISTS;
-#pragma unroll
-    for (int step = 2; step; step /= 2) {
-        const int kept = held >= 2 ? held / 2 : 1;
-#pragma unroll
-        for (int j = 0; j < kept; ++j)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const bool upper = held >= 2 && quad & step;
-                const float mine = upper ? u[held / 2 + j][i] : u[j][i], other = held < 2 || upper ? u[j][i] : u[held / 2 + j][i];
-                u[j][i] = mine + __shfl_xor_sync(0xffffffffu, other, step);
-            }
-        held = kept;
-    }
 }
 
 // The shared memory of a block: stages of 64 rows, its own keys, what goes with a stage, barriers.
@@ -174,15 +154,16 @@ __device__ __forceinline__ void score_tile(
     load_keys<WIDTH>(a, layout.keys);
 
     const int key = first_key + warp * 16 + 2 * (lane / 4);
-    constexpr int EACH = LISTS >= 4 ? LISTS / 4 : 1;  // lists that a lane writes
-    const bool writes = LISTS >= 4 || quad % (4 / LISTS) == 0;
+    constexpr int EACH = PER_LIST < 16 ? 16 / PER_LIST : 1;  // lists of a lane,
+    constexpr int HELD = 16 / EACH;                          // rows of each: see dealt_row
+    const bool writes = PER_LIST <= 16 || quad % (PER_LIST / 16) == 0;  // the lane that has a list's first row
     for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
         const int turn = chunk - first_chunk;
         int stop[EACH];
         long long start[EACH];
 #pragma unroll
         for (int j = 0; j < EACH; ++j) {  // read long before they are needed
-            const int list = chunk * LISTS + (LISTS >= 4 ? EACH * quad + j : quad * LISTS / 4);
+            const int list = chunk * LISTS + quad * 16 / PER_LIST + j;
             stop[j] = list < segments ? history[list] : 0;
             start[j] = list < segments ? starts[list] : 0;
         }
@@ -190,23 +171,24 @@ __device__ __forceinline__ void score_tile(
         multiply<WIDTH>(c, a, layout, turn);
         if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
 
-        float u[LISTS][2];
 #pragma unroll
-        for (int j = 0; j < LISTS; ++j)
+        for (int j = 0; j < EACH; ++j) {
+            float u[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float sum = 0.f;
+                float even = 0.f, odd = 0.f;
 #pragma unroll
-                for (int n = 0; n < PER_LIST / 8; ++n) {
-                    const float x = c[4 * (j * PER_LIST / 8 + n) + 2 * h], y = c[4 * (j * PER_LIST / 8 + n) + 2 * h + 1];
-                    sum += (n == 0 && quad == 0 ? x : x * x) + y * y;
+                for (int n = j * HELD / 2; n < (j + 1) * HELD / 2; ++n) {
+                    const float x = c[4 * n + 2 * h], y = c[4 * n + 2 * h + 1];
+                    even += n == j * HELD / 2 && writes ? x : x * x;
+                    odd += y * y;
                 }
-                u[j][h] = sum;
-            }
-        reduce_quad<LISTS>(u);
+                u[h] = even + odd;
 #pragma unroll
-        for (int j = 0; j < EACH; ++j)
-            if (writes && key < stop[j]) *(unsigned int*)(scores + start[j] + key) = score_bits(u[j][0]) | (unsigned int)score_bits(u[j][1]) << 16;
+                for (int step = 1; step < PER_LIST / 16; step *= 2) u[h] += __shfl_xor_sync(0xffffffffu, u[h], step);
+            }
+            if (writes && key < stop[j]) *(unsigned int*)(scores + start[j] + key) = score_pair(u[0], u[1]);
+        }
     }
 }
 

@@ -9,6 +9,13 @@ __device__ __forceinline__ unsigned short score_bits(float x) {
     return float_to_score(x - x == 0.f ? clamped : x);  // infinities and NaN stay what they are
 }
 
+// Two of them, the first in the low half. Hardly any pair has to be looked at a second time.
+__device__ __forceinline__ unsigned int score_pair(float x, float y) {
+    const unsigned int bits = pack_scores(x, y);
+    const bool large = (bits & 0x7c00u) == 0x7c00u || (bits & 0x7c000000u) == 0x7c000000u;
+    return large ? score_bits(x) | (unsigned int)score_bits(y) << 16 : bits;
+}
+
 // The first list whose history reaches `first_key`, `segments` if none does: histories grow with the segment. The whole
 // block searches: a thread a history, or every few, then those between two of them.
 template <int THREADS>
