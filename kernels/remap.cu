@@ -133,21 +133,26 @@ __device__ __forceinline__ unsigned int max_halves(unsigned int x, unsigned int 
 // is not finite.
 __device__ __forceinline__ bool half_range(const score_t* scores, int n, float& low, float& high) {
     unsigned int least = 0x7c007c00u, greatest = 0xfc00fc00u;  // infinities
-#pragma unroll 8
-    for (int i = 8 * threadIdx.x; i < n / 8 * 8; i += 8 * blockDim.x) {
-        const uint4 x = *(const uint4*)(scores + i);
-        least = min_halves(min_halves(least, min_halves(x.x, x.y)), min_halves(x.z, x.w));
-        greatest = max_halves(max_halves(greatest, max_halves(x.x, x.y)), max_halves(x.z, x.w));
+    const int whole = n / 8 * 8;
+    for (int start = 8 * threadIdx.x; start - 8 * (int)threadIdx.x < whole; start += 64 * blockDim.x) {
+        uint4 x[8];  // all on their way at once, some of the last more than once
+#pragma unroll
+        for (int j = 0; j < 8; ++j) x[j] = *(const uint4*)(scores + min(start + 8 * j * (int)blockDim.x, whole - 8));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+            least = min_halves(min_halves(least, min_halves(x[j].x, x[j].y)), min_halves(x[j].z, x[j].w));
+            greatest = max_halves(max_halves(greatest, max_halves(x[j].x, x[j].y)), max_halves(x[j].z, x[j].w));
+        }
     }
     if (threadIdx.x < n % 8) {
-        const unsigned int x = scores[n / 8 * 8 + threadIdx.x] * 0x10001u;
+        const unsigned int x = scores[whole + threadIdx.x] * 0x10001u;
         least = min_halves(least, x), greatest = max_halves(greatest, x);
     }
     const float a = to_float((score_t)least), b = to_float((score_t)(least >> 16));
     const float c = to_float((score_t)greatest), d = to_float((score_t)(greatest >> 16));
     low = fminf(a, b), high = fmaxf(c, d);
     // A thread without scores keeps the infinities it started with.
-    return 8 * threadIdx.x >= n / 8 * 8 && threadIdx.x >= n % 8 || low - low == 0.f && c - c == 0.f && d - d == 0.f;
+    return n < 8 && threadIdx.x >= n || low - low == 0.f && c - c == 0.f && d - d == 0.f;
 }
 #endif
 
@@ -200,11 +205,13 @@ struct Window {
 };
 
 // Deals out those of a warp's keys [first, last) that the window takes (ALL: every key): each to its place less the
-// window's base, as its number less `origin`. `next_place` is where each bin's next key of this warp goes.
+// window's base, as its number less `origin`. `next_place` is where each bin's next key of this warp goes. The others
+// count too, a lane in its own of 32 counters `refused` that stay below any place: an atomic under a condition would be a
+// branch, which takes longer.
 template <bool SPECIAL, bool ALL>
 __device__ __forceinline__ void deal(
-    const score_t* scores, int first, int last, const Scale& scale, const Window& window, int* next_place, int origin,
-    unsigned short* places) {
+    const score_t* scores, int first, int last, const Scale& scale, const Window& window, int* next_place, int* refused,
+    int origin, unsigned short* places) {
     const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
     const unsigned int bins = window.last_bin - window.first_bin;
     auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
@@ -213,9 +220,8 @@ __device__ __forceinline__ void deal(
         for (int j = 0; j < AHEAD; ++j) bin[j] = bin_of<SPECIAL>(x[j], scale);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            place[j] = -1;
-            if (inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) <= bins))
-                place[j] = take_one(next_place, bin[j]) - window.base + STEP;
+            const bool wanted = inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) <= bins);
+            place[j] = take_one(wanted ? next_place : refused, wanted ? bin[j] : lane) - window.base + STEP;
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j)
@@ -270,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int segments,
     int levels, int window_size, int most_planes) {
     extern __shared__ int shared[];
-    __shared__ int first_bin, last_bin, before, behind;
+    __shared__ int first_bin, last_bin, before, behind, refused[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
     const int s = segments - 1 - blockIdx.x;  // the longest lists first
     const int n = history[s], bins = levels + 2, words = (window_size + 2 * STEP) / 32 + 1;
@@ -294,6 +300,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     const int first = min(warp * run, n), last = min(first + run, n), group_keys = group_warps * run;
 
     for (int i = threadIdx.x; i < (1 + most_planes) * words + warps * bins; i += threads) heads[i] = 0;
+    if (warp == 0) refused[lane] = 1 << 31;
     const Scale scale = scale_of(scores, n, levels);
     auto count = [&](auto special) {
         constexpr bool SPECIAL = special();
@@ -343,50 +350,48 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
         const Window window = {base, size, first_bin, last_bin};
         choose(scale.special, size == n, [&](auto special, auto all) {
             const int origin = warp / group_warps * group_keys;
-            deal<special(), all()>(scores, first, last, scale, window, mine, origin, places + skew - STEP);
+            deal<special(), all()>(scores, first, last, scale, window, mine, refused, origin, places + skew - STEP);
         });
         __syncthreads();
 
         for (bool sorted = false; !sorted;) {
             bool disordered = false;
-            auto write = [&](unsigned int i, auto whole) {  // 8 places, all of them in the window where `whole`
-                const uint4 packed = *(const uint4*)(places + i);
-                const unsigned int pairs[4] = {packed.x, packed.y, packed.z, packed.w};
-                const unsigned int starting = ((const unsigned char*)heads)[i / 8];
-                const int from = whole() ? 0 : skew + before - (int)i, to = whole() ? 8 : skew + behind - (int)i;
-                int key[9] = {places[i ? i - 1 : 0]};
+            auto write = [&](unsigned int i, auto whole) {  // 4 places, all of them in the window where `whole`
+                const uint2 packed = *(const uint2*)(places + i);
+                const unsigned int starting = ((const unsigned char*)heads)[i / 8] >> i % 8;
+                const int from = whole() ? 0 : skew + before - (int)i, to = whole() ? 4 : skew + behind - (int)i;
+                int key[5] = {places[i ? i - 1 : 0], (int)(packed.x & 0xffff), (int)(packed.x >> 16), (int)(packed.y & 0xffff), (int)(packed.y >> 16)};
                 int falls = 0;  // negative where a key is smaller than the one before it
 #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    key[j + 1] = (int)(pairs[j / 2] >> 16 * (j % 2) & 0xffff);
+                for (int j = 0; j < 4; ++j) {
                     const int fall = key[j + 1] - key[j] & ~(starting << 31 - j);
                     if (whole() || (j >= from && j < to)) falls |= fall;
                 }
                 disordered |= falls < 0;
 #pragma unroll 1
                 for (int plane = 0; plane < planes; ++plane) {
-                    const unsigned int top = ((const unsigned char*)(tops + plane * words))[i / 8];
+                    const unsigned int top = ((const unsigned char*)(tops + plane * words))[i / 8] >> i % 8;
                     const int more = group_keys << plane;
 #pragma unroll
-                    for (int j = 0; j < 8; ++j)
+                    for (int j = 0; j < 4; ++j)
                         if (top & 1u << j) key[j + 1] += more;
                 }
                 int* const at = out + base + ((int)i - skew);
                 if (whole()) {
-#pragma unroll
-                    for (int j = 0; j < 8; j += 4) {
-                        const unsigned int a = key[j + 1], b = key[j + 2], c = key[j + 3], d = key[j + 4];
-                        *(uint4*)(at + j) = {a, b, c, d};
-                    }
+                    const unsigned int a = key[1], b = key[2], c = key[3], d = key[4];
+                    *(uint4*)at = {a, b, c, d};
                 } else {
-                    for (int j = 0; j < 8; ++j)
+                    for (int j = 0; j < 4; ++j)
                         if ((int)i + j >= skew && (int)i + j < skew + size) at[j] = key[j + 1];
                 }
             };
-            for (int i = (skew + before) / 8 * 8 + 8 * threadIdx.x; i < skew + behind; i += 8 * threads) {
-                if (i >= skew && i + 8 <= skew + size) write(i, Flag<true>());
-                else write(i, Flag<false>());
-            }
+            // A warp writes 512 bytes in a row, twice.
+            for (int first_place = (skew + before) / 8 * 8 + 256 * warp + 4 * lane; first_place < skew + behind; first_place += 256 * warps)
+#pragma unroll
+                for (int i = first_place; i < first_place + 256; i += 128) {
+                    if (i >= skew && i + 4 <= skew + size) write(i, Flag<true>());
+                    else if (i < skew + behind) write(i, Flag<false>());
+                }
             sorted = !__syncthreads_or(disordered);
             for (bool moved = !sorted; moved;) {  // odd-even transposition inside the bins
                 moved = false;
