@@ -97,9 +97,10 @@ class Tape:
 
     def pack(self) -> None:
         """End the recording: lay out the workspace, each place and scalar once, and their addresses by launch."""
+        steps = [step for step in self._steps if step]
         self.nbytes = self.zeroed + self._most
         self.offsets = [room.offset + (0 if room.zeroed else self.zeroed) for room in self.rooms]
-        keys = [_key(x) for step in self._steps for _, arguments in step for x in arguments]
+        keys = [_key(x) for step in steps for _, arguments in step for x in arguments]
         self._places = list(dict.fromkeys(key for key in keys if isinstance(key, tuple)))
         scalars = list(dict.fromkeys(key for key in keys if isinstance(key, bytes)))
         slots = {key: slot for slot, key in enumerate([*self._places, *scalars])}
@@ -108,7 +109,7 @@ class Tape:
         self._write = struct.Struct(f"{len(self._places)}Q").pack_into
         self._addresses = self._values.ctypes.data + 8 * np.array([slots[key] for key in keys], np.uint64)
         start, self._ready = self._addresses.ctypes.data, []
-        for step in self._steps:
+        for step in steps:
             self._ready.append([])
             for launch, arguments in step:
                 self._ready[-1].append((launch, start))
@@ -122,7 +123,7 @@ class Tape:
                 self._write(self._values, 0, *[addresses[index] + offset for index, offset in self._places])
                 for launch, arguments in launches:
                     launch(stream, arguments, 0)
-            if after is not None and launches:
+            if after is not None:
                 after(number)
 
 
