@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from s2o_cupy import arrays, backends, planning
@@ -14,6 +15,22 @@ from s2o_cupy.settings import Settings, as_settings, integer
 WORKSPACE = 2**30
 
 
+def _explaining_memory(call):
+    """Tells a `MemoryError` of NumPy or CuPy what it was for and what takes less."""
+
+    @functools.wraps(call)
+    def explained(q, k, *others, **named):
+        try:
+            return call(q, k, *others, **named)
+        except MemoryError as error:
+            what = f"{call.__name__}() of q {tuple(q.shape)} and k {tuple(k.shape)}, {q.dtype}"
+            error.add_note(f"{what}: a smaller cap or workspace, a smaller batch, or fewer heads at a time take less")
+            raise
+
+    return explained
+
+
+@_explaining_memory
 def attention(
     q,
     k,
@@ -96,6 +113,7 @@ def attention(
     return call.answer("ranked", settings)
 
 
+@_explaining_memory
 def dense_attention(
     q,
     k,
@@ -129,6 +147,7 @@ def dense_attention(
     return call.answer("dense", None)
 
 
+@_explaining_memory
 def plan(
     q,
     k,
@@ -162,6 +181,7 @@ def plan(
     return planning.make_plan(problem, *four, backends.get(backend, named))
 
 
+@_explaining_memory
 def attend(
     q,
     k,

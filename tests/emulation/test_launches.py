@@ -173,6 +173,25 @@ def test_progress_and_the_workspace_of_several_steps(cuda, monkeypatch):
     assert taken[1] < taken[0] / 4
 
 
+def test_too_little_memory_names_the_sizes_and_what_takes_less(cuda, monkeypatch):
+    class OutOfMemoryError(MemoryError):
+        """As CuPy's."""
+
+    def alloc(nbytes):
+        raise OutOfMemoryError(f"Out of memory allocating {nbytes} bytes")
+
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "alloc", alloc)
+    arrays = call_arrays()
+    plan = s2o.Plan.from_arrays(arrays["q"], arrays["k"], kv_order=arrays["q"], kv_offsets=arrays["q"], validate=False)
+    plan.kv_offsets.reshape = lambda *shape: Array((4, 33), np.int64)
+    for name, call in (("attention", s2o.attention), ("attend", lambda **x: s2o.attend(**x, plan=plan))):
+        with pytest.raises(OutOfMemoryError, match="Out of memory allocating") as found:
+            call(**arrays)
+        (note,) = found.value.__notes__
+        assert note.startswith(f"{name}() of q (1, 4, 8192, 128) and k (1, 2, 8192, 128), bfloat16: a smaller cap or")
+    assert Kernel.launched.count("attend_sm90") == 0
+
+
 def test_arrays_in_two_places_are_refused(cuda):
     arrays = call_arrays()
     arrays["v"].device = "another GPU"
