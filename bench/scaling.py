@@ -20,6 +20,7 @@ from bench.faster import fastest
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import on_device
+from s2o_cupy import planning
 from s2o_cupy.exact import exact_rows, sample_rows
 from s2o_cupy.problem import make_problem
 from s2o_cupy.settings import Settings
@@ -191,12 +192,15 @@ def stage_shares(call) -> tuple[dict[str, float], int]:
 
 @contextmanager
 def timed_stages() -> Iterator[list]:
-    """Within, every stage of the CUDA backend leaves (name, event before, event after) in the list."""
+    """Within, every stage of the CUDA backend leaves (name, event before, event after) in the list.
+
+    Calls then go stage by stage, where the backend would launch all of one at once.
+    """
     import cupy
 
     from s2o_cupy.backends import cuda
 
-    spans, stages = [], {name: getattr(cuda, name) for name in STAGES}
+    spans, stages = [], {name: getattr(cuda, name) for name in (*STAGES, "ranked")}
 
     def timed(name):
         def run(*arguments, **options):
@@ -210,8 +214,9 @@ def timed_stages() -> Iterator[list]:
         return run
 
     try:
-        for name in stages:
+        for name in STAGES:
             setattr(cuda, name, timed(name))
+        cuda.ranked = partial(planning.ranked, cuda)
         yield spans
     finally:
         for name, stage in stages.items():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import s2o_cupy as s2o
+from bench.scaling import timed_stages
 from s2o_cupy import backends, planning
 from s2o_cupy.backends._tape import Place
 from s2o_cupy.iterate import emulation as run
@@ -171,6 +172,18 @@ def test_progress_and_the_workspace_of_several_steps(cuda, monkeypatch):
     assert all(a < b for (a, _, _), (b, _, _) in itertools.pairwise(said[1:]))
     assert said[-1][0] == 64
     assert taken[1] < taken[0] / 4
+
+
+def test_stages_of_a_call_can_be_timed_one_by_one(cuda, monkeypatch):
+    monkeypatch.setattr(backends, "cuda", cuda)  # what an import from the package finds
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "Event", lambda: SimpleNamespace(record=lambda: None), raising=False)
+    with timed_stages() as spans:
+        s2o.attention(**call_arrays())
+    assert [name for name, *_ in spans] == ["pool", "rank", "attend"]
+    together = list(Kernel.launched)
+    s2o.attention(**call_arrays())
+    assert Kernel.launched == 2 * together
+    assert len(spans) == 3
 
 
 def test_too_little_memory_names_the_sizes_and_what_takes_less(cuda, monkeypatch):
