@@ -90,23 +90,33 @@ def status() -> dict[str, tuple[bool, str]]:
 
 
 @cache
-def _cuda_status() -> tuple[bool, str]:
+def _gpu() -> tuple[int, str]:
+    """Compute capability (75 for 7.5) and name of the current GPU; 0 and what is wrong where none can be used."""
     try:
         import cupy
     except ImportError:
-        return False, f"CuPy is missing: {_INSTALL}"
+        return 0, f"CuPy is missing: {_INSTALL}"
     runtime = cupy.cuda.runtime
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
-        return False, f"no usable CUDA device or driver: {error}"
+        return 0, f"no usable CUDA device or driver: {error}"
     if not count:
-        return False, "no CUDA device"
-    capability = int(cupy.cuda.Device().compute_capability)
-    name = runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+        return 0, "no CUDA device"
+    device = cupy.cuda.Device()
+    name = runtime.getDeviceProperties(device.id)["name"].decode()
+    return int(device.compute_capability), f"{name} ({count} device{'s' * (count > 1)})"
+
+
+@cache
+def _cuda_status() -> tuple[bool, str]:
+    capability, gpu = _gpu()
+    if not capability:
+        return False, gpu
     if capability < 80:
-        return False, f"{name} has compute capability {capability / 10}; the kernels need 8.0"
-    return True, f"raw CUDA kernels, CuPy arrays, on {name} ({count} device{'s' * (count > 1)})"
+        why = "the raw kernels need 8.0; backend='numba' serves older GPUs"
+        return False, f"{gpu} has compute capability {capability / 10}; {why}"
+    return True, f"raw CUDA kernels, CuPy arrays, on {gpu}"
 
 
 @cache
@@ -119,5 +129,5 @@ def _numba_status() -> tuple[bool, str]:
         return False, f"CuPy is missing: {_INSTALL}; or set NUMBA_ENABLE_CUDASIM=1 for the simulator"
     if not importlib.util.find_spec("numba_cuda"):
         return False, f"numba-cuda is missing: {_INSTALL}"
-    works, why = _cuda_status()
-    return works, why.replace("raw CUDA kernels", "Numba CUDA kernels")
+    capability, gpu = _gpu()
+    return (True, f"Numba CUDA kernels, CuPy arrays, on {gpu}") if capability else (False, gpu)
