@@ -1,8 +1,8 @@
 // factor.cuh: stage 1, second part. The rows whose products with a key make its score: the mean query, then the
 // factors of the segment's covariance, scaled so that score = row0 . k + sum_i (row_i . k)^2.
-//   sum     [lists, width]         float  sum of the segment's finite queries
-//   count   [lists]                int32  how many
-//   moment  [lists, width, width]  float  sum of q q^T (raw), or the covariance itself (`centred`); null: mean rank
+//   sum     [width]                float  sum of the segment's finite queries
+//   count                          int32  how many
+//   moment  [width, pitch]         float  sum of q q^T (raw), or the covariance itself (`centred`); not read: mean rank
 //   rows    [lists, terms_rows, width]  T   the answer; rows past 1 + terms are zero
 //   mean    [lists, width]         float  scale * mean, written when `full`
 // tiled: how many segments an order head has, whose rows then lie as tiled.cuh says, dealt out; 0: row after row.
@@ -12,14 +12,14 @@
 // as its eigenvectors). The Gram matrix squares the columns' condition, so it and what is made of it are double.
 // A block waits more than it computes: every loop of one step after another runs over columns of a terms x terms matrix,
 // with one barrier a step, and all else is a number a thread.
-// staged: the moment is read into shared memory first (width a multiple of 4).
+// moment, the block's own list's, may lie at the start of its shared memory: `held` bytes of that are not to be used.
 // T is float16 or bfloat16 (IS_BF16), or REAL.
-// grid lists   block 256   shared memory: layout below; specialisations.factor_shared_bytes
+// grid lists, in one or two axes   block THREADS   shared memory: layout below; specialisations.factor_shared_bytes
 #pragma once
 #include "tiled.cuh"
 #include "elements.cuh"
 
-constexpr int FACTOR_THREADS = 256;
+constexpr int FACTOR_THREADS = 256;  // of `factor` alone
 constexpr int BLOCK = 8;  // terms that go through registers together
 
 #ifndef S2O_EMULATION
@@ -51,20 +51,14 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+template <int THREADS>
 __device__ __forceinline__ void make_factors(
-    double* shared_memory,
-    const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
+    char* shared_memory, int held, const float* sum, int n, const float* moment, int pitch,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, int tiled, int staged, float scale) {
+    int centred, int full, int tiled, float scale) {
     const int group = terms <= 8 ? 8 : 16, stride = (terms + group - 1) / group * group + 4;
     const int padded = (terms + BLOCK - 1) / BLOCK * BLOCK, pairs = triangle(terms, 0), all_pairs = triangle(padded, 0);
-    if (staged) {  // the whole matrix comes at once, before anything waits for a part of it
-        float4* to = (float4*)shared_memory;
-        const float4* from = (const float4*)(moment + (long long)blockIdx.x * width * width);
-#pragma unroll 8
-        for (int i = threadIdx.x; i < width * width / 4; i += FACTOR_THREADS) to[i] = from[i];
-    }
-    double* gram = shared_memory + (staged ? width * width / 2 : 0);  // [all_pairs], later the pivots of its elimination
+    double* gram = (double*)(shared_memory + held);      // [all_pairs], later the pivots of its elimination
     double* inverse = gram + all_pairs;                  // [all_pairs]: L^-1 of gram = L D L^T
     float* image = (float*)gram;                         // [width][group + 4], once those two are done with
     float* basis = image + max(4 * all_pairs, width * (group + 4));  // [width][stride]
@@ -75,17 +69,14 @@ __device__ __forceinline__ void make_factors(
     float* root = shift + padded;                        // [padded]
     int* axes = (int*)(root + padded);                   // [terms]
     unsigned short* place = (unsigned short*)(axes + terms);  // [pairs]: row and column of a place in a triangle
-    const long long list = blockIdx.x;
+    const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    const int n = count[list];
     const float share = n ? 1.f / n : 0.f;
-    sum += list * width;
-    const float* matrix = staged ? (const float*)shared_memory : moment + list * width * width;  // not restrict: written here
-    if (full || terms == 0) mean = (float*)shared_memory;
-    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) mean[d] = sum[d] * share;
+    if (full || terms == 0) mean = (float*)(shared_memory + held);
+    for (int d = threadIdx.x; d < width; d += THREADS) mean[d] = sum[d] * share;
     __syncthreads();
     auto covariance = [&](int i, int j) {
-        const float raw = matrix[(long long)i * width + j];
+        const float raw = moment[(long long)i * pitch + j];
         return centred ? raw : raw * share - mean[i] * mean[j];
     };
 
@@ -96,21 +87,21 @@ __device__ __forceinline__ void make_factors(
     };
 
     if (full) {
-        for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) mean_out[list * width + d] = scale * mean[d];
-        for (int i = threadIdx.x; i < width * width; i += FACTOR_THREADS)
+        for (int d = threadIdx.x; d < width; d += THREADS) mean_out[list * width + d] = scale * mean[d];
+        for (int i = threadIdx.x; i < width * width; i += THREADS)
             write(i / width, i % width, scale * scale / 2 * covariance(i / width, i % width));
         return;
     }
-    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) write(0, d, scale * mean[d]);
-    for (int i = (1 + terms) * width + threadIdx.x; i < terms_rows * width; i += FACTOR_THREADS) write(i / width, i % width, 0.f);
+    for (int d = threadIdx.x; d < width; d += THREADS) write(0, d, scale * mean[d]);
+    for (int i = (1 + terms) * width + threadIdx.x; i < terms_rows * width; i += THREADS) write(i / width, i % width, 0.f);
     if (terms == 0) return;
 
     // The axes of largest variance, ties by smaller axis: as many axes as go before this one.
-    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS) variance[d] = d < dim ? fmaxf(covariance(d, d), 0.f) : -1.f;
-    for (int i = threadIdx.x; i < terms; i += FACTOR_THREADS)
+    for (int d = threadIdx.x; d < width; d += THREADS) variance[d] = d < dim ? fmaxf(covariance(d, d), 0.f) : -1.f;
+    for (int i = threadIdx.x; i < terms; i += THREADS)
         for (int j = 0; j <= i; ++j) place[triangle(i, j)] = (unsigned short)(i << 8 | j);
     __syncthreads();
-    for (int d = threadIdx.x; d < dim; d += FACTOR_THREADS) {
+    for (int d = threadIdx.x; d < dim; d += THREADS) {
         const float mine = variance[d];
         int before = 0;
 #pragma unroll 8
@@ -118,7 +109,7 @@ __device__ __forceinline__ void make_factors(
         if (before < terms) axes[before] = d;
     }
     __syncthreads();
-    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS)
+    for (int d = threadIdx.x; d < width; d += THREADS)
 #pragma unroll 4
         for (int t = 0; t < stride; t += 4) {
             float x[4];
@@ -126,10 +117,10 @@ __device__ __forceinline__ void make_factors(
             for (int i = 0; i < 4; ++i) x[i] = t + i < terms ? covariance(axes[t + i], d) : 0.f;
             *(float4*)(basis + d * stride + t) = make_float4(x[0], x[1], x[2], x[3]);
         }
-    for (int p = threadIdx.x; p < all_pairs; p += FACTOR_THREADS) inverse[p] = 0, ritz[p] = 0.f;
+    for (int p = threadIdx.x; p < all_pairs; p += THREADS) inverse[p] = 0, ritz[p] = 0.f;
     __syncthreads();
 
-    for (int tile = warp; tile < triangle(padded / 8, 0); tile += FACTOR_THREADS / 32) {
+    for (int tile = warp; tile < triangle(padded / 8, 0); tile += THREADS / 32) {
         int down = 0;
         while (triangle(down + 1, 0) <= tile) ++down;
         const int right = tile - triangle(down, 0), i = 8 * down + lane / 4, j = 8 * right + 2 * (lane % 4);
@@ -146,19 +137,19 @@ __device__ __forceinline__ void make_factors(
     }
     __syncthreads();
     // Columns of length 1: pivots are then shares of what a column was.
-    for (int t = threadIdx.x; t < padded; t += FACTOR_THREADS) {
+    for (int t = threadIdx.x; t < padded; t += THREADS) {
         const float square = (float)gram[triangle(t, t)];
         inverse[triangle(t, t)] = 1;
         shift[t] = square > 0.f ? rsqrtf(square) : 0.f;
     }
     __syncthreads();
-    for (int p = threadIdx.x; p < pairs; p += FACTOR_THREADS) gram[p] *= (double)shift[place[p] >> 8] * shift[place[p] & 255];
+    for (int p = threadIdx.x; p < pairs; p += THREADS) gram[p] *= (double)shift[place[p] >> 8] * shift[place[p] & 255];
     __syncthreads();
     // Elimination, the same row operations on the identity. A column that depends on those before it counts for nothing.
     for (int j = 0; j < terms; ++j) {
         const double pivot = gram[triangle(j, j)], near = 1.f / (float)pivot;
         const double scaled = pivot > 1e-10 ? near * (2 - pivot * near) : 0;
-        for (int p = threadIdx.x; p < pairs; p += FACTOR_THREADS) {
+        for (int p = threadIdx.x; p < pairs; p += THREADS) {
             const int i = place[p] >> 8, c = place[p] & 255;
             if (i <= j) continue;
             const double part = gram[triangle(i, j)] * scaled;
@@ -167,12 +158,12 @@ __device__ __forceinline__ void make_factors(
         }
         __syncthreads();
     }
-    for (int t = threadIdx.x; t < padded; t += FACTOR_THREADS) {
+    for (int t = threadIdx.x; t < padded; t += THREADS) {
         const float pivot = t < terms ? (float)gram[triangle(t, t)] : 0.f;
         root[t] = pivot > 1e-10f ? rsqrtf(pivot) : 0.f;
     }
     __syncthreads();
-    for (int d = threadIdx.x; d < width; d += FACTOR_THREADS)
+    for (int d = threadIdx.x; d < width; d += THREADS)
         for (int last = padded - BLOCK; last >= 0; last -= BLOCK) {  // from the last on: they read those before them
             double x[BLOCK] = {};
             for (int first = 0; first <= last; first += BLOCK) {
@@ -191,7 +182,7 @@ __device__ __forceinline__ void make_factors(
         }
     __syncthreads();
 
-    for (int t = warp; t < padded; t += FACTOR_THREADS / 32) {
+    for (int t = warp; t < padded; t += THREADS / 32) {
         float x = 0.f;
         for (int d = lane; d < width; d += 32) x += mean[d] * basis[d * stride + t];
         x = warp_sum(x);
@@ -200,14 +191,14 @@ __device__ __forceinline__ void make_factors(
     __syncthreads();
     for (int first = 0; first < terms; first += group) {
         // The covariance times some rows of the basis, eight to a thread.
-        for (int i = threadIdx.x; i < width * (group / BLOCK); i += FACTOR_THREADS) {
+        for (int i = threadIdx.x; i < width * (group / BLOCK); i += THREADS) {
             const int d = i % width, t0 = i / width * BLOCK;
-            const float* column = matrix + d;
+            const float* column = moment + d;
             const float* row = basis + first + t0;
             float x[BLOCK] = {};
 #pragma unroll 4
             for (int e = 0; e < dim; ++e) {
-                const float c = column[(long long)e * width];
+                const float c = column[(long long)e * pitch];
                 float y[BLOCK];
                 load_block(y, row + e * stride);
 #pragma unroll
@@ -218,7 +209,7 @@ __device__ __forceinline__ void make_factors(
             store_block(image + d * (group + 4) + t0, x);
         }
         __syncthreads();
-        for (int start = 0; start < 2 * pairs; start += FACTOR_THREADS) {  // two threads to a product, neighbours
+        for (int start = 0; start < 2 * pairs; start += THREADS) {  // two threads to a product, neighbours
             const int p = min((start + (int)threadIdx.x) / 2, pairs - 1), i = place[p] >> 8, j = (place[p] & 255) - first;
             const bool mine = start + (int)threadIdx.x < 2 * pairs && j >= 0 && j < group;
             float x = 0.f;
@@ -237,13 +228,13 @@ __device__ __forceinline__ void make_factors(
     for (int j = 0; j < terms; ++j) {
         const float pivot = ritz[triangle(j, j)], scaled = pivot > 1e-6f * largest ? 1.f / pivot : 0.f;
         if (threadIdx.x == 0) root[j] = scaled > 0.f ? scale * 0.70710678118654752f * rsqrtf(pivot) : 0.f;
-        for (int p = threadIdx.x; p < pairs; p += FACTOR_THREADS) {
+        for (int p = threadIdx.x; p < pairs; p += THREADS) {
             const int i = place[p] >> 8, c = place[p] & 255;
             if (c > j) ritz[p] -= ritz[triangle(i, j)] * scaled * ritz[triangle(c, j)];
         }
         __syncthreads();
     }
-    for (int i = threadIdx.x; i < width * (padded / BLOCK); i += FACTOR_THREADS) {
+    for (int i = threadIdx.x; i < width * (padded / BLOCK); i += THREADS) {
         const int d = i % width, first = i / width * BLOCK;
         float x[BLOCK] = {};
         for (int last = first; last < terms; last += BLOCK) {

@@ -8,8 +8,9 @@
 // moments_64, _128, _256, by WIDTH: the queries pass once through shared memory, chunk by chunk; a warp has 32 rows of
 // the moment and half its columns, and sums of columns are products with a row of ones. A row that is not finite shows
 // in them at the end; only then the block starts again and looks at every number.
+// factors_64, _128: the same, and what factor.cuh makes of it, in one block, where moment and factors fit its shared memory.
 // grid (segments of the slab, order heads of the slab, WIDTH / 128, 1 when moment is null)   block min(WIDTH, 128) * 2
-// shared memory 64 * WIDTH * 2 bytes a stage: 4 stages, 3 at WIDTH 256
+// shared memory 64 * WIDTH * 2 bytes a stage: 4 stages, 3 at WIDTH 256; factors: specialisations.factors_shared_bytes
 // factor, and centres for the mixture rank: see factor.cuh, centres.cuh   macros IS_BF16
 #include "centres.cuh"
 #include "factor.cuh"
@@ -34,21 +35,49 @@ __device__ int drop_rows(unsigned int chunk, int present, int* bad) {
     return __syncthreads_count(threadIdx.x < present && threadIdx.x < CHUNK_ROWS && bad[threadIdx.x % CHUNK_ROWS]);
 }
 
+// What a warp holds of a list's sums: 32 rows of the moment and half its columns, and the columns that it adds up.
+template <int WIDTH>
+struct Moments {
+    static constexpr int BLOCK_ROWS = WIDTH < 128 ? WIDTH : 128, THREADS = 2 * BLOCK_ROWS;
+    static constexpr int DOWN = BLOCK_ROWS / 32;       // warps over the rows of the moment, two over its columns
+    static constexpr int N_TILES = WIDTH / 16;         // of a warp
+    static constexpr int SUM_TILES = N_TILES / DOWN;   // of those, the ones whose columns the warp sums
+    float c[2][N_TILES][4], column[SUM_TILES][4];
+    int count;  // finite queries
+
+    __device__ __forceinline__ int down() const { return threadIdx.x / 64; }
+    __device__ __forceinline__ int right() const { return threadIdx.x / 32 % 2; }
+    // All rows of the ones' product are alike: the first four lanes of a warp write them.
+    __device__ __forceinline__ void write_sums(float* to) const {
+        const int lane = threadIdx.x & 31;
+        to += (right() * N_TILES + down() * SUM_TILES) * 8 + 2 * lane;
+        if (lane < 4)
+#pragma unroll
+            for (int n = 0; n < SUM_TILES; ++n) *(float2*)(to + 8 * n) = make_float2(column[n][0], column[n][1]);
+    }
+    __device__ __forceinline__ void write_moment(float* to, int pitch) const {
+        const int lane = threadIdx.x & 31;
+        to += (down() * 32 + lane / 4) * pitch + right() * N_TILES * 8 + 2 * (lane % 4);
+#pragma unroll
+        for (int m = 0; m < 4; ++m)
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) *(float2*)(to + 8 * m * pitch + 8 * n) = make_float2(c[m / 2][n][m % 2 * 2], c[m / 2][n][m % 2 * 2 + 1]);
+    }
+};
+
+// Adds up a list's queries, and their moment if `squares`.
 template <int WIDTH>
 __device__ __forceinline__ void add_moments(
-    const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,
-    float* __restrict__ sum, int* __restrict__ count, float* __restrict__ moment,
-    int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {
+    Moments<WIDTH>& sums, bool squares, const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
+    int aligned, int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {
     typedef SharedTile<WIDTH> Tile;
-    constexpr int BLOCK_ROWS = WIDTH < 128 ? WIDTH : 128, THREADS = 2 * BLOCK_ROWS, STAGES = WIDTH < 256 ? 4 : 3, CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
-    constexpr int DOWN = BLOCK_ROWS / 32;       // warps over the rows of the moment, two over its columns
-    constexpr int N_TILES = WIDTH / 16;         // of a warp
-    constexpr int SUM_TILES = N_TILES / DOWN;   // of those, the ones whose columns the warp sums
+    constexpr int THREADS = Moments<WIDTH>::THREADS, N_TILES = Moments<WIDTH>::N_TILES, SUM_TILES = Moments<WIDTH>::SUM_TILES;
+    constexpr int STAGES = WIDTH < 256 ? 4 : 3, CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
     constexpr unsigned int ONES = IS_BF16 ? 0x3f803f80 : 0x3c003c00;
     extern __shared__ __align__(128) char shared_memory[];
     __shared__ int index[2][CHUNK_ROWS], bad[CHUNK_ROWS];
     const unsigned int chunks = shared_address(shared_memory);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, down = warp / 2, right = warp % 2;
+    const int lane = threadIdx.x & 31, down = sums.down(), right = sums.right();
     const int order_head = order_start + blockIdx.y, batch = order_head / heads_order;
     const int first = (segment_start + blockIdx.x) * segment, rows = min(segment, n_q - first);
     const int per_head = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS, total = per_head * members;
@@ -64,9 +93,10 @@ __device__ __forceinline__ void add_moments(
         load_rows<WIDTH, CHUNK_ROWS, THREADS>(chunks + chunk % STAGES * CHUNK_BYTES, rows_of(from, q_row, dim, aligned), index[part == per_head - 1]);
     };
 
-    float c[2][N_TILES][4], column[SUM_TILES][4];
+    auto& c = sums.c;
+    auto& column = sums.column;
+    int& kept = sums.count;
     const unsigned int ones[4] = {ONES, ONES, ONES, ONES};
-    int kept = 0;
 #pragma unroll 1
     for (int attempt = 0; attempt < 2; ++attempt) {
 #pragma unroll
@@ -95,20 +125,20 @@ __device__ __forceinline__ void add_moments(
 #pragma unroll
             for (int r = 0; r < CHUNK_ROWS; r += 16) {
                 unsigned int a[2][4];
-                if (moment != nullptr)
+                if (squares)
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
                         load_matrices_transposed(a[m], Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, blockIdx.z * 16 + down * 4 + 2 * m + ((lane >> 3) & 1)));
 #pragma unroll
                 for (int n = 0; n < N_TILES; n += 2) {
-                    const bool sums = n / SUM_TILES == down;
-                    if (moment == nullptr && !sums) continue;
+                    const bool mine = n / SUM_TILES == down;
+                    if (!squares && !mine) continue;
                     unsigned int b[4];
                     load_matrices_transposed(b, Tile::address(here, r + (lane & 15), right * N_TILES + n + (lane >> 4)));
-                    if (moment != nullptr)
+                    if (squares)
 #pragma unroll
                         for (int m = 0; m < 2; ++m) mma(c[m][n], a[m], b[0], b[1]), mma(c[m][n + 1], a[m], b[2], b[3]);
-                    if (sums) mma(column[n % SUM_TILES], ones, b[0], b[1]), mma(column[n % SUM_TILES + 1], ones, b[2], b[3]);
+                    if (mine) mma(column[n % SUM_TILES], ones, b[0], b[1]), mma(column[n % SUM_TILES + 1], ones, b[2], b[3]);
                 }
             }
         }
@@ -117,36 +147,52 @@ __device__ __forceinline__ void add_moments(
         for (int n = 0; n < SUM_TILES; ++n) fine = fine && column[n][0] - column[n][0] == 0.f && column[n][1] - column[n][1] == 0.f;
         if (!__syncthreads_or(!fine)) break;
     }
-    const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;
-    if (blockIdx.z == 0 && lane < 4) {  // all rows of the ones' product are alike
-        float* to = sum + list * WIDTH + (right * N_TILES + down * SUM_TILES) * 8 + 2 * lane;
-#pragma unroll
-        for (int n = 0; n < SUM_TILES; ++n) *(float2*)(to + 8 * n) = make_float2(column[n][0], column[n][1]);
-        if (threadIdx.x == 0) count[list] = kept;
-    }
-    if (moment == nullptr) return;
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-        float* to = moment + (list * WIDTH + blockIdx.z * 128 + down * 32 + m * 16 + lane / 4) * WIDTH + right * N_TILES * 8 + 2 * (lane % 4);
-#pragma unroll
-        for (int n = 0; n < N_TILES; ++n) {
-            *(float2*)(to + 8 * n) = make_float2(c[m][n][0], c[m][n][1]);
-            *(float2*)(to + 8 * WIDTH + 8 * n) = make_float2(c[m][n][2], c[m][n][3]);
-        }
-    }
 }
 
 #define MOMENTS(NAME, WIDTH)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(WIDTH < 128 ? 2 * WIDTH : 256) NAME(                                   \
+    extern "C" __global__ void __launch_bounds__(Moments<WIDTH>::THREADS) NAME(                                         \
         const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,                \
         float* __restrict__ sum, int* __restrict__ count, float* __restrict__ moment,                                   \
         int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {              \
-        add_moments<WIDTH>(q, q_batch, q_head, q_row, aligned, sum, count, moment, heads_order, members, order_start,   \
-                           n_q, dim, segment, segment_start);                                                           \
+        Moments<WIDTH> sums;                                                                                            \
+        add_moments(sums, moment != nullptr, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, \
+                    dim, segment, segment_start);                                                                       \
+        const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;                                          \
+        if (blockIdx.z == 0) {                                                                                          \
+            sums.write_sums(sum + list * WIDTH);                                                                        \
+            if (threadIdx.x == 0) count[list] = sums.count;                                                             \
+        }                                                                                                               \
+        if (moment != nullptr) sums.write_moment(moment + (list * WIDTH + blockIdx.z * 128) * WIDTH, WIDTH);            \
     }
 MOMENTS(moments_64, 64)
 MOMENTS(moments_128, 128)
 MOMENTS(moments_256, 256)
+
+// A row of the moment in shared memory is 8 numbers longer: rows that a warp writes at once lie in different banks.
+#define FACTORS(NAME, WIDTH)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(Moments<WIDTH>::THREADS, 2) NAME(                                      \
+        const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,                \
+        half_t* __restrict__ rows, int heads_order, int members, int order_start, int n_q, int dim, int segment,        \
+        int segment_start, int terms, int terms_rows, int tiled, float scale) {                                         \
+        extern __shared__ __align__(128) char shared_memory[];                                                          \
+        __shared__ float total[WIDTH];                                                                                  \
+        float* const moment = (float*)shared_memory;                                                                    \
+        int count;                                                                                                      \
+        {                                                                                                               \
+            Moments<WIDTH> sums;                                                                                        \
+            add_moments(sums, terms > 0, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, dim, \
+                        segment, segment_start);                                                                        \
+            sums.write_sums(total);                                                                                     \
+            if (terms > 0) sums.write_moment(moment, WIDTH + 8);                                                        \
+            count = sums.count;                                                                                         \
+        }                                                                                                               \
+        __syncthreads();                                                                                                \
+        make_factors<Moments<WIDTH>::THREADS>(shared_memory, terms > 0 ? WIDTH * (WIDTH + 8) * 4 : 0, total, count,     \
+                                              moment, WIDTH + 8, rows, nullptr, WIDTH, dim, terms, terms_rows, 0, 0,    \
+                                              tiled, scale);                                                            \
+    }
+FACTORS(factors_64, 64)
+FACTORS(factors_128, 128)
 
 extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
     const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
@@ -160,8 +206,9 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
 extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 3) factor(
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, int tiled, int staged, float scale) {
+    int centred, int full, int tiled, float scale) {
     extern __shared__ __align__(128) char shared_memory[];
-    make_factors((double*)shared_memory, sum, count, moment, rows, mean_out, width, dim, terms, terms_rows, centred, full,
-                 tiled, staged, scale);
+    make_factors<FACTOR_THREADS>(shared_memory, 0, sum + (long long)blockIdx.x * width, count[blockIdx.x],
+                                 moment + (long long)blockIdx.x * width * width, width, rows, mean_out, width, dim, terms,
+                                 terms_rows, centred, full, tiled, scale);
 }

@@ -229,8 +229,9 @@ extern "C" __global__ void __launch_bounds__(256) score_mixture(
 extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 3) factor(
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, int tiled, int staged, float scale) {
+    int centred, int full, int tiled, float scale) {
     extern __shared__ double shared_memory[];
-    make_factors(shared_memory, sum, count, moment, rows, mean_out, width, dim, terms, terms_rows, centred, full, tiled,
-                 staged, scale);
+    make_factors<FACTOR_THREADS>((char*)shared_memory, 0, sum + (long long)blockIdx.x * width, count[blockIdx.x],
+                                 moment + (long long)blockIdx.x * width * width, width, rows, mean_out, width, dim, terms,
+                                 terms_rows, centred, full, tiled, scale);
 }

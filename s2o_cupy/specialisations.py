@@ -109,12 +109,16 @@ def moments_shared_bytes(width: int) -> int:
     return (4 if width < 256 else 3) * 64 * width * 2
 
 
-def factor_shared_bytes(width: int, terms: int, full: bool, staged: bool = False) -> int:
-    """Dynamic shared memory of factor.cuh: the moment if `staged`, Gram matrix, basis and its image, triangles."""
+def factors_shared_bytes(width: int, terms: int) -> int:
+    """Dynamic shared memory of moments.cu's factors: chunks of queries, then moment and factors where they were."""
+    moment = 4 * width * (width + 8) if terms else 0
+    return max(moments_shared_bytes(width), moment + factor_shared_bytes(width, terms, False))
+
+
+def factor_shared_bytes(width: int, terms: int, full: bool) -> int:
+    """Dynamic shared memory of factor.cuh: Gram matrix, basis and its image, triangles."""
     if full or not terms:
         return 4 * width
-    if staged:
-        return 4 * width * width + factor_shared_bytes(width, terms, full)
     group, padded, pairs = (8 if terms <= 8 else 16), -(-terms // 8) * 8, terms * (terms + 1) // 2
     columns, all_pairs = -(-terms // group) * group + 4, padded * (padded + 1) // 2
     floats = max(4 * all_pairs, width * (group + 4)) + width * columns + all_pairs + 2 * width + 2 * padded + terms

@@ -175,35 +175,38 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     history, starts, _, longest = _lists(p, slab)
     history, starts = tape.keep(history), tape.keep(starts)
 
-    totals, counts = tape.room((lists, width), np.float32), tape.room(lists, np.int32)
-    moment = tape.room((lists, width, width), np.float32) if terms else None
-    members, order_start = p.group // p.orders, slab.kv_start * p.orders
-    sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
-    arguments = (q, *q.strides, *([np.int32(q.aligned)] if halves else []), totals, counts, moment)
-    arguments = (*arguments, *map(np.int32, sizes))
-    if halves:
-        grid, block = (segments, heads, max(width // 128, 1) if terms else 1), 2 * min(width, 128)
-        kernel, _ = _kernel("moments", p.dtype, entry=f"moments_{width}")
-        tape.launch(kernel, grid, block, arguments, kernels.moments_shared_bytes(width))
-    else:
-        grid = (segments, heads, (-(-width // 32)) ** 2 if terms else 1)
-        tape.launch(_kernel("score_simt", p.dtype, entry="moments")[0], grid, 256, arguments)
-
     hopper = halves and device_target() == "sm_90a" and width <= 128 and per_list > 1 and not full
     head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
     rows = tape.room((heads, head_rows, width), _type(p))
-    mean = tape.room((lists, width), np.float32) if full else None
-    room = shared_limit(device_target())
-    staged = (
-        halves and terms > 0 and not full and 2 * kernels.factor_shared_bytes(width, terms, full, True) + 4096 <= room
-    )
-    shared = kernels.factor_shared_bytes(width, terms, full, staged)
-    if shared > room:
-        raise ValueError(f"rank_terms is {terms} at head dim {p.dim_qk}, which needs {shared} bytes of shared memory")
-    sizes = (width, p.dim_qk, terms, per_list, not halves, full, segments if hopper else 0, staged)
-    arguments = (totals, counts, moment, rows, mean, *map(np.int32, sizes), np.float32(p.scale))
-    kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="factor")
-    tape.launch(kernel, (lists,), 256, arguments, shared)
+    members, order_start = p.group // p.orders, slab.kv_start * p.orders
+    sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
+    queries = (q, *q.strides, *([np.int32(q.aligned)] if halves else []))
+    room, tiled, mean = shared_limit(device_target()) - 2048, segments if hopper else 0, None
+    if halves and width <= 128 and not full and kernels.factors_shared_bytes(width, terms) <= room:
+        kernel, _ = _kernel("moments", p.dtype, entry=f"factors_{width}")
+        arguments = (*queries, rows, *map(np.int32, (*sizes, terms, per_list, tiled)), np.float32(p.scale))
+        tape.launch(kernel, (segments, heads), 2 * width, arguments, kernels.factors_shared_bytes(width, terms))
+    else:
+        shared = kernels.factor_shared_bytes(width, terms, full)
+        if shared > room:
+            raise ValueError(
+                f"rank_terms is {terms} at head dim {p.dim_qk}, which needs {shared} bytes of shared memory"
+            )
+        totals, counts = tape.room((lists, width), np.float32), tape.room(lists, np.int32)
+        moment = tape.room((lists, width, width), np.float32) if terms else None
+        mean = tape.room((lists, width), np.float32) if full else None
+        arguments = (*queries, totals, counts, moment, *map(np.int32, sizes))
+        if halves:
+            grid, block = (segments, heads, max(width // 128, 1) if terms else 1), 2 * min(width, 128)
+            kernel, _ = _kernel("moments", p.dtype, entry=f"moments_{width}")
+            tape.launch(kernel, grid, block, arguments, kernels.moments_shared_bytes(width))
+        else:
+            grid = (segments, heads, (-(-width // 32)) ** 2 if terms else 1)
+            tape.launch(_kernel("score_simt", p.dtype, entry="moments")[0], grid, 256, arguments)
+        sizes = (width, p.dim_qk, terms, per_list, not halves, full, tiled)
+        arguments = (totals, counts, moment, rows, mean, *map(np.int32, sizes), np.float32(p.scale))
+        kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="factor")
+        tape.launch(kernel, (lists,), 256, arguments, shared)
 
     keys = (k, *k.strides, *([np.int32(k.aligned)] if halves else []), rows)
     lengths = history, starts, scores
