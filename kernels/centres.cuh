@@ -54,7 +54,7 @@ __device__ int list_finite(RowAt row_at, int total, int dim, int* kept, int* cou
     return found;
 }
 
-__device__ __forceinline__ void find_centres(
+extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
     const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     element_t* __restrict__ rows, real_t* __restrict__ share, element_t* __restrict__ variance, int* __restrict__ place,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,

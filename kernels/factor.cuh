@@ -251,3 +251,13 @@ __device__ __forceinline__ void make_factors(
             if (first + t < terms) write(1 + first + t, d, d < dim ? root[first + t] * x[t] : 0.f);
     }
 }
+
+extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 3) factor(
+    const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
+    element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
+    int centred, int full, int tiled, float scale) {
+    extern __shared__ double factor_memory[];
+    make_factors<FACTOR_THREADS>((char*)factor_memory, 0, sum + (long long)blockIdx.x * width, count[blockIdx.x],
+                                 moment + (long long)blockIdx.x * width * width, width, rows, mean_out, width, dim, terms,
+                                 terms_rows, centred, full, tiled, scale);
+}

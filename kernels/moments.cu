@@ -193,22 +193,3 @@ MOMENTS(moments_256, 256)
     }
 FACTORS(factors_64, 64)
 FACTORS(factors_128, 128)
-
-extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
-    const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
-    half_t* __restrict__ rows, float* __restrict__ share, half_t* __restrict__ variance, int* __restrict__ place,
-    int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
-    int width, int terms, int per_list, int capacity, int tiled, float scale) {
-    find_centres(q, q_batch, q_head, q_row, rows, share, variance, place, heads_order, members, order_start, n_q, dim,
-                 segment, segment_start, width, terms, per_list, capacity, tiled, scale);
-}
-
-extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 3) factor(
-    const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
-    element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, int tiled, float scale) {
-    extern __shared__ __align__(128) char shared_memory[];
-    make_factors<FACTOR_THREADS>(shared_memory, 0, sum + (long long)blockIdx.x * width, count[blockIdx.x],
-                                 moment + (long long)blockIdx.x * width * width, width, rows, mean_out, width, dim, terms,
-                                 terms_rows, centred, full, tiled, scale);
-}

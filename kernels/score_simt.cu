@@ -154,15 +154,6 @@ extern "C" __global__ void __launch_bounds__(256) score(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
-    const real_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
-    real_t* __restrict__ rows, real_t* __restrict__ share, real_t* __restrict__ variance, int* __restrict__ place,
-    int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
-    int width, int terms, int per_list, int capacity, int tiled, real_t scale) {
-    find_centres(q, q_batch, q_head, q_row, rows, share, variance, place, heads_order, members, order_start, n_q, dim,
-                 segment, segment_start, width, terms, per_list, capacity, tiled, scale);
-}
-
 extern "C" __global__ void __launch_bounds__(256) normalise(
     const real_t* __restrict__ k, long long k_batch, long long k_head, long long k_row,
     const real_t* __restrict__ rows, const real_t* __restrict__ variance, real_t* __restrict__ offset,
@@ -224,14 +215,4 @@ extern "C" __global__ void __launch_bounds__(256) score_mixture(
         for (int w = 1; w < 8; ++w) sum.add(partial[w * 32 + lane], partial[256 + w * 32 + lane]);
         scores[order_head * starts[segments] + starts[s] + first_key + lane] = (float)(bias + (real_t)0.34657359027997264 * sum.log2());
     }
-}
-
-extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 3) factor(
-    const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
-    element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
-    int centred, int full, int tiled, float scale) {
-    extern __shared__ double shared_memory[];
-    make_factors<FACTOR_THREADS>((char*)shared_memory, 0, sum + (long long)blockIdx.x * width, count[blockIdx.x],
-                                 moment + (long long)blockIdx.x * width * width, width, rows, mean_out, width, dim, terms,
-                                 terms_rows, centred, full, tiled, scale);
 }
