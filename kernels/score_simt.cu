@@ -123,35 +123,50 @@ extern "C" __global__ void __launch_bounds__(256) moments(
             moment[(list * dim + i0 + warp * 4 + i) * dim + j0 + lane] = kept ? (float)(c[i] / kept) : 0.f;
 }
 
+// What score and score_mixture have in common: 32 keys of a list in shared memory, one a lane; the warps share the list's
+// rows, and what each made of a key is joined by the first.
+struct ListTile {
+    real_t *keys, *partial;  // [32][dim + 1], [512]
+    const real_t* key;       // the lane's
+    long long list;          // of the slab
+    float* score;            // of the lane's key; null past the history, and for all warps but the first
+
+    // False where the history ends before the tile.
+    __device__ __forceinline__ bool load(
+        const real_t* k, long long k_batch, long long k_head, long long k_row, const int* history, const long long* starts,
+        float* scores, int heads_kv, int kv_start, int dim, int segments, int orders) {
+        extern __shared__ double shared_memory[];
+        const int first_key = blockIdx.x * 32, s = blockIdx.y, order_head = blockIdx.z, kv = kv_start + order_head / orders;
+        const int lane = threadIdx.x & 31, stop = history[s];
+        if (first_key >= stop) return false;
+        keys = (real_t*)shared_memory, partial = keys + 32 * (dim + 1), key = keys + lane * (dim + 1);
+        list = (long long)order_head * segments + s;
+        score = threadIdx.x < 32 && first_key + lane < stop ? scores + order_head * starts[segments] + starts[s] + first_key + lane : nullptr;
+        load_keys(keys, k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, first_key, stop, dim);
+        __syncthreads();
+        return true;
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(256) score(
     const real_t* __restrict__ k, long long k_batch, long long k_head, long long k_row,
     const real_t* __restrict__ rows, const float* __restrict__ mean, const int* __restrict__ history,
     const long long* __restrict__ starts, float* __restrict__ scores,
     int heads_kv, int kv_start, int dim, int segments, int per_list, int orders) {
-    extern __shared__ double shared_memory[];
-    real_t* const keys = (real_t*)shared_memory;  // [32][dim + 1]
-    real_t* const partial = keys + 32 * (dim + 1);
-    const int first_key = blockIdx.x * 32, s = blockIdx.y, order_head = blockIdx.z, kv = kv_start + order_head / orders;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, stop = history[s];
-    if (first_key >= stop) return;
-    k += kv / heads_kv * k_batch + kv % heads_kv * k_head;
-    load_keys(keys, k, k_row, first_key, stop, dim);
-    __syncthreads();
-    const long long list = (long long)order_head * segments + s;
-    rows += list * per_list * dim;
-    const real_t* const key = keys + lane * (dim + 1);
+    ListTile tile;
+    if (!tile.load(k, k_batch, k_head, k_row, history, starts, scores, heads_kv, kv_start, dim, segments, orders)) return;
+    rows += tile.list * per_list * dim;
     real_t share = 0;
-    for (int r = warp; r < per_list; r += 8) {
-        const real_t x = dot(key, rows + (long long)r * dim, dim);
-        share += mean != nullptr ? (x + mean[list * dim + r]) * key[r] : r == 0 ? x : x * x;
+    for (int r = threadIdx.x / 32; r < per_list; r += 8) {
+        const real_t x = dot(tile.key, rows + (long long)r * dim, dim);
+        share += mean != nullptr ? (x + mean[tile.list * dim + r]) * tile.key[r] : r == 0 ? x : x * x;
     }
-    partial[threadIdx.x] = share;
+    tile.partial[threadIdx.x] = share;
     __syncthreads();
-    if (warp == 0 && first_key + lane < stop) {
-        real_t total = 0;
-        for (int w = 0; w < 8; ++w) total += partial[w * 32 + lane];
-        scores[order_head * starts[segments] + starts[s] + first_key + lane] = (float)total;
-    }
+    if (tile.score == nullptr) return;
+    real_t total = 0;
+    for (int w = 0; w < 8; ++w) total += tile.partial[w * 32 + threadIdx.x];
+    *tile.score = (float)total;
 }
 
 extern "C" __global__ void __launch_bounds__(256) normalise(
@@ -192,27 +207,18 @@ extern "C" __global__ void __launch_bounds__(256) score_mixture(
     const real_t* __restrict__ rows, const real_t* __restrict__ variance, const real_t* __restrict__ offset,
     const int* __restrict__ history, const long long* __restrict__ starts, float* __restrict__ scores,
     int heads_kv, int kv_start, int dim, int segments, int per_list, int orders, real_t unit) {
-    extern __shared__ double shared_memory[];
-    real_t* const keys = (real_t*)shared_memory;  // [32][dim + 1]
-    real_t* const partial = keys + 32 * (dim + 1);
-    const int first_key = blockIdx.x * 32, s = blockIdx.y, order_head = blockIdx.z, kv = kv_start + order_head / orders;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, stop = history[s];
-    if (first_key >= stop) return;
-    const long long list = (long long)order_head * segments + s;
-    load_keys(keys, k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, first_key, stop, dim);
-    rows += list * per_list * dim, variance += list * dim, offset += list * per_list;
-    __syncthreads();
-    const real_t* const key = keys + lane * (dim + 1);
-    const real_t bias = quadratic(key, variance, dim, partial);
+    ListTile tile;
+    if (!tile.load(k, k_batch, k_head, k_row, history, starts, scores, heads_kv, kv_start, dim, segments, orders)) return;
+    rows += tile.list * per_list * dim, variance += tile.list * dim, offset += tile.list * per_list;
+    const real_t bias = quadratic(tile.key, variance, dim, tile.partial);
     PowerSum sum;  // of the lane's key, over the warp's rows
     sum.clear();
-    for (int r = warp; r < per_list; r += 8) sum.add(2 * unit * dot(key, rows + (long long)r * dim, dim) + offset[r]);
+    for (int r = threadIdx.x / 32; r < per_list; r += 8) sum.add(2 * unit * dot(tile.key, rows + (long long)r * dim, dim) + offset[r]);
     __syncthreads();
-    partial[threadIdx.x] = sum.frame;
-    partial[256 + threadIdx.x] = sum.sum;
+    tile.partial[threadIdx.x] = sum.frame;
+    tile.partial[256 + threadIdx.x] = sum.sum;
     __syncthreads();
-    if (warp == 0 && first_key + lane < stop) {
-        for (int w = 1; w < 8; ++w) sum.add(partial[w * 32 + lane], partial[256 + w * 32 + lane]);
-        scores[order_head * starts[segments] + starts[s] + first_key + lane] = (float)(bias + (real_t)0.34657359027997264 * sum.log2());
-    }
+    if (tile.score == nullptr) return;
+    for (int w = 1; w < 8; ++w) sum.add(tile.partial[w * 32 + threadIdx.x], tile.partial[256 + w * 32 + threadIdx.x]);
+    *tile.score = (float)(bias + (real_t)0.34657359027997264 * sum.log2());
 }

@@ -86,15 +86,6 @@ struct Layout {
     }
 };
 
-// Starts the copy of a block's keys. `index` holds TILE_KEYS numbers.
-template <int WIDTH>
-__device__ __forceinline__ void fetch_keys(unsigned int keys, const Rows& from, int first_key, int n_keys, int* index) {
-    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
-    __syncthreads();
-    if (threadIdx.x < THREADS) load_rows<WIDTH, TILE_KEYS, THREADS>(keys, from, index);
-    commit_copies();
-}
-
 // The warp's 16 keys in registers, once they came. Row g of the product is key 2 g, row g + 8 the one after it.
 template <int WIDTH>
 __device__ __forceinline__ void load_keys(unsigned int (&a)[WIDTH / 16][4], unsigned int keys) {
@@ -119,14 +110,41 @@ __device__ __forceinline__ void multiply(float (&c)[32], const unsigned int (&a)
     wgmma_finish(c);
 }
 
+// What the kernels that keep keys begin with. The keys come, and the first list that reaches them is found; one thread of
+// the last warp starts the copies of the chunks of rows from there on, `copies` each, by fetch(chunk, turn). Returns the
+// chunk that this thread multiplies first, `chunk_stop` if none.
+template <int WIDTH, typename Fetch>
+__device__ __forceinline__ int start_tile(
+    Layout<WIDTH>& layout, unsigned int (&a)[WIDTH / 16][4], const Rows& keys, int first_key, int n_keys, const int* history,
+    int segments, int per_list, int chunk_stop, int copies, Fetch fetch) {
+    extern __shared__ __align__(128) char shared_memory[];
+    __shared__ int index[TILE_KEYS];
+    layout.set_up(shared_memory, copies);
+    for (int i = threadIdx.x; i < TILE_KEYS; i += THREADS) index[i] = min(first_key + i, n_keys - 1);
+    __syncthreads();
+    if (threadIdx.x < THREADS) load_rows<WIDTH, TILE_KEYS, THREADS>(layout.keys, keys, index);
+    commit_copies();
+    const int first_list = first_list_at<THREADS + 32>(history, segments, first_key);
+    const int first_chunk = first_list == segments ? chunk_stop : (int)((long long)first_list * per_list / CHUNK_ROWS);
+    if (first_chunk == chunk_stop || threadIdx.x >= THREADS) {
+        if (threadIdx.x == THREADS)
+            for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
+                layout.claim(chunk - first_chunk);
+                fetch(chunk, chunk - first_chunk);
+            }
+        wait_copies<0>();
+        return chunk_stop;
+    }
+    load_keys<WIDTH>(a, layout.keys);
+    return first_chunk;
+}
+
 template <int PER_LIST, int WIDTH>
 __device__ __forceinline__ void score_tile(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
     const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,
     unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments) {
     constexpr int LISTS = CHUNK_ROWS / PER_LIST, CHUNK = CHUNK_ROWS * WIDTH;
-    extern __shared__ __align__(128) char shared_memory[];
-    __shared__ int index[TILE_KEYS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
     const int first_key = blockIdx.x * TILE_KEYS, kv = kv_start + blockIdx.z;
     const int order_head = blockIdx.z * gridDim.y + blockIdx.y;
@@ -134,24 +152,11 @@ __device__ __forceinline__ void score_tile(
     rows += (long long)order_head * chunk_stop * CHUNK;
     scores += order_head * starts[segments];
     Layout<WIDTH> layout;
-    layout.set_up(shared_memory, 1);
-    fetch_keys<WIDTH>(layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
-    const int first_list = first_list_at<THREADS + 32>(history, segments, first_key), first_chunk = first_list / LISTS;
-    if (first_list == segments) {
-        wait_copies<0>();
-        return;
-    }
-    if (threadIdx.x >= THREADS) {
-        if (threadIdx.x == THREADS)
-            for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
-                const int turn = chunk - first_chunk;
-                layout.claim(turn);
-                copy_bulk(layout.stage(turn), rows + (long long)chunk * CHUNK, 2 * CHUNK, layout.full + 8 * (turn % STAGES));
-            }
-        return;
-    }
     unsigned int a[WIDTH / 16][4];
-    load_keys<WIDTH>(a, layout.keys);
+    const Rows keys = rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned);
+    const int first_chunk = start_tile(layout, a, keys, first_key, n_keys, history, segments, PER_LIST, chunk_stop, 1, [&](int chunk, int turn) {
+        copy_bulk(layout.stage(turn), rows + (long long)chunk * CHUNK, 2 * CHUNK, layout.full + 8 * (turn % STAGES));
+    });
 
     const int key = first_key + warp * 16 + 2 * (lane / 4);
     constexpr int EACH = PER_LIST < 16 ? 16 / PER_LIST : 1;  // lists of a lane,
@@ -285,8 +290,6 @@ __device__ __forceinline__ void mixture_tile(
     const long long* __restrict__ starts, unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim,
     int segments, int per_list, float unit) {
     constexpr int CHUNK = CHUNK_ROWS * WIDTH;
-    extern __shared__ __align__(128) char shared_memory[];
-    __shared__ int index[TILE_KEYS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
     const int first_key = blockIdx.x * TILE_KEYS, kv = kv_start + blockIdx.z;
     const int order_head = blockIdx.z * gridDim.y + blockIdx.y, chunk_stop = tiled_rows(segments, per_list) / CHUNK_ROWS;
@@ -294,26 +297,13 @@ __device__ __forceinline__ void mixture_tile(
     offset += (long long)order_head * chunk_stop * CHUNK_ROWS;
     scores += order_head * starts[segments];
     Layout<WIDTH> layout;
-    layout.set_up(shared_memory, 2);
-    fetch_keys<WIDTH>(layout.keys, rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned), first_key, n_keys, index);
-    const int first_list = first_list_at<THREADS + 32>(history, segments, first_key), first_chunk = (int)((long long)first_list * per_list / CHUNK_ROWS);
-    if (first_list == segments) {
-        wait_copies<0>();
-        return;
-    }
-    if (threadIdx.x >= THREADS) {
-        if (threadIdx.x == THREADS)
-            for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
-                const int turn = chunk - first_chunk;
-                const unsigned int full = layout.full + 8 * (turn % STAGES);
-                layout.claim(turn);
-                copy_bulk(layout.stage(turn), rows + (long long)chunk * CHUNK, 2 * CHUNK, full);
-                copy_bulk(layout.offsets + turn % STAGES * CHUNK_ROWS * 4, offset + chunk * CHUNK_ROWS, CHUNK_ROWS * 4, full);
-            }
-        return;
-    }
     unsigned int a[WIDTH / 16][4];
-    load_keys<WIDTH>(a, layout.keys);
+    const Rows keys = rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned);
+    const int first_chunk = start_tile(layout, a, keys, first_key, n_keys, history, segments, per_list, chunk_stop, 2, [&](int chunk, int turn) {
+        const unsigned int full = layout.full + 8 * (turn % STAGES);
+        copy_bulk(layout.stage(turn), rows + (long long)chunk * CHUNK, 2 * CHUNK, full);
+        copy_bulk(layout.offsets + turn % STAGES * CHUNK_ROWS * 4, offset + chunk * CHUNK_ROWS, CHUNK_ROWS * 4, full);
+    });
 
     const int key = first_key + warp * 16 + 2 * (lane / 4) + quad / 2;  // the one that this lane writes, if quad is even
     int list = (int)((long long)first_chunk * CHUNK_ROWS / per_list), row = (int)((long long)first_chunk * CHUNK_ROWS % per_list);

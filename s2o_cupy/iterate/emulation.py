@@ -71,7 +71,7 @@ def parameter_list(source: str, entry: str) -> str:
 @functools.cache
 def built(source: str, entry: str, macros: tuple):
     """A kernel compiled for the CPU, and the kinds of its arguments: "*" or a scalar's C type."""
-    real = dict(macros).get("REAL")
+    real = dict(macros).get("REAL", "float")  # of 16-bit inputs, too
     source = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];",
         r"\1* const \2 = (\1*)s2o_emulation::dynamic_shared.data();",
