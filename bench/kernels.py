@@ -187,6 +187,7 @@ def costs(kernel: str, p: Problem, pairs: float | None) -> tuple[float, float] |
         return 2 * (p.dim_qk + p.dim_v) * allowed, size * (q + k + v + out) + 4 * walked
     return {
         "moments": (2.0 * q * p.dim_qk * (p.terms > 0), size * q + moments),
+        "factors": (2.0 * q * p.dim_qk * (p.terms > 0), size * (q + lists * p.segments * rows * p.dim_qk)),
         "factor": (0.0, moments + size * lists * p.segments * rows * p.dim_qk),
         "score": (2.0 * scores * rows * p.dim_qk, size * (k + scores)),
         "remap": (0.0, size * scores + 4.0 * float(p.listed.sum()) * lists),

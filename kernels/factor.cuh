@@ -101,11 +101,13 @@ __device__ __forceinline__ void make_factors(
     for (int i = threadIdx.x; i < terms; i += THREADS)
         for (int j = 0; j <= i; ++j) place[triangle(i, j)] = (unsigned short)(i << 8 | j);
     __syncthreads();
-    for (int d = threadIdx.x; d < dim; d += THREADS) {
+    for (int start = 0; start < 2 * dim; start += THREADS) {  // two threads an axis, neighbours
+        const int d = min((start + (int)threadIdx.x) / 2, dim - 1);
         const float mine = variance[d];
         int before = 0;
 #pragma unroll 8
-        for (int e = 0; e < dim; ++e) before += variance[e] > mine || (variance[e] == mine && e < d);
+        for (int e = threadIdx.x % 2; e < dim; e += 2) before += variance[e] > mine || (variance[e] == mine && e < d);
+        before += __shfl_xor_sync(0xffffffffu, before, 1);
         if (before < terms) axes[before] = d;
     }
     __syncthreads();
@@ -146,11 +148,13 @@ __device__ __forceinline__ void make_factors(
     for (int p = threadIdx.x; p < pairs; p += THREADS) gram[p] *= (double)shift[place[p] >> 8] * shift[place[p] & 255];
     __syncthreads();
     // Elimination, the same row operations on the identity. A column that depends on those before it counts for nothing.
+    const int own = threadIdx.x < pairs ? place[threadIdx.x] : 0;
     for (int j = 0; j < terms; ++j) {
-        const double pivot = gram[triangle(j, j)], near = 1.f / (float)pivot;
-        const double scaled = pivot > 1e-10 ? near * (2 - pivot * near) : 0;
+        const double pivot = gram[triangle(j, j)];
+        const float shrink = rsqrtf((float)pivot);
+        const double near = shrink * shrink, scaled = pivot > 1e-10 ? near * (2 - pivot * near) : 0;
         for (int p = threadIdx.x; p < pairs; p += THREADS) {
-            const int i = place[p] >> 8, c = place[p] & 255;
+            const int at = p < THREADS ? own : place[p], i = at >> 8, c = at & 255;
             if (i <= j) continue;
             const double part = gram[triangle(i, j)] * scaled;
             if (c > j) gram[p] -= part * gram[triangle(c, j)];
@@ -163,11 +167,15 @@ __device__ __forceinline__ void make_factors(
         root[t] = pivot > 1e-10f ? rsqrtf(pivot) : 0.f;
     }
     __syncthreads();
-    for (int d = threadIdx.x; d < width; d += THREADS)
-        for (int last = padded - BLOCK; last >= 0; last -= BLOCK) {  // from the last on: they read those before them
-            double x[BLOCK] = {};
+    // Some blocks of columns at a time, from the last on: they read those before them.
+    const int groups = THREADS / width;
+    for (int top = padded - BLOCK; top >= 0; top -= groups * BLOCK) {
+        const int d = threadIdx.x % width, last = top - (int)threadIdx.x / width * BLOCK;
+        const bool mine = threadIdx.x < groups * width && last >= 0;
+        double x[BLOCK] = {};
+        if (mine)
             for (int first = 0; first <= last; first += BLOCK) {
-#pragma unroll 2
+#pragma unroll 4
                 for (int u = 0; u < BLOCK; ++u) {
                     const double y = (double)basis[d * stride + first + u] * shift[first + u];
 #pragma unroll
@@ -175,11 +183,12 @@ __device__ __forceinline__ void make_factors(
                         if (first < last || u <= t) x[t] += inverse[triangle(last + t, first + u)] * y;
                 }
             }
-            float y[BLOCK];
+        __syncthreads();
+        float y[BLOCK];
 #pragma unroll
-            for (int t = 0; t < BLOCK; ++t) y[t] = (float)(x[t] * root[last + t]);
-            store_block(basis + d * stride + last, y);
-        }
+        for (int t = 0; t < BLOCK; ++t) y[t] = mine ? (float)(x[t] * root[last + t]) : 0.f;
+        if (mine) store_block(basis + d * stride + last, y);
+    }
     __syncthreads();
 
     for (int t = warp; t < padded; t += THREADS / 32) {
@@ -196,7 +205,7 @@ __device__ __forceinline__ void make_factors(
             const float* column = moment + d;
             const float* row = basis + first + t0;
             float x[BLOCK] = {};
-#pragma unroll 4
+#pragma unroll 8
             for (int e = 0; e < dim; ++e) {
                 const float c = column[(long long)e * pitch];
                 float y[BLOCK];
@@ -214,7 +223,7 @@ __device__ __forceinline__ void make_factors(
             const bool mine = start + (int)threadIdx.x < 2 * pairs && j >= 0 && j < group;
             float x = 0.f;
             if (mine)
-#pragma unroll 4
+#pragma unroll 8
                 for (int d = threadIdx.x % 2; d < width; d += 2) x += basis[d * stride + i] * image[d * (group + 4) + j];
             x += __shfl_xor_sync(0xffffffffu, x, 1);
             if (mine) ritz[p] = x;
@@ -226,10 +235,10 @@ __device__ __forceinline__ void make_factors(
     for (int j = 0; j < terms; ++j) largest = fmaxf(largest, ritz[triangle(j, j)]);
     __syncthreads();
     for (int j = 0; j < terms; ++j) {
-        const float pivot = ritz[triangle(j, j)], scaled = pivot > 1e-6f * largest ? 1.f / pivot : 0.f;
-        if (threadIdx.x == 0) root[j] = scaled > 0.f ? scale * 0.70710678118654752f * rsqrtf(pivot) : 0.f;
+        const float pivot = ritz[triangle(j, j)], shrink = pivot > 1e-6f * largest ? rsqrtf(pivot) : 0.f, scaled = shrink * shrink;
+        if (threadIdx.x == 0) root[j] = scale * 0.70710678118654752f * shrink;
         for (int p = threadIdx.x; p < pairs; p += THREADS) {
-            const int i = place[p] >> 8, c = place[p] & 255;
+            const int at = p < THREADS ? own : place[p], i = at >> 8, c = at & 255;
             if (c > j) ritz[p] -= ritz[triangle(i, j)] * scaled * ritz[triangle(c, j)];
         }
         __syncthreads();
@@ -238,7 +247,7 @@ __device__ __forceinline__ void make_factors(
         const int d = i % width, first = i / width * BLOCK;
         float x[BLOCK] = {};
         for (int last = first; last < terms; last += BLOCK) {
-#pragma unroll 2
+#pragma unroll 4
             for (int j = 0; j < BLOCK; ++j) {
                 const float y = basis[d * stride + last + j];
 #pragma unroll

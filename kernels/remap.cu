@@ -331,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
 
     for (int base = 0; base < wanted; base += window_size) {
         const int size = min(window_size, wanted - base);
-        for (int b = bin_first; b < bin_stop; ++b) {
+        for (int b = threadIdx.x; b < bins; b += threads) {
             const int start = counts[b] - base, end = (b + 1 < bins ? counts[b + 1] : n) - base;
             if (start == end || end <= 0 || start >= size) continue;
             if (start <= 0) first_bin = b, before = max(start, -STEP);

@@ -1,20 +1,21 @@
 // score_sm90.cu: stage 1, last part, on Hopper: score.cu's products by `wgmma`, where mma.sync reaches two thirds of the
-// rate. Covariance factors of 8, 16, 32 or 64 rows a list, and the mixture's centres; head dims to 128. score.cu does the
-// rest.
+// rate. Mean queries alone, or with covariance factors 8, 16, 32 or 64 rows a list, and the mixture's centres; head dims to
+// 128. score.cu does the rest.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
 //   rows     [order heads of the slab, chunks of 64, WIDTH]  T  mean query, then covariance factors, dealt out; or
 //            centres in order: as tiled.cuh says
 //   tiles    [K/V heads of the slab, chunks of 64, WIDTH]    T  keys as tiled.cuh says, from tile_keys; 0 past the last
 //   offset, partial: as in score.cu, over whole chunks of an order head
-//   history, starts, score: as in score.cu
+//   history, starts, score: as in score.cu; a list's scores start on the multiple of 64 where those before it end
 // A block keeps TILE_KEYS keys in registers as the left operand, 64 a warpgroup; one more warp streams the rows past
 // them. A warpgroup waits for its product before it adds up the squares: the tensor cores meanwhile have the other
 // warpgroups of this block and of its neighbour.
-// grid (key tiles of the longest history, order heads of a K/V head, K/V heads of the slab)   block TILE_KEYS * 2 + 32
-//   normalise: for each part of the longest history, tiles of 128 rows of a head, in place of key tiles
+// grid (order heads of a K/V head, key tiles of the longest history, K/V heads of the slab)   block TILE_KEYS * 2 + 32
+//   normalise: (for each part of the longest history, tiles of 128 rows of a head; order heads; K/V heads)
+//   score_mixture: (key tiles; order heads; K/V heads)
 //   tile_keys: (chunks of the longest history, K/V heads of the slab)   block 256
 // shared memory 1024 + TILE_KEYS * WIDTH * 2 + STAGES * (64 * WIDTH * 2 + 256 + 16) bytes
-// kernels score_8_64 .. score_64_128, by rows of a list and WIDTH; normalise_64, score_mixture_64, tile_keys_64 and
+// kernels score_1_64 .. score_64_128, by rows of a list and WIDTH; normalise_64, score_mixture_64, tile_keys_64 and
 // their like of 128   macros IS_BF16
 #include "gather.cuh"
 #include "scores.cuh"
@@ -146,8 +147,8 @@ __device__ __forceinline__ void score_tile(
     unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments) {
     constexpr int LISTS = CHUNK_ROWS / PER_LIST, CHUNK = CHUNK_ROWS * WIDTH;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
-    const int first_key = blockIdx.x * TILE_KEYS, kv = kv_start + blockIdx.z;
-    const int order_head = blockIdx.z * gridDim.y + blockIdx.y;
+    const int first_key = blockIdx.y * TILE_KEYS, kv = kv_start + blockIdx.z;
+    const int order_head = blockIdx.z * gridDim.x + blockIdx.x;
     const int chunk_stop = tiled_rows(segments, PER_LIST) / CHUNK_ROWS;
     rows += (long long)order_head * chunk_stop * CHUNK;
     scores += order_head * starts[segments];
@@ -159,19 +160,15 @@ __device__ __forceinline__ void score_tile(
     });
 
     const int key = first_key + warp * 16 + 2 * (lane / 4);
-    constexpr int EACH = PER_LIST < 16 ? 16 / PER_LIST : 1;  // lists of a lane,
+    constexpr int EACH = PER_LIST < 16 ? 16 / PER_LIST : 1;  // lists of a lane, one behind the other,
     constexpr int HELD = 16 / EACH;                          // rows of each: see dealt_row
     const bool writes = PER_LIST <= 16 || quad % (PER_LIST / 16) == 0;  // the lane that has a list's first row
     for (int chunk = first_chunk; chunk < chunk_stop; ++chunk) {
-        const int turn = chunk - first_chunk;
-        int stop[EACH];
-        long long start[EACH];
+        const int turn = chunk - first_chunk, list = chunk * LISTS + quad * 16 / PER_LIST;
+        int stop[EACH];  // read long before they are needed
+        long long start = list < segments ? starts[list] : 0;
 #pragma unroll
-        for (int j = 0; j < EACH; ++j) {  // read long before they are needed
-            const int list = chunk * LISTS + quad * 16 / PER_LIST + j;
-            stop[j] = list < segments ? history[list] : 0;
-            start[j] = list < segments ? starts[list] : 0;
-        }
+        for (int j = 0; j < EACH; ++j) stop[j] = list + j < segments ? history[list + j] : 0;
         float c[32];
         multiply<WIDTH>(c, a, layout, turn);
         if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
@@ -181,18 +178,18 @@ __device__ __forceinline__ void score_tile(
             float u[2];
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                float even = 0.f, odd = 0.f;
+                float sums[2] = {0.f, 0.f};
 #pragma unroll
-                for (int n = j * HELD / 2; n < (j + 1) * HELD / 2; ++n) {
-                    const float x = c[4 * n + 2 * h], y = c[4 * n + 2 * h + 1];
-                    even += n == j * HELD / 2 && writes ? x : x * x;
-                    odd += y * y;
+                for (int r = j * HELD; r < (j + 1) * HELD; ++r) {
+                    const float x = c[r / 2 * 4 + 2 * h + r % 2];
+                    sums[r % 2] += r == j * HELD && writes ? x : x * x;
                 }
-                u[h] = even + odd;
+                u[h] = sums[0] + sums[1];
 #pragma unroll
                 for (int step = 1; step < PER_LIST / 16; step *= 2) u[h] += __shfl_xor_sync(0xffffffffu, u[h], step);
             }
-            if (writes && key < stop[j]) *(unsigned int*)(scores + start[j] + key) = score_pair(u[0], u[1]);
+            if (writes && key < stop[j]) *(unsigned int*)(scores + start + key) = score_pair(u[0], u[1]);
+            start += (stop[j] + 63) / 64 * 64;
         }
     }
 }
@@ -370,10 +367,12 @@ __device__ __forceinline__ void mixture_tile(
         score_tile<PER_LIST, WIDTH>(k, k_batch, k_head, k_row, aligned, rows, history, starts, scores, heads_kv,        \
                                     kv_start, n_keys, dim, segments);                                                   \
     }
+SCORE(score_1_64, 1, 64)
 SCORE(score_8_64, 8, 64)
 SCORE(score_16_64, 16, 64)
 SCORE(score_32_64, 32, 64)
 SCORE(score_64_64, 64, 64)
+SCORE(score_1_128, 1, 128)
 SCORE(score_8_128, 8, 128)
 SCORE(score_16_128, 16, 128)
 SCORE(score_32_128, 32, 128)

@@ -148,14 +148,18 @@ def remap_macros(dtype: str) -> dict:
 
 
 @functools.lru_cache(maxsize=256)
-def remap_fit(levels: int, longest: int, arch: str) -> tuple[int, int, int, int] | None:
-    """Warps, window, bit planes and shared bytes of remap.cu's kernel by levels; None where it does not fit."""
+def remap_fit(levels: int, longest: int, listed: int, arch: str) -> tuple[int, int, int, int] | None:
+    """Warps, window, bit planes and shared bytes of remap.cu's kernel by levels; None where it does not fit.
+
+    `longest`: keys of the longest list, `listed`: the most that are kept of one.
+    """
     planes = max((longest - 1).bit_length() - 16, 0)
     for warps in (16, 8):
         counters = 4 * warps * (levels + 2)
         room = shared_limit(arch) - 1024 - counters - 4 * 17 * (1 + planes) - 2 * 520
         window = min(room * 8 // (17 + planes) // 128 * 128, 2**16)
         if levels and window >= 2**13 and 2**planes <= warps:
+            window = min(window, -(-listed // 128) * 128)
             return warps, window, planes, counters + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 520)
     return None
 

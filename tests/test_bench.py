@@ -324,6 +324,7 @@ def test_costs_count_operations_and_bytes_once():
     assert kernels.costs("pool", p, None)[1] == 2 * 2 * 2 * 1024 * 64 * (1 + 1 / 128)
     assert kernels.costs("score_8_64", p, None) == kernels.costs("score", p, None)
     assert kernels.costs("moments_64", p, None) == kernels.costs("moments", p, None)
+    assert kernels.costs("factors_64", p, None) == (2 * 64 * 4 * 1024 * 64, 2 * 64 * (4 * 1024 + 4 * 4 * 8))
     for unknown in ("unheard of", "score_mixture_64", "tile_keys"):
         assert kernels.costs(unknown, p, None) is None
 

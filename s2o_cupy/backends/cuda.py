@@ -175,7 +175,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     history, starts, _, longest = _lists(p, slab)
     history, starts = tape.keep(history), tape.keep(starts)
 
-    hopper = halves and device_target() == "sm_90a" and width <= 128 and per_list > 1 and not full
+    hopper = halves and device_target() == "sm_90a" and width <= 128 and not full
     head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
     rows = tape.room((heads, head_rows, width), _type(p))
     members, order_start = p.group // p.orders, slab.kv_start * p.orders
@@ -220,7 +220,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
     if hopper:
         kernel, _ = _kernel("score_sm90", p.dtype, entry=f"score_{per_list}_{width}")
-        grid = (-(-longest // 128), p.orders, heads // p.orders)
+        grid = (p.orders, -(-longest // 128), heads // p.orders)
         tape.launch(kernel, grid, 288, (*keys, *lengths, *sizes), kernels.score_sm90_shared_bytes(width))
     else:
         kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_full" if full else f"score_{per_list}")
@@ -296,7 +296,8 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
 def _remap(tape: Tape, p: Problem, slab: Slab, kv_offsets, scores, starts, history, kv_order, longest, size) -> None:
     levels, segments, heads = p.settings.rank_levels or 0, slab.segments, (slab.kv_stop - slab.kv_start) * p.orders
     lists = (scores, starts, history, kv_offsets, *kv_offsets.strides, kv_order)
-    fit = kernels.remap_fit(levels, longest, device_target())
+    listed = int(p.listed[slab.segment_start : slab.segment_stop].max())
+    fit = kernels.remap_fit(levels, longest, listed, device_target())
     if fit is not None:
         warps, window, planes, shared = fit
         kernel, _ = _kernel("remap", p.dtype)

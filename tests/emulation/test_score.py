@@ -76,11 +76,20 @@ def test_wide_heads(monkeypatch, rank, dim):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dim", "terms"), [("bfloat16", 128, 15), ("float16", 40, 7), ("float16", 64, 31), ("bfloat16", 70, 60)]
+    ("dtype", "dim", "terms", "segment"),
+    [
+        ("bfloat16", 128, 15, 16),
+        ("float16", 40, 7, 16),
+        ("float16", 64, 31, 16),
+        ("bfloat16", 70, 60, 16),
+        ("bfloat16", 128, 0, 4),
+        ("float16", 40, 0, 100),
+    ],
 )
-def test_hopper_scores_are_the_reference(monkeypatch, dtype, dim, terms):
-    """The `wgmma` kernel: every number of rows a list, several chunks, more of them than stages."""
-    p = Problem(1, 2, 1, 280, 300, dim, dim, dtype, Settings(segment=16, pool=16, rank_terms=terms))
+def test_hopper_scores_are_the_reference(monkeypatch, dtype, dim, terms, segment):
+    """The `wgmma` kernel: every number of rows a list (0 terms: the mean), several chunks, more of them than stages."""
+    rank = {"rank_terms": terms} if terms else {"rank": "mean"}
+    p = Problem(1, 2, 1, 280, 300, dim, dim, dtype, Settings(segment=segment, pool=min(segment, 16), **rank))
     q, k = inputs(p)
     q[0, 1, 50, 3] = np.nan
     check(emulated(monkeypatch, arch="sm_90a"), p, q, k)
