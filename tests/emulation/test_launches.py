@@ -143,16 +143,16 @@ def call_arrays(n=8192, dim=128):
     return {name: Array((1, heads, n, dim), ml_dtypes.bfloat16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
 
 
-def test_a_whole_call_is_seven_launches_and_one_workspace(cuda, monkeypatch):
+def test_a_whole_call_is_six_launches_and_one_workspace(cuda, monkeypatch):
     taken = []
     monkeypatch.setattr(sys.modules["cupy"].cuda, "alloc", lambda n: taken.append(n) or SimpleNamespace(ptr=4096))
     s2o.attention(**call_arrays())
     assert len(taken) == 1  # beside the answer
-    assert Kernel.launched == ["pool", "pool", "moments_128", "factor", "score_16_128", "remap", "attend_sm90"]
+    assert Kernel.launched == ["pool", "pool", "factors_128", "score_16_128", "remap", "attend_sm90"]
     for strides in ((2**23, 2**21, 256, 2), (2**23, 256, 1024, 2)):  # the same, then rows of heads in turn
         moved = call_arrays() | {"q": Array((1, 4, 8192, 128), ml_dtypes.bfloat16, strides)}
         s2o.attention(**moved)
-    assert len(Kernel.launched) == 21
+    assert len(Kernel.launched) == 18
     assert cuda._recorded.cache_info().misses == 2
 
 
