@@ -61,9 +61,11 @@ __device__ __forceinline__ void copy_bulk(unsigned int to, const void* from, int
 __device__ __forceinline__ void multipliers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 #endif
 
-// Rows of 128 bytes, 128-byte swizzle, 1024 bytes from 8 rows to the next.
-__device__ __forceinline__ unsigned long long descriptor(unsigned int address) {
-    return (unsigned long long)((address & 0x3ffff) >> 4) | 1ull << 16 | (unsigned long long)(1024 >> 4) << 32 | 1ull << 62;
+// Rows of 128 bytes, 128-byte swizzle, 1024 bytes from 8 rows to the next. The low word alone says where; bytes further are
+// added to it in units of 16.
+__device__ __forceinline__ unsigned int low_word(unsigned int address) { return (address & 0x3ffff) >> 4 | 1u << 16; }
+__device__ __forceinline__ unsigned long long descriptor(unsigned int low) {
+    return (unsigned long long)(1u << 30 | 1024 >> 4) << 32 | low;
 }
 
 // The shared memory of a block: stages of 64 rows, its own keys, what goes with a stage, barriers.
@@ -103,11 +105,11 @@ __device__ __forceinline__ void load_keys(unsigned int (&a)[WIDTH / 16][4], unsi
 template <int WIDTH>
 __device__ __forceinline__ void multiply(float (&c)[32], const unsigned int (&a)[WIDTH / 16][4], const Layout<WIDTH>& layout, int turn) {
     barrier_wait(layout.full + 8 * (turn % STAGES), turn / STAGES & 1);
-    const unsigned int here = layout.stage(turn);
+    const unsigned int here = low_word(layout.stage(turn));
     wgmma_fence();
     wgmma<false>(c, a[0], descriptor(here));
 #pragma unroll
-    for (int d = 1; d < WIDTH / 16; ++d) wgmma<true>(c, a[d], descriptor(here + d / 4 * HALF_BYTES + d % 4 * 32));
+    for (int d = 1; d < WIDTH / 16; ++d) wgmma<true>(c, a[d], descriptor(here + (d / 4 * HALF_BYTES + d % 4 * 32) / 16));
     wgmma_finish(c);
 }
 
@@ -189,7 +191,7 @@ __device__ __forceinline__ void score_tile(
                 for (int step = 1; step < PER_LIST / 16; step *= 2) u[h] += __shfl_xor_sync(0xffffffffu, u[h], step);
             }
             if (writes && key < stop[j]) *(unsigned int*)(scores + start + key) = score_pair(u[0], u[1]);
-            start += (stop[j] + 63) / 64 * 64;
+            start += stop[j] + 63 & ~63;
         }
     }
 }
