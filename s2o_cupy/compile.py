@@ -171,7 +171,7 @@ def compile_report(
 def _compiled(arch: str, spec: Specialisation) -> tuple[dict, bool, str]:
     """Resources by kernel, whether they came from the cache, and the error if there was one."""
     try:
-        return *_resources(arch, spec), ""
+        return *resources(arch, spec), ""
     except KernelCompileError as error:
         return {}, False, str(error)
 
@@ -237,13 +237,24 @@ def _compiler_classes():
     return Program, ProgramOptions
 
 
-def _resources(arch: str, spec: Specialisation) -> tuple[dict, bool]:
+def known_resources(arch: str, spec: Specialisation) -> dict | None:
+    """What the cache knows of a specialisation, by kernel; None where it was not compiled as it is now."""
+    path = _kept_at(arch, spec)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _kept_at(arch: str, spec: Specialisation) -> Path:
     key = hashlib.sha256(
         json.dumps([arch, spec.name, spec.macros, current(spec.name).text, _compiler()]).encode()
     ).hexdigest()
-    path = cache_folder() / f"{key[:32]}.json"
-    if path.is_file():
-        return json.loads(path.read_text()), True
+    return cache_folder() / f"{key[:32]}.json"
+
+
+def resources(arch: str, spec: Specialisation) -> tuple[dict, bool]:
+    """Registers, spills, stack, static shared and cubin bytes by kernel, and whether they were in the cache."""
+    known, path = known_resources(arch, spec), _kept_at(arch, spec)
+    if known is not None:
+        return known, True
     cubin, log = compile_cubin(arch, spec.name, dict(spec.macros))
     found = parse_report(log)
     for numbers in found.values():

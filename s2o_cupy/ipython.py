@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,16 +20,17 @@ from pygments.lexers import get_lexer_by_name
 
 from s2o_cupy import compile as compiling
 from s2o_cupy.files import replacing
-from s2o_cupy.iterate import twins
 from s2o_cupy.iterate.cases import focus
 from s2o_cupy.iterate.report import History, Verdict
 from s2o_cupy.iterate.session import AGAINST, SANITIZERS, Session
 from s2o_cupy.iterate.worker import default_macros, has_gpu
 from s2o_cupy.sources import current, kernel_folder, kernel_names
 from s2o_cupy.specialisations import shipped
+from s2o_cupy.twins import TWINS
 from s2o_cupy.variants import check_macros, closure, entries
 
-HELP = """%s2o kernels                every kernel, its headers and specialisations; the resources of compiled ones
+HELP = """%s2o kernels [NAME]         every kernel, its headers, specialisations and what is known of their resources;
+                            NAME: of that one kernel, compiled where it was not
 %s2o show NAME [--variant]   a kernel's source (NAME, a header such as walk.cuh, or NAME_numba); or your last variant
 %s2o ptx NAME | sass NAME    its PTX or machine code, of your last variant if there is one (--shipped: of the file)
 %s2o keep NAME FILE          write your last variant of NAME to FILE (--force: over a file that is there)
@@ -66,7 +68,7 @@ class KernelMagics(Magics):
     @line_magic
     def s2o(self, line):
         """Kernels: what there is, their source and code, what was tried. ``%s2o`` alone prints the list."""
-        words = shlex.split(line)
+        words = _split(line, "%s2o")
         commands = {
             "kernels": self._kernels, "show": self._show, "ptx": self._ptx, "sass": self._sass, "keep": self._keep,
             "history": self._history,
@@ -96,7 +98,11 @@ class KernelMagics(Magics):
         parser.add_argument(
             "--sanitize", nargs="?", const="memcheck", choices=SANITIZERS, help="the check under compute-sanitizer too"
         )
-        chosen = parser.parse_args(shlex.split(line))
+        chosen = parser.parse_args(_split(line, "%%s2o_cuda"))
+        if chosen.arch and not (
+            re.fullmatch(r"sm_\d{2,3}[af]?", chosen.arch) and int(chosen.arch[3:].strip("af")) >= 80
+        ):
+            raise UsageError(f"--arch {chosen.arch}: allowed: sm_80 or above, such as sm_80, sm_90a, sm_100")
         macros = {}
         for macro in chosen.macros:
             name, _, value = macro.partition("=")
@@ -116,30 +122,38 @@ class KernelMagics(Magics):
         )
 
     def _numba(self, line: str, cell: str) -> Verdict:
-        parser = _parser("%%s2o_numba", f"one of {', '.join(twins.NAMES)}", 60.0)
-        chosen = parser.parse_args(shlex.split(line))
+        parser = _parser("%%s2o_numba", f"one of {', '.join(TWINS)}", 60.0)
+        chosen = parser.parse_args(_split(line, "%%s2o_numba"))
         return self.session.try_numba(
             chosen.name, cell, check=chosen.check, bench=chosen.bench, against=chosen.against, limit=chosen.limit
         )
 
     # --- lines ------------------------------------------------------------------------------------
     def _kernels(self, words) -> None:
-        _no_more(words)
-        built = {}
+        if len(words) > 1 or (words and words[0] not in kernel_names()):
+            raise UsageError(f"%s2o kernels {' '.join(words)}: allowed: one of {', '.join(kernel_names())}, or nothing")
+        if words:
+            self.session.resources(words[0])
+        arch, here = _arch(), {}
         for one in compiling.kernel_resources():
-            built.setdefault(one["kernel"].split(":")[0], []).append(one)
-        for name in kernel_names():
+            here.setdefault(one["kernel"].split(":")[0], []).append(one)
+        for name in words or kernel_names():
             print(f"{name:12s} kernels {', '.join(entries(current(name).text))}; {', '.join(closure_of(name))}")
-            for spec in shipped(_arch()):
+            worker = {tuple(map(tuple, x["macros"])): x["kernels"] for x in self.session.known.get(name, ())}
+            for spec in shipped(arch):
                 if spec.name == name:
-                    print(" " * 13 + " ".join(f"-D {n}={v}" for n, v in spec.macros))
-            for one in built.get(name, ()):
-                macros = " ".join(f"{n}={v}" for n, v in one["macros"].items())
-                print(
-                    f"{'':13s}compiled in this process: {one['kernel'].split(':')[1]} {macros}: {one['registers']} "
-                    f"registers, {one['local_bytes']} bytes of local memory, {one['static_shared_bytes']} shared"
-                )
-        print(f"Numba twins: {', '.join(twins.NAMES)}. Files: {kernel_folder()}")
+                    known = worker.get(spec.macros) or compiling.known_resources(arch, spec) or ()
+                    _print_resources(_defined(dict(spec.macros)), known)
+            for one in here.get(name, ()):
+                told = {**one, "kernel": one["kernel"].split(":")[1], "shared_bytes": one["static_shared_bytes"]}
+                _print_resources(f"{_defined(one['macros'])} (this process)", [told])
+            for tried in self.session.history:
+                if tried.name == name and tried.kind == "cuda" and tried.compiled:
+                    title = f"variant #{tried.number}, {tried.compiled['arch']} {_defined(tried.compiled['macros'])}"
+                    _print_resources(title, tried.compiled["kernels"], tried.used)
+        if not words:
+            print(f"Numba twins: {', '.join(TWINS)}. Files: {kernel_folder()}")
+            print("Resources are of what was compiled; %s2o kernels NAME compiles every specialisation of a kernel")
 
     def _show(self, words) -> None:
         own = "--variant" in words
@@ -177,7 +191,8 @@ class KernelMagics(Magics):
             raise UsageError(f"%s2o {kind} {name}: allowed: {', '.join(kernel_names())}")
         tried = None if of_file else self.session.latest(name)
         source = tried.variant.source if tried else current(name)
-        at, arch = focus(name, dict(source.macros)), _arch()
+        at = focus(name, dict(source.macros))
+        arch = tried.compiled["arch"] if tried else _arch()
         macros = source.applied(default_macros(name, at, arch))
         print(f"{name}, {f'variant #{tried.number}' if tried else 'the file'}, {arch}, {_defined(macros)}")
         return arch, name, macros, source
@@ -219,6 +234,13 @@ def unload(shell) -> None:
         magics.session.close()
 
 
+def _split(line: str, magic: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise UsageError(f"{magic} {line}: {error}") from None
+
+
 def _told(call):
     """The call's answer; an error that says what is wrong is told in its own words, without a traceback."""
     try:
@@ -226,7 +248,8 @@ def _told(call):
     except _Said as said:
         print(said, end="")
     except (ValueError, TypeError, ImportError, RuntimeError, OSError, SyntaxError) as error:
-        raise UsageError(f"{type(error).__name__}: {error}") from None
+        told = "" if isinstance(error, (ValueError, TypeError, RuntimeError)) else f"{type(error).__name__}: "
+        raise UsageError(f"{told}{error}") from None
 
 
 def _parser(magic: str, name_help: str, limit: float) -> _Parser:
@@ -276,6 +299,22 @@ class Highlighted(Code):
 def _code(text: str, file: str) -> Highlighted:
     language = {"cu": "cuda", "cuh": "cuda", "py": "python"}.get(file.rpartition(".")[2], "text")
     return Highlighted(data=text, language=language)
+
+
+def _print_resources(title: str, kernels, used=()) -> None:
+    """A specialisation, and a line for each of its kernels; `used`: what is known of their launches."""
+    print(f"{'':13s}{title}")
+    if isinstance(kernels, dict):  # as the compiler's cache keeps them
+        kernels = [{**x, "kernel": name, "local_bytes": x["stack_bytes"]} for name, x in kernels.items()]
+    for x in kernels:
+        local = f", {x['spill_bytes']} bytes spilled" if x.get("spill_bytes") else ""
+        local = local or (f", {x['local_bytes']} bytes of local memory" if x["local_bytes"] else "")
+        line = f"{x['kernel']}: {x['registers']} registers{local}, {x['shared_bytes']} bytes of shared memory"
+        launches = [one for one in used if one["kernel"] == x["kernel"]]
+        for one in launches:
+            line += f"; launched with {one['shared_bytes']}: {one['blocks']} blocks a multiprocessor, "
+            line += f"occupancy {one['occupancy']:.2f}"
+        print(f"{'':15s}{line}")
 
 
 def _arch() -> str:

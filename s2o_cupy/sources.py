@@ -10,7 +10,9 @@ import functools
 import importlib.resources
 import os
 import re
+import sys
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +21,8 @@ from pathlib import Path
 
 # Macros that say which arrays a kernel is for: a variant that fixes one serves no call that needs another.
 SHAPE_MACROS = ("IS_BF16", "REAL", "SCORE_HALF", "HEAD_DIM", "HEAD_DIM_V", "BLOCK_M", "WIDTH")
+# Macros of which a kernel serves no more than what the arrays allow: a step of keys lies within a key tile.
+_AT_MOST = (("attend_sm90", "BLOCK_N"),)
 # Files are not looked at again within this time: calls in a row stay cheap, and file times are no finer.
 _SECONDS = 0.005
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"')
@@ -36,12 +40,20 @@ class Source:
     def applied(self, macros: dict) -> dict:
         """The macros of a launch, with the ones that this source fixes; refused where the arrays need others."""
         for name, value in self.macros:
-            if name in SHAPE_MACROS and macros.get(name, value) != value:
-                raise ValueError(f"the variant of {self.name} fixes {name}={value}; this call needs {macros[name]}")
+            needed = macros.get(name, value)
+            if name in SHAPE_MACROS and needed != value:
+                raise ValueError(f"the variant of {self.name} fixes {name}={value}; this call needs {needed}")
+            if (self.name, name) in _AT_MOST and value > needed:
+                raise ValueError(
+                    f"the variant of {self.name} fixes {name}={value}; this call's key tiles (block_k) and head dims "
+                    f"allow at most {needed}"
+                )
         return macros | dict(self.macros)
 
 
 _variants: ContextVar[dict[str, Source]] = ContextVar("s2o_variants", default={})  # noqa: B039 - never written to
+_called: set[Source] = set()  # variants in use at a call of a backend that has such a kernel
+_launched: set[Source] = set()
 
 
 @dataclass(eq=False)
@@ -59,8 +71,16 @@ _folders: dict[str, _Folder] = {}
 
 def current(name: str) -> Source:
     """What ``kernels/NAME.cu`` compiles from now: a variant in use, else the files as they are on disk."""
-    variant = _variants.get().get(name)
+    variant = variant_of(name)
     return from_folder(name, _folder(os.environ.get("S2O_KERNELS", ""))) if variant is None else variant
+
+
+def variant_of(name: str) -> Source | None:
+    """The variant of a kernel file that is in use in this thread; from now on it has been launched."""
+    variant = _variants.get().get(name)
+    if variant is not None:
+        _launched.add(variant)
+    return variant
 
 
 def version() -> tuple[Hashable, ...]:
@@ -111,6 +131,30 @@ def in_use(source: Source) -> Iterator[None]:
         yield
     finally:
         _variants.reset(token)
+
+
+def called_on(backend: str) -> None:
+    """Note a call: warns of variants in use that are no kernels of its backend."""
+    for name, variant in _variants.get().items():
+        home = "numba" if name.endswith("_numba") else "cuda"
+        if home == backend:
+            _called.add(variant)
+        else:
+            _warn(f"use_kernel({name!r}, ...) changes nothing here: backend {backend!r} runs; {name} is of {home!r}")
+
+
+def warn_unless_launched(source: Source) -> None:
+    """Warn where calls were made with a variant in use, and none launched it."""
+    if source in _called and source not in _launched:
+        _warn(f"use_kernel({source.name!r}, ...) changed nothing: other kernels serve these calls (docs/kernels.md)")
+
+
+def _warn(message: str) -> None:
+    """A warning at the line outside this package that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("s2o_cupy", "contextlib")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def kernel_folder() -> Path:

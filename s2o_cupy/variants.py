@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2o_cupy.sources import Source, in_use, inlined, kernel_folder, kernel_names
+from s2o_cupy import twins
+from s2o_cupy.sources import Source, in_use, inlined, kernel_folder, kernel_names, warn_unless_launched
 
 LABEL = "cell"  # what a compiler's message calls a variant's own text
 
@@ -37,10 +38,14 @@ class Variant:
 def use_kernel(stage: str, source, **macros) -> Iterator[Variant]:
     """Run a kernel variant inside the real `attention`, `plan` and `attend`, in this thread, until the block ends.
 
+    A call that cannot launch it says so by a `UserWarning`: one on the CPU backend, which has no such kernels, or one
+    whose arrays another kernel serves.
+
     Parameters
     ----------
     stage : str
-        A kernel file without its ending: "attend", "attend_simt", "pool", "remap", "score", ...
+        A kernel file without its ending: "attend", "attend_simt", "pool", "remap", "score", ...; of the Numba CUDA
+        backend "attend_numba", "pool_numba", ...
     source : str, pathlib.Path or Variant
         A whole kernel file, or functions that take the place of the file's (or its headers') own of the same name.
     **macros
@@ -63,21 +68,29 @@ def use_kernel(stage: str, source, **macros) -> Iterator[Variant]:
     """
     if isinstance(source, Variant):
         if source.name != stage:
-            raise ValueError(f"source is a variant of {source.name!r} and stage {stage!r}; allowed: one kernel")
+            raise ValueError(f"source is a variant of {source.name!r} and stage is {stage!r}; allowed: {source.name!r}")
         variant = source if not macros else make_variant(stage, source.cell, {**dict(source.source.macros), **macros})
+    elif isinstance(source, str) and re.fullmatch(r"\S+\.(cu|cuh|py)", source):
+        raise ValueError(f"source is {source!r}, which is no source text; for a file give pathlib.Path({source!r})")
     elif isinstance(source, (str, os.PathLike)):
         variant = make_variant(stage, Path(source).read_text() if isinstance(source, os.PathLike) else source, macros)
     else:
-        raise TypeError(f"source is a {type(source).__name__}; allowed: CUDA source, a path to it, or a Variant")
+        raise TypeError(f"source is a {type(source).__name__}; allowed: source text, a path to it, or a Variant")
     with in_use(variant.source):
         yield variant
+    warn_unless_launched(variant.source)
 
 
 def make_variant(name: str, cell: str, macros: dict | None = None, folder: Path | None = None) -> Variant:
     """The variant of ``kernels/NAME.cu`` that a cell makes; refused, saying why, where it cannot be one."""
+    if name in twins.names():
+        if macros:
+            raise ValueError(f"{name} is a Numba twin, which has no macros; given: {', '.join(macros)}")
+        text = twins.patched(name, cell)
+        return Variant(name, cell, Source(name, text), f"{name}.py", text)
     known = kernel_names()
     if name not in known:
-        raise ValueError(f"kernel is {name!r}; allowed: {', '.join(known)}")
+        raise ValueError(f"kernel is {name!r}; allowed: {', '.join([*known, *twins.names()])}")
     folder = folder or kernel_folder()
     base = f"{name}.cu"
     texts = {file: (folder / file).read_text() for file in closure(base, folder)}
@@ -87,7 +100,7 @@ def make_variant(name: str, cell: str, macros: dict | None = None, folder: Path 
         return texts.get(file) or (path.read_text() if path.is_file() else None)
 
     shipped = inlined(base, read)
-    fixed = tuple(sorted((macros or {}).items()))
+    fixed = tuple(sorted(check_macros(macros or {}).items()))
     file, marked, plain = spliced(base, cell, texts)
     texts[file] = marked
     text = inlined(base, read, LABEL if marked is cell else None)
@@ -289,4 +302,8 @@ def _same_parameters(name: str, entry: str, wanted: list[str] | None, got: list[
 
 def check_macros(macros: dict) -> dict:
     """``-D`` macros with their values as integers where they are ones."""
-    return {name: int(value) if re.fullmatch(r"-?\d+", str(value)) else value for name, value in macros.items()}
+
+    def plain(value):
+        return int(value) if isinstance(value, bool) or re.fullmatch(r"-?\d+", str(value)) else value
+
+    return {name: plain(value) for name, value in macros.items()}

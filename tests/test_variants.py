@@ -4,12 +4,15 @@ import re
 import shutil
 import time
 
+import numpy as np
 import pytest
 
 import s2o_cupy as s2o
 from s2o_cupy import sources, variants
 from s2o_cupy.sources import Source, current, kernel_folder, kernel_names
-from s2o_cupy.variants import definitions, entries, make_variant, parameters
+from s2o_cupy.specialisations import launch_macros
+from s2o_cupy.twins import TWINS, twin
+from s2o_cupy.variants import definitions, entries, make_variant, only, parameters
 
 POOL = (kernel_folder() / "pool.cu").read_text()
 
@@ -75,6 +78,52 @@ def test_lines_of_inlined_headers_keep_their_file_and_number(name):
             assert wanted[number - 1] == line, (file, number)
             seen.add(file)
     assert seen == set(variants.closure(f"{name}.cu", folder))
+
+
+# --- twins ------------------------------------------------------------------------------------
+def test_a_saved_twin_is_made_again_at_the_next_call(folder):
+    before = twin("pool")
+    assert twin("pool") is before
+    text = (folder / "pool_numba.py").read_text()
+    save(folder / "pool_numba.py", text + "\nMINE = 1\n")
+    assert twin("pool").MINE == 1
+    assert twin("pool").pool_kernel is not before.pool_kernel
+
+
+def test_a_saved_twin_changes_those_that_import_it_and_no_other(folder):
+    before = {name: twin(name) for name in TWINS}
+    text = (folder / "copy_numba.py").read_text()
+    assert "IN_FLIGHT = 8" in text
+    save(folder / "copy_numba.py", text.replace("IN_FLIGHT = 8", "IN_FLIGHT = 4"))
+    assert twin("attend").IN_FLIGHT == 4
+    importing = {name for name in TWINS if "copy_numba import" in (folder / f"{name}_numba.py").read_text()}
+    assert {name for name in TWINS if twin(name) is not before[name]} == importing == {"attend"}
+
+
+def test_a_twin_that_lacks_its_kernel_is_told(folder):
+    save(folder / "pool_numba.py", "from numba import cuda\n")
+    with pytest.raises(ValueError, match=r"pool_numba\.py defines no pool_kernel"):
+        twin("pool")
+    save(folder / "pool_numba.py", "def pool_kernel(:\n")
+    with pytest.raises(SyntaxError, match=r"pool_numba\.py, line 1"):
+        twin("pool")
+
+
+def test_a_variant_of_a_twin_stands_in_its_place(folder):
+    before, text = twin("pool"), (folder / "pool_numba.py").read_text()
+    with s2o.use_kernel("pool_numba", text.replace("real(0)", "real(1)")) as made:
+        assert twin("pool") is not before
+        assert "real(1)" in made.text
+        with pytest.raises(ValueError, match="source is a variant of 'pool_numba' and stage is 'pool'"):
+            s2o.use_kernel("pool", made).__enter__()
+    assert twin("pool") is before
+    with pytest.raises(ValueError, match=r"pool_numba is a Numba twin, which has no macros; given: UNROLL"):
+        s2o.use_kernel("pool_numba", text, UNROLL=4).__enter__()
+
+
+def test_a_patch_of_a_twin_takes_its_arguments(folder):
+    with pytest.raises(ValueError, match=r"digit_of takes 1 arguments; remap_numba\.py calls it with 2: item, shift"):
+        make_variant("remap_numba", "@cuda.jit(device=True)\ndef digit_of(item):\n    return 0\n")
 
 
 # --- variants ---------------------------------------------------------------------------------
@@ -152,6 +201,16 @@ def fails_inside():
         raise ZeroDivisionError
 
 
+@pytest.mark.parametrize("name", kernel_names())
+def test_one_kernel_of_a_source_stands_alone_on_its_lines(name):
+    text = current(name).text
+    for entry in entries(text):
+        alone = only(text, entry)
+        assert entries(alone) == [entry]
+        assert alone.count("\n") == text.count("\n")
+        assert parameters(alone, entry) == parameters(text, entry)
+
+
 # --- use_kernel -------------------------------------------------------------------------------
 def test_use_kernel_is_undone(tmp_path):
     before = current("pool")
@@ -173,10 +232,37 @@ def made_remap():
     return make_variant("remap", (kernel_folder() / "remap.cu").read_text() + "// a variant\n")
 
 
+X = np.ones((2, 300, 16), np.float32)
+
+
+@pytest.mark.parametrize("name", ["pool", "pool_numba"])
+def test_a_call_on_the_cpu_backend_says_that_a_variant_changes_nothing(name):
+    suffix = "py" if name.endswith("numba") else "cu"
+    text = (kernel_folder() / f"{name}.{suffix}").read_text()
+    for call in (s2o.attention, s2o.dense_attention):
+        with (
+            s2o.use_kernel(name, text),
+            pytest.warns(UserWarning, match=rf"use_kernel\('{name}', ...\) changes nothing here: backend 'cpu'") as w,
+        ):
+            call(X, X, X)
+        assert [one.filename for one in w] == [__file__]
+
+
+def test_a_variant_that_no_call_launches_is_told():
+    made = made_remap()
+    with pytest.warns(UserWarning, match=r"use_kernel\('remap', ...\) changed nothing"), s2o.use_kernel("remap", made):
+        sources.called_on("cuda")
+    with s2o.use_kernel("remap", made):
+        sources.called_on("cuda")
+        current("remap")
+    with s2o.use_kernel("remap", made):  # launched before: what was recorded then is launched again
+        sources.called_on("cuda")
+
+
 def test_use_kernel_refuses_by_name():
-    with pytest.raises(TypeError, match="source is a int; allowed: CUDA source, a path to it, or a Variant"):
+    with pytest.raises(TypeError, match="source is a int; allowed: source text, a path to it, or a Variant"):
         s2o.use_kernel("pool", 3).__enter__()
-    with pytest.raises(ValueError, match="source is a variant of 'remap' and stage 'pool'"):
+    with pytest.raises(ValueError, match="source is a variant of 'remap' and stage is 'pool'"):
         s2o.use_kernel("pool", made_remap()).__enter__()
 
 
@@ -185,3 +271,25 @@ def test_macros_of_a_variant():
     assert source.applied({"HEAD_DIM": 64, "BLOCK_N": 64}) == {"HEAD_DIM": 64, "BLOCK_N": 64, "UNROLL": 4}
     with pytest.raises(ValueError, match="the variant of attend fixes HEAD_DIM=64; this call needs 128"):
         source.applied({"HEAD_DIM": 128})
+    assert make_variant("pool", POOL, {"HEAD_DIM": "64", "WIDE": True}).source.macros == (("HEAD_DIM", 64), ("WIDE", 1))
+
+
+def test_a_step_of_more_keys_than_a_tile_is_refused():
+    whole = (kernel_folder() / "attend_sm90.cu").read_text()
+    wide = make_variant("attend_sm90", whole, {"BLOCK_N": 128}).source
+    needed = launch_macros("attend_sm90", "float16", 128, 128, 64, "sm_90a")
+    if needed["BLOCK_N"] < 128:
+        with pytest.raises(
+            ValueError, match=r"fixes BLOCK_N=128; this call's key tiles \(block_k\) and head dims allow at"
+        ):
+            wide.applied(needed)
+    assert wide.applied(needed | {"BLOCK_N": 128})["BLOCK_N"] == 128
+    narrow = make_variant("attend_sm90", whole, {"BLOCK_N": 64}).source
+    assert narrow.applied(needed | {"BLOCK_N": 128})["BLOCK_N"] == 64
+
+
+def test_a_path_given_as_text_is_told():
+    with pytest.raises(
+        ValueError, match=r"source is 'x/pool\.cu', which is no source text; for a file give pathlib\.Path"
+    ):
+        s2o.use_kernel("pool", "x/pool.cu").__enter__()

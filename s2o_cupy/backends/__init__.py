@@ -9,6 +9,8 @@ from types import ModuleType
 
 import numpy as np
 
+from s2o_cupy.sources import called_on
+
 NAMES = {
     "cpu": "s2o_cupy.backends.cpu",
     "cuda": "s2o_cupy.backends.cuda",
@@ -35,6 +37,7 @@ def get(name: str | None, arrays: dict) -> ModuleType:
             _require_rows(where, x.shape, x.strides, x.itemsize)
     if name == "numba":
         _require_numba(where, on_cpu)
+    called_on(name)
     return importlib.import_module(NAMES[name])
 
 

@@ -17,16 +17,10 @@ import numba
 import numpy as np
 from numba import cuda
 
-from s2o_cupy import kernels, planning
+from s2o_cupy import planning
 from s2o_cupy.arrays import namespace
-from s2o_cupy.kernels.attend_numba import MAX_BLOCKS, MAX_ROWS, attend_kernel
-from s2o_cupy.kernels.mixture_numba import mixture_kernel, norm_kernel
-from s2o_cupy.kernels.pool_numba import pool_kernel
-from s2o_cupy.kernels.remap_numba import DIGIT_BITS
-from s2o_cupy.kernels.remap_numba import THREADS as REMAP_THREADS
-from s2o_cupy.kernels.remap_numba import remap as remap_kernel
-from s2o_cupy.kernels.score_numba import score_kernel
 from s2o_cupy.problem import Problem, Slab
+from s2o_cupy.twins import SOURCES, twin
 
 # Keys of the longest history from which `attention` ranks: the raw kernels' number, not measured for these.
 RANKING_PAYS_FROM = 4096
@@ -69,6 +63,7 @@ def score(problem: Problem, q, k, slab: Slab):
         variance, share = mixture
         norm = xp.empty(share.shape, p.compute_dtype)
         given = (k, rows, variance, history)
+        norm_kernel, mixture_kernel = twin("mixture").norm_kernel, twin("mixture").mixture_kernel
         _launch(norm_kernel(*kinds), (rows.shape[1], lists), _THREADS, *given, norm, slab.kv_start, p.orders, scale)
         with np.errstate(all="ignore"):  # a centre whose every key weighs nothing, or a list without keys
             weights = share - 2 * norm
@@ -76,6 +71,7 @@ def score(problem: Problem, q, k, slab: Slab):
             mixture_kernel(*kinds), (blocks, lists), _THREADS, *given, weights, scores, slab.kv_start, p.orders, scale
         )
     else:
+        score_kernel = twin("score").score_kernel
         _launch(
             score_kernel(*kinds), (blocks, lists), _THREADS, k, rows, history, scores, slab.kv_start, p.orders, scale
         )
@@ -140,15 +136,15 @@ def _centres(p: Problem, xp, x):
 
 def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
     """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
-    xp, levels = namespace(scores), problem.settings.rank_levels or 0
+    xp, levels, kernels = namespace(scores), problem.settings.rank_levels or 0, twin("remap")
     history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
-    threads = _THREADS if SIMULATED else REMAP_THREADS
+    threads = _THREADS if SIMULATED else kernels.THREADS
     runs = -(-scores.shape[1] // threads)
     scratch = xp.empty((2, len(scores), threads << max(runs - 1, 0).bit_length()), np.int64)
-    passes = -(-((levels + 1).bit_length() if levels else 32) // DIGIT_BITS)
+    passes = -(-((levels + 1).bit_length() if levels else 32) // kernels.DIGIT_BITS)
     grid = (slab.segments, kv_offsets.shape[0])
     arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch)
-    _launch(remap_kernel, grid, threads, *arrays, levels, passes)
+    _launch(kernels.remap, grid, threads, *arrays, levels, passes)
 
 
 def pool(problem: Problem, k, v):
@@ -159,20 +155,20 @@ def pool(problem: Problem, k, v):
     for x in (k, v):
         mean = namespace(x).empty((p.batch, p.heads_kv, p.pool_blocks, x.shape[3]), p.compute_dtype)
         grid = (p.pool_blocks, p.batch * p.heads_kv)
-        _launch(pool_kernel(_real(p)), grid, _THREADS, x, mean, p.settings.pool)
+        _launch(twin("pool").pool_kernel(_real(p)), grid, _THREADS, x, mean, p.settings.pool)
         means.append(mean)
     return tuple(means)
 
 
 def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, answer) -> None:
     """Stage 3 for the slab's heads and segments: fills out, lse, tiles, tail_blocks and tail_mass."""
-    p, s, xp = problem, problem.settings, namespace(q)
-    if s.block_q > MAX_ROWS:
-        raise ValueError(f"block_q is {s.block_q}; the Numba CUDA backend supports 1 to {MAX_ROWS}")
-    if pooled is not None and p.pool_blocks > MAX_BLOCKS:
+    p, s, xp, kernels = problem, problem.settings, namespace(q), twin("attend")
+    if s.block_q > kernels.MAX_ROWS:
+        raise ValueError(f"block_q is {s.block_q}; the Numba CUDA backend supports 1 to {kernels.MAX_ROWS}")
+    if pooled is not None and p.pool_blocks > kernels.MAX_BLOCKS:
         raise ValueError(
             f"pool is {s.pool}, which cuts {p.longest} keys into {p.pool_blocks} blocks; "
-            f"the Numba CUDA backend supports {MAX_BLOCKS}: choose a greater pool"
+            f"the Numba CUDA backend supports {kernels.MAX_BLOCKS}: choose a greater pool"
         )
     tile_start = slab.segment_start * p.tiles_per_segment
     tile_stop = min(slab.segment_stop * p.tiles_per_segment, len(p.tile_start))
@@ -199,7 +195,7 @@ def _walk(p, xp, arrays, pooled, order, answer, place, sizes, grid) -> None:
     answers = (answer.out, answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass)
     threads = -(-min(sizes[3], p.n_q) // _WARP) * _WARP
     scale = p.compute_dtype.type(p.scale)
-    kernel = attend_kernel(_real(p), _width(max(p.dim_qk, p.dim_v)))
+    kernel = twin("attend").attend_kernel(_real(p), _width(max(p.dim_qk, p.dim_v)))
     _launch(kernel, grid, threads, *arrays, *pooled, *order, taus, *answers, place, sizes, scale)
 
 
@@ -253,16 +249,10 @@ def _named(function, kinds: tuple):
     compile at once, one would read what another wrote for other kinds.
     """
     sizes = [x.cell_contents for x in function.__closure__ or () if isinstance(x.cell_contents, int)]
-    mark = hashlib.sha256(repr((kinds, sizes, _sources())).encode()).hexdigest()[:16]
+    mark = hashlib.sha256(repr((kinds, sizes, function.__globals__.get(SOURCES))).encode()).hexdigest()[:16]
     named = FunctionType(function.__code__, function.__globals__, function.__name__, None, function.__closure__)
     named.__qualname__ = f"{function.__qualname__}.{mark}"
     return named
-
-
-@cache
-def _sources() -> str:
-    """The text of all twins."""
-    return "".join(path.read_text() for path in sorted(Path(kernels.__path__[0]).glob("*_numba.py")))
 
 
 def _kind(x):

@@ -30,6 +30,8 @@ def problem(stage: str, at: Focus, name: str = "", keys: int = KEYS) -> Problem:
         s = s.replace(tau=0.0, cap=0.1)
     if name == "score" and at.dim <= 128:  # Hopper's own kernel serves the other ranks
         s = s.replace(rank="mean")
+    if name == "mixture":
+        s = s.replace(rank="mixture")
     return Problem(1, *heads, keys, keys, at.dim, at.dim_v, at.dtype, s)
 
 

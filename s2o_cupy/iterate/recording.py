@@ -117,3 +117,19 @@ def recorded(backend, name: str) -> Iterator[list[Launch]]:
     finally:
         backend.get_kernel = original
         backend._recorded.cache_clear()
+
+
+@contextmanager
+def recorded_twins(backend) -> Iterator[list]:
+    """The launches that the Numba backend makes inside the block, to be played again; they run too."""
+    launches, original = [], backend._launch
+
+    def launch(*arguments):
+        launches.append(lambda: original(*arguments))
+        original(*arguments)
+
+    backend._launch = launch
+    try:
+        yield launches
+    finally:
+        backend._launch = original

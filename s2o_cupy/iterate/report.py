@@ -92,6 +92,11 @@ class Verdict:
         return max(found, key=lambda c: c["worst"]["share"], default=None)
 
     @property
+    def used(self) -> list[dict]:
+        """Its kernels' launches, in the long call where it was timed, else in the check; none without a GPU."""
+        return self.timing["launches"] if self.timing else self.launched
+
+    @property
     def wrong(self) -> list[dict]:
         """The cases that were not passed."""
         return [c for c in self.cases if c["past"] or (c["worst"] is not None and c["worst"]["share"] > 1)]

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import s2o_cupy
-from s2o_cupy.iterate import twins
 from s2o_cupy.iterate.report import Verdict
-from s2o_cupy.sources import Source, _folder, from_folder, inlined, kernel_folder
-from s2o_cupy.variants import Variant, make_variant
+from s2o_cupy.sources import Source, _folder, from_folder, inlined, kernel_folder, kernel_names
+from s2o_cupy.twins import TWINS
+from s2o_cupy.variants import make_variant
 
 AGAINST = ("shipped", "HEAD", "previous")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -126,6 +126,7 @@ class Session:
 
     def __init__(self):
         self.history: list[Verdict] = []
+        self.known: dict[str, list[dict]] = {}
         self.cuda, self.numba = Worker(), Worker(_simulator())
         atexit.register(self.close)
 
@@ -154,6 +155,8 @@ class Session:
     ) -> Verdict:
         """Compile a variant of a raw kernel, then check, time and sanitise it as asked."""
         start = time.perf_counter()
+        if name not in kernel_names():
+            raise ValueError(f"kernel is {name!r}; allowed: {', '.join(kernel_names())}")
         variant = make_variant(name, cell, macros)
         other, macros = self.other(name, against), variant.source.macros
         job = {"kind": "cuda", "name": name, "text": variant.source.text, "macros": macros, "arch": arch}
@@ -168,17 +171,27 @@ class Session:
     ) -> Verdict:
         """Compile, check and time a variant of a Numba twin; in the simulator where there is no GPU."""
         start = time.perf_counter()
-        text = twins.make_text(name, cell)
+        if name.removesuffix("_numba") not in TWINS:
+            raise ValueError(f"kernel is {name!r}; allowed: {', '.join(TWINS)}")
+        name = name.removesuffix("_numba")
+        variant = make_variant(f"{name}_numba", cell)
         if against == "shipped":
-            other = twins.shipped(name)
+            other = (Path(_folder("")) / f"{name}_numba.py").read_text()
         elif against == "HEAD":
             other = _at_head(f"{name}_numba.py")
         else:
             other = self._previous(name, "numba").variant.text
-        job = {"kind": "numba", "name": name, "text": text, "check": check, "bench": bench, "other": other}
+        job = {"kind": "numba", "name": name, "text": variant.text, "check": check, "bench": bench, "other": other}
         events, printed = self.numba.run(job, limit)
-        variant = Variant(name, cell, Source(f"{name}_numba", text), f"{name}_numba.py", text)
         return self._kept(Verdict.made(name, "numba", variant, against, events, printed, time.perf_counter() - start))
+
+    def resources(self, name: str) -> list[dict]:
+        """What the shipped specialisations of a kernel file take: one dict each, with arch, macros and kernels."""
+        events, _ = self.cuda.run({"kind": "resources", "name": name}, _START_S)
+        if events[-1]["event"] != "done":
+            raise RuntimeError(f"{name} was not compiled: {events[-1].get('message', events[-1]['event'])}")
+        self.known[name] = [event for event in events if event["event"] == "resources"]
+        return self.known[name]
 
     def _kept(self, verdict: Verdict) -> Verdict:
         verdict.number = len(self.history) + 1

@@ -19,12 +19,13 @@ from contextlib import nullcontext
 import numpy as np
 
 from s2o_cupy import specialisations
-from s2o_cupy.compile import KernelCompileError, compile_cubin, parse_report
+from s2o_cupy.compile import KernelCompileError, compile_cubin, get_kernel, parse_report, resources
 from s2o_cupy.iterate import bench, emulation, engines
 from s2o_cupy.iterate.cases import EMULATED, ON_GPU, SIMULATED, STAGES, cases, focus, worst_of
-from s2o_cupy.iterate.recording import distinct, recorded, rehearsed
-from s2o_cupy.sources import SHAPE_MACROS, Source, in_use
+from s2o_cupy.iterate.recording import distinct, recorded, recorded_twins, rehearsed
+from s2o_cupy.sources import SHAPE_MACROS, Source, current, in_use
 from s2o_cupy.specialisations import launch_macros
+from s2o_cupy.twins import TWINS, twin
 from s2o_cupy.variants import entries
 
 _SM90_SERVES = specialisations.sm90_serves
@@ -43,14 +44,14 @@ def main(fd: int, watched: bool = False) -> None:
 
         if watched:
             watch(cupy)
-            guards = engines.Guards(cupy)  # the context, and CuPy's own kernels for what every check does
+        guards = engines.Guards(cupy)  # the context, and CuPy's own kernels for what every check does
         guards.empty(1, np.float32)
         guards.broken()
     say("ready", gpu=gpu)
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            (serve_twin if job["kind"] == "numba" else serve)(job, gpu, say)
+            SERVE[job["kind"]](job, gpu, say)
             say("done")
         except KernelCompileError as error:
             say("error", what="compile", message=str(error))
@@ -265,25 +266,46 @@ def time_both(engine, stage, name, at, source, other, say) -> None:
     say("timed", **found, **sides, what=what, floor=floor)
 
 
+def serve_resources(job: dict, gpu: bool, say) -> None:
+    """What every shipped specialisation of a kernel file takes, one event each."""
+    arch = device_arch() if gpu else "sm_90a"
+    specs = [spec for spec in specialisations.shipped(arch) if spec.name == job["name"]]
+    source = current(job["name"])
+    names = entries(source.text)
+
+    def there(spec):
+        found, _ = resources(arch, spec)
+        return [{**found[name], "kernel": name, "local_bytes": found[name]["stack_bytes"]} for name in names]
+
+    def here(spec, name):
+        return _resources(name, get_kernel(spec.name, name, engines.part(source, name), **dict(spec.macros)))
+
+    if gpu:
+        _, made = at_once(here, [(spec, name) for spec in specs for name in names], [])
+        found = {spec: [made[spec, name] for name in names] for spec in specs}
+    else:
+        _, made = at_once(there, [(spec,) for spec in specs], [])
+        found = {spec: made[spec,] for spec in specs}
+    for spec, kernels in found.items():
+        say("resources", arch=arch, macros=spec.macros, kernels=kernels)
+
+
 # --- Numba twins ----------------------------------------------------------------------------------
 def serve_twin(job: dict, gpu: bool, say) -> None:
     """One Numba twin: its module run with the cell's text, then checked and timed through the backend."""
-    from s2o_cupy.iterate import twins
-
-    stage = job["name"]
-    start = time.perf_counter()
-    engine = engines.Twins()
-    with twins.in_use(engine.backend, stage, job["text"]):
-        say("compiled", seconds=time.perf_counter() - start, arch="numba", macros={}, kernels=[])
-        at = focus("attend_simt", {"HEAD_DIM": 64})
-        if job["check"]:
-            todo = cases(stage, at, SIMULATED if engine.simulated else ON_GPU)
-            check(engine, todo, Source(f"{stage}_numba", job["text"]), say)
+    (stage, _), start = TWINS[job["name"]], time.perf_counter()
+    engine, at = engines.Twins(), focus("attend_simt", {"HEAD_DIM": 64})
+    source, other = (Source(f"{job['name']}_numba", job[text]) for text in ("text", "other"))
+    with in_use(source):
+        twin(job["name"])
+    say("compiled", seconds=time.perf_counter() - start, arch="numba", macros={}, kernels=[])
+    if job["check"]:
+        check(engine, cases(stage, at, SIMULATED if engine.simulated else ON_GPU), source, say)
     if job["bench"]:
         if engine.simulated:
             say("note", message="not timed: that needs a GPU")
         else:
-            _time_twins(engine, twins, stage, at, job, say)
+            _time_twins(engine, stage, job["name"], at, (source, other), say)
 
 
 def _numba_message(name: str, error: Exception) -> str:
@@ -293,21 +315,23 @@ def _numba_message(name: str, error: Exception) -> str:
     return "\n".join([f"{type(error).__name__}: {error}", *places[-3:]])
 
 
-def _time_twins(engine, twins, stage, at, job, say) -> None:
+def _time_twins(engine, stage, name, at, sources, say) -> None:
     say("case", label="timing", where=engine.where)
-    p = bench.problem(stage, at, keys=4096)
+    p = bench.problem(stage, at, name, keys=4096)
     made = bench.prepared(engine, stage, p)
     sides = []
-    for text in (job["text"], job["other"]):
-        with twins.in_use(engine.backend, stage, text), twins.recorded(engine.backend) as launches:
+    for source in sources:
+        with in_use(source), recorded_twins(engine.backend) as launches:
             sides.append((launches, bench.run(engine, stage, p, made)))
     engine.wait()
     # The scores' rows are made by the arrays' own module; only launches of kernels are recorded and timed.
     found = bench.compared(*bench.in_turn(engine.xp, sides[0][0], sides[1][0]))
     what = f"{p.heads_q} query and {p.heads_kv} K/V heads, {p.n_k} keys, {at.dtype}, head dim {at.dim}"
-    floor = bench.floor(engine.xp, stage, stage, p)
+    floor = bench.floor(engine.xp, stage, name, p)
     say("timed", **found, what=what, launches=[], other_launches=[], floor=floor)
 
+
+SERVE = {"cuda": serve, "numba": serve_twin, "resources": serve_resources}
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), "--watched" in sys.argv)
