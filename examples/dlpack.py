@@ -13,7 +13,8 @@ rng = np.random.default_rng(0)
 host = [rng.standard_normal((heads, 2048, 64), dtype=np.float32) for heads in (4, 2, 2)]
 wanted = s2o.attention(*host)
 
-# %% PyTorch, also in bfloat16 on a GPU; no gradient flows through.
+# %% PyTorch, also in bfloat16 on a GPU; no gradient flows through. CI runs this
+# file with JAX alone, since PyTorch from PyPI brings all of CUDA; tests/test_examples.py runs both where they are.
 if importlib.util.find_spec("torch"):
     import torch
 

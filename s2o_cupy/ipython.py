@@ -228,10 +228,13 @@ def load(shell) -> None:
 
 
 def unload(shell) -> None:
-    """End the workers."""
-    magics = shell.magics_manager.registry.get("KernelMagics")
+    """End the workers and take the magics away."""
+    magics = shell.magics_manager.registry.pop("KernelMagics", None)
     if magics is not None:
         magics.session.close()
+        for kind, known in magics.magics.items():
+            for name in known:
+                shell.magics_manager.magics[kind].pop(name, None)
 
 
 def _split(line: str, magic: str) -> list[str]:
@@ -304,15 +307,15 @@ def _code(text: str, file: str) -> Highlighted:
 def _print_resources(title: str, kernels, used=()) -> None:
     """A specialisation, and a line for each of its kernels; `used`: what is known of their launches."""
     print(f"{'':13s}{title}")
-    if isinstance(kernels, dict):  # as the compiler's cache keeps them
-        kernels = [{**x, "kernel": name, "local_bytes": x["stack_bytes"]} for name, x in kernels.items()]
+    if isinstance(kernels, dict):  # as the compiler's cache keeps them: the last of the file first
+        kernels = [{**x, "kernel": name, "local_bytes": x["stack_bytes"]} for name, x in reversed(kernels.items())]
     for x in kernels:
         local = f", {x['spill_bytes']} bytes spilled" if x.get("spill_bytes") else ""
         local = local or (f", {x['local_bytes']} bytes of local memory" if x["local_bytes"] else "")
-        line = f"{x['kernel']}: {x['registers']} registers{local}, {x['shared_bytes']} bytes of shared memory"
+        line = f"{x['kernel']}: {x['registers']} registers{local}, {x['shared_bytes']} bytes of static shared memory"
         launches = [one for one in used if one["kernel"] == x["kernel"]]
         for one in launches:
-            line += f"; launched with {one['shared_bytes']}: {one['blocks']} blocks a multiprocessor, "
+            line += f"; launched with {one['shared_bytes']} in all: {one['blocks']} blocks a multiprocessor, "
             line += f"occupancy {one['occupancy']:.2f}"
         print(f"{'':15s}{line}")
 
