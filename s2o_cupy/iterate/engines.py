@@ -38,15 +38,16 @@ class Guards:
         shape = (shape,) if isinstance(shape, (int, np.integer)) else tuple(map(int, shape))
         dtype, size = np.dtype(dtype), math.prod(shape)
         edge = GUARD * dtype.itemsize
-        room = self.xp.full(2 * edge + size * dtype.itemsize, _BYTE, np.uint8)
+        room = self.xp.empty(2 * edge + size * dtype.itemsize, np.uint8)
+        _set(room, _BYTE)
         self.given.append((room, edge, shape, dtype))
         inside = room[edge : edge + size * dtype.itemsize]
-        inside.fill(0xFF)  # NaN, or -1: what is not written shows
+        _set(inside, 0xFF)  # NaN, or -1: what is not written shows
         return inside.view(dtype).reshape(shape)
 
     def zeros(self, shape, dtype=np.float64):
         x = self.empty(shape, dtype)
-        x.fill(0)
+        _set(x.reshape(-1).view(np.uint8), 0)
         self.zeroed.append(x)
         return x
 
@@ -60,7 +61,7 @@ class Guards:
         found = []
         for room, edge, shape, dtype in self.given:
             for side, part in (("start", room[:edge]), ("end", room[len(room) - edge :])):
-                wrong = int((part != _BYTE).sum())
+                wrong = np.count_nonzero(_bytes(part) != _BYTE)
                 if wrong:
                     where = "before the start" if side == "start" else "past the end"
                     found.append(f"{wrong} bytes {where} of a {dtype.name} array of shape {shape}")
@@ -71,6 +72,18 @@ class Guards:
         """Let go of every array."""
         self.given.clear()
         self.zeroed.clear()
+
+
+def _set(x, byte: int) -> None:
+    """Every byte of an array of bytes; on a GPU by a copy engine, since CuPy's own kernels take seconds to compile."""
+    if hasattr(x.data, "memset_async"):
+        x.data.memset_async(byte, x.nbytes)
+    else:
+        x.fill(byte)
+
+
+def _bytes(x) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else x.get()
 
 
 class Raw:
@@ -115,10 +128,9 @@ class Raw:
 
     def order(self, p: Problem, scores: np.ndarray):
         """Stage 2 over (heads, keys) scores, one list a head: (heads, listed)."""
-        heads, keys = scores.shape
+        keys = scores.shape[1]
         row = -(-keys // 64) * 64
-        data = self.guards.empty((heads, row), scores.dtype)
-        data[:, :keys] = self.place(scores)
+        data = self.place(np.pad(scores, ((0, 0), (0, row - keys)), constant_values=np.nan))
         starts, history = self.place(np.array([0, row], np.int64)), self.place(np.array([keys], np.int32))
         given = self.backend.Scores(data.reshape(-1), starts, history, keys)
         return self._ordered(p, given)

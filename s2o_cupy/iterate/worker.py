@@ -44,7 +44,7 @@ def main(fd: int, watched: bool = False) -> None:
 
         if watched:
             watch(cupy)
-        guards = engines.Guards(cupy)  # the context, and CuPy's own kernels for what every check does
+        guards = engines.Guards(cupy)  # the device's context
         guards.empty(1, np.float32)
         guards.broken()
     say("ready", gpu=gpu)
