@@ -30,7 +30,7 @@ other_order = pool.replace("for (int s = 0; s < strands; ++s)", "for (int s = st
 verdict = shell.try_cuda("pool", other_order, check=True, bench=True)
 print(verdict)
 
-# %% The variant inside the real attention, on a GPU; elsewhere `attention` uses the CPU backend.
+# %% The variant inside the real attention, on a GPU; elsewhere `attention` uses the CPU backend, and would warn.
 with s2o.use_kernel("pool", verdict.variant) as variant:
     print("in use:", variant.name, variant.file)
 

@@ -75,7 +75,9 @@ def use_kernel(stage: str, source, **macros) -> Iterator[Variant]:
     elif isinstance(source, (str, os.PathLike)):
         variant = make_variant(stage, Path(source).read_text() if isinstance(source, os.PathLike) else source, macros)
     else:
-        raise TypeError(f"source is a {type(source).__name__}; allowed: source text, a path to it, or a Variant")
+        raise TypeError(
+            f"source is a {type(source).__name__}; allowed: source text, a path to it, or a verdict's variant"
+        )
     with in_use(variant.source):
         yield variant
     warn_unless_launched(variant.source)

@@ -236,6 +236,28 @@ def test_kernels_and_show(shell, capsys):
     assert "the mean of every pool block" in capsys.readouterr().out
 
 
+def test_resources_of_one_kernel(shell, capsys):
+    if not GPU and not (importlib.util.find_spec("cuda") and importlib.util.find_spec("cuda.core")):
+        assert "pool was not compiled: ImportError: compiling without a GPU needs cuda-core" in refused(
+            shell, "%s2o kernels pool"
+        )
+        return
+    cuda(shell, "pool", POOL)
+    capsys.readouterr()
+    run(shell, "%s2o kernels pool")
+    said = capsys.readouterr().out
+    number = r"pool: \d+ registers(, \d+ bytes of local memory)?, \d+ bytes of static shared memory"
+    assert len(re.findall(rf"-D \w+=\w+\n +{number}", said)) >= 4, said  # three types and two halves, and the variant
+    assert re.search(rf"variant #\d+, sm_\w+ -D IS_BF16=1\n +{number}", said), said
+
+
+def test_the_extension_takes_its_magics_away(shell):
+    run(shell, "%unload_ext s2o_cupy")
+    assert "`%s2o` not found" in refused(shell, "%s2o kernels")
+    run(shell, "%load_ext s2o_cupy")
+    run(shell, "%s2o help")
+
+
 @checks
 def test_keep_and_history(shell, tmp_path, capsys):
     source = (kernel_folder() / "remap.cu").read_text()

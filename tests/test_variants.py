@@ -260,7 +260,7 @@ def test_a_variant_that_no_call_launches_is_told():
 
 
 def test_use_kernel_refuses_by_name():
-    with pytest.raises(TypeError, match="source is a int; allowed: source text, a path to it, or a Variant"):
+    with pytest.raises(TypeError, match="source is a int; allowed: source text, a path to it, or a verdict's variant"):
         s2o.use_kernel("pool", 3).__enter__()
     with pytest.raises(ValueError, match="source is a variant of 'remap' and stage is 'pool'"):
         s2o.use_kernel("pool", made_remap()).__enter__()

@@ -162,6 +162,7 @@ class Session:
         job = {"kind": "cuda", "name": name, "text": variant.source.text, "macros": macros, "arch": arch}
         job |= {"check": check, "bench": bench, "other": other.text}
         events, printed = self.cuda.run(job, limit)
+        self.cuda.start()  # a new one where this variant was its end: the next finds it warm
         if sanitize and not any(e["event"] == "hung" for e in events):
             events += _sanitized(sanitize, {**job, "check": True, "bench": False}, limit)
         return self._kept(Verdict.made(name, "cuda", variant, against, events, printed, time.perf_counter() - start))

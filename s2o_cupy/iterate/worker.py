@@ -104,7 +104,8 @@ def serve(job: dict, gpu: bool, say) -> None:
 
     wanted = launched(engine, source, todo, timed, stage)
     if todo and not any(one is source for _, _, one, _ in wanted):
-        raise ValueError(f"{name} {job['macros']} is launched in no case of the check: other kernels serve its calls")
+        fixed = "".join(f" -D {n}={v}" for n, v in source.macros)
+        raise ValueError(f"{name}{fixed} is launched in no case of the check on {arch}: other kernels serve such calls")
     if timed is not None:
         wanted |= launched(engine, other, [], timed, stage)
     compile_all(engine, source, macros, arch, wanted, todo, on_gpu, say)

@@ -20,6 +20,7 @@ except cupy.cuda.runtime.CUDARuntimeError:
     DEVICES = 0
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICES, reason="needs a CUDA device")]
 POOL = (kernel_folder() / "pool.cu").read_text()
+SM90 = (kernel_folder() / "attend_sm90.cu").read_text()
 DOUBLED = POOL.replace("total / (sum_t)count", "total / (sum_t)(2 * count)")
 
 
@@ -96,6 +97,18 @@ def test_a_kernel_is_as_fast_as_itself(session):
     assert 0.9 < verdict.timing["ratio"] < 1.1, str(verdict)
     assert verdict.timing["launches"][0]["blocks"] >= 1
     assert verdict.timing["ms"] > 0.5 * verdict.timing["floor"]["ms"]
+
+
+def test_a_check_that_would_not_launch_the_variant_is_refused(session):
+    verdict = session.try_cuda("attend_sm90", SM90, macros={"HEAD_DIM": 96, "HEAD_DIM_V": 96}, check=True)
+    assert "attend_sm90 -D HEAD_DIM=96 -D HEAD_DIM_V=96 is launched in no case of the check" in verdict.failure
+
+
+def test_a_variant_that_another_kernel_serves_is_told(attention):
+    unused = (kernel_folder() / "attend_simt.cu").read_text() + "// a variant\n"
+    told = pytest.warns(UserWarning, match=r"use_kernel\('attend_simt', ...\) changed nothing")
+    with told, s2o.use_kernel("attend_simt", unused):
+        attention()
 
 
 def test_a_write_past_the_end_is_told(session):
