@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -96,6 +97,17 @@ def test_a_wrong_kernel_shows_its_worst_element(shell):
     assert worst["share"] > 1
     assert worst["got"] == pytest.approx(worst["wanted"] / 2, rel=0.02)
     assert f"{worst['array']}[{', '.join(map(str, worst['index']))}]: got {worst['got']:.6g}" in str(verdict)
+
+
+@checks
+def test_the_worker_that_runs_reads_the_folder_of_now(shell, tmp_path, monkeypatch):
+    cuda(shell, "pool", POOL)  # it runs
+    shutil.copytree(kernel_folder(), tmp_path / "kernels")
+    (tmp_path / "kernels" / "pool.cu").write_text(POOL + "\n#error mine\n")
+    monkeypatch.setenv("S2O_KERNELS", str(tmp_path / "kernels"))
+    verdict = cuda(shell, "attend_simt --check", (kernel_folder() / "attend_simt.cu").read_text())
+    assert "does not compile" in verdict.failure  # the stage's pool.cu, from the folder
+    assert "mine" in verdict.failure
 
 
 @checks

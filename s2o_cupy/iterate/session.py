@@ -56,6 +56,7 @@ class Worker:
 
     def run(self, job: dict, limit: float) -> tuple[list[dict], str]:
         """The events of one job, the last of them "done", "error", "hung" or "died"; and what it printed."""
+        job = {**job, "kernels": str(kernel_folder())}  # S2O_KERNELS may have changed since the process started
         self.start()
         found, wait = [], _START_S
         if not self.ready:
