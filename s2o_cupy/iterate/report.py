@@ -261,7 +261,7 @@ class History(list):
         found = []
         for v in self:
             t, worst = v.timing, v.worst
-            used = t["launches"][0] if t and t["launches"] else None
+            used = v.used[0] if v.used else None
             registers = used["registers"] if used else None
             if registers is None and v.compiled and v.compiled["kernels"]:
                 registers = max(k["registers"] for k in v.compiled["kernels"])
