@@ -268,7 +268,10 @@ def _parser(magic: str, name_help: str, limit: float) -> _Parser:
 
 def _seconds(text: str) -> float:
     """A time limit from the command line."""
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
     if not 0 < seconds <= 86400:
         raise argparse.ArgumentTypeError(f"{text}; allowed: above 0, to 86400 seconds")
     return seconds

@@ -73,7 +73,7 @@ def test_the_shipped_kernel_is_right(shell):
 
 
 @checks
-@pytest.mark.parametrize("limit", ["-1", "0", "nan", "1e300"])
+@pytest.mark.parametrize("limit", ["-1", "0", "nan", "1e300", "soon"])
 def test_a_limit_that_is_none_is_refused_and_the_next_verdict_is_its_own(shell, limit):
     assert "allowed: above 0, to 86400 seconds" in refused(shell, f"%%s2o_cuda pool --check --limit {limit}\n{POOL}")
     assert cuda(shell, "pool --check", POOL).status == "right"
@@ -226,6 +226,20 @@ def test_without_a_gpu_it_says_what_it_cannot_do(shell):
 )
 def test_bad_input_is_told_plainly(shell, text, message):
     assert re.search(message, refused(shell, text))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("score -D WIDTH=300", "-D WIDTH=300: allowed: 1 to 256"),
+        ("attend -D HEAD_DIM=wide", "-D HEAD_DIM=wide: allowed: 1 to 256"),
+        ("attend -D HEAD_DIM=100", "the variant of attend fixes HEAD_DIM=100; this call needs 128"),
+        ("pool -D IS_BF16=7", "the variant of pool fixes IS_BF16=7; this call needs 1"),
+    ],
+)
+def test_a_specialisation_that_no_arrays_have_is_refused(shell, options, message):
+    verdict = cuda(shell, options, (kernel_folder() / f"{options.split()[0]}.cu").read_text())
+    assert verdict.failure == message
 
 
 def test_help(shell, capsys):

@@ -47,6 +47,9 @@ class Focus:
 
 def focus(name: str, macros: dict) -> Focus:
     """The arrays that a kernel under these ``-D`` macros is for; bfloat16 and head dim 128 where they do not say."""
+    for macro in ("HEAD_DIM", "HEAD_DIM_V", "WIDTH", "BLOCK_M", "BLOCK_N"):
+        if macro in macros and not (isinstance(macros[macro], int) and 1 <= macros[macro] <= 256):
+            raise ValueError(f"-D {macro}={macros[macro]}: allowed: 1 to 256")
     dtype = "float32" if name.endswith("_simt") else "bfloat16"
     if "REAL" in macros:
         dtype = "float64" if macros["REAL"] == "double" else "float32"

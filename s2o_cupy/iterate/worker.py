@@ -61,7 +61,9 @@ def main(fd: int, watched: bool = False) -> None:
             if job["kind"] == "numba" and not lost:
                 say("error", what="compile", message=_numba_message(job["name"], error))
                 continue
-            if not lost and not isinstance(error, (ValueError, TypeError, ImportError)):
+            if isinstance(error, ValueError):  # it says what is allowed
+                message = str(error)
+            elif not lost and not isinstance(error, (TypeError, ImportError)):
                 message = traceback.format_exc()
             say("error", what="device" if lost else "refused", message=message)
             if lost:
