@@ -6,7 +6,7 @@ import argparse
 
 import numba
 
-from bench import cpu, gpu, kernels, knobs, peers, quality, report, scaling, timing
+from bench import cpu, density, gpu, kernels, knobs, peers, quality, report, scaling, timing
 from bench.record import Record
 from s2o_cupy import backends
 
@@ -19,6 +19,7 @@ ON_GPU = {
 ON_CPU = {
     "cpu": (cpu, "speed and memory of the CPU backend"),
     "quality": (quality, "density against error beside other methods"),
+    "density": (density, "the density that settings need at an error, on long heads"),
     "knobs": (knobs, "what one change of each setting does to the error"),
 }
 

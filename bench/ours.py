@@ -14,8 +14,16 @@ from s2o_cupy.settings import Settings
 HEADS_Q, HEADS_KV, DIM = 32, 8, 128  # of every synthetic case
 BASE = {"segment": 512, "block_k": 128, "pool": 256}  # fixed here, whatever the package's defaults are
 S512 = Settings(**BASE)
-# Small segments stop much sooner here; one order for the four query heads of a K/V head pays for them.
-SHARED = Settings(segment=128, block_k=128, rank_terms=7, share_order=True)
+S128 = Settings(segment=128, block_k=128, rank_terms=7)
+SHARED = S128.replace(share_order=True)
+VARIANTS = {  # which is the fastest depends on the error and on the length: smaller segments stop sooner, and rank more
+    "s2o_cupy": Settings(),
+    "s2o_cupy, S=512": S512,
+    "s2o_cupy, S=128 shared": SHARED,
+    "s2o_cupy, S=128": S128,
+    "s2o_cupy precise": Settings.precise(),
+    "s2o_cupy precise, shared": Settings.precise(block_k=128, share_order=True),
+}
 
 
 def inputs(preset: str, n: int, seed: int = 0) -> list:

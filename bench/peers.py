@@ -27,14 +27,7 @@ from s2o_cupy.settings import Settings
 LENGTHS = (131072, 32768)
 ERRORS = (0.05, 0.02, 0.10, 0.01)
 ENOUGH = 150.0  # ms of repeats of one case
-OURS = {  # which is the fastest depends on the error and on the length: smaller segments stop sooner, and rank more
-    "s2o_cupy": Settings(),
-    "s2o_cupy, S=512": ours.S512,
-    "s2o_cupy, S=128 shared": ours.SHARED,
-    "s2o_cupy, S=128": Settings(segment=128, block_k=128, rank_terms=7),
-    "s2o_cupy precise": Settings.precise(),
-    "s2o_cupy precise, shared": Settings.precise(block_k=128, share_order=True),
-}
+OURS = ours.VARIANTS
 
 
 def arguments(parser) -> None:
@@ -83,7 +76,7 @@ def main(options, record: Record) -> None:
 class Ours:
     """Our method at some settings, in the steps of a sparse peer (`bench/rivals.py`)."""
 
-    knob, span = "tau", (1e-5, 1.0)
+    knob, span = "tau", (1e-5, 10.0)
 
     def __init__(self, name: str, settings: Settings):
         from s2o_cupy.backends import cuda

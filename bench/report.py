@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 FIGURES = {"docs/speed.png": "peers_*.json", "docs/scaling.png": "scaling_*.json"}
 WHAT = {
+    "density": "density that settings need at an error on long heads, by the CPU backend",
     "cpu": "speed, memory and first calls of the CPU backend",
     "gpu": "dense, plan, attend and whole calls of the CUDA backend, beside PyTorch's kernels and Triton loops",
     "peers": "every method at the same error, dense kernels beside",
@@ -259,6 +260,16 @@ def table_stages(report: dict, n: int | None) -> list[str]:
     return markdown(["diffuse preset", *(f"N={n}" for n in lengths)], rows)
 
 
+def table_density(report: dict, n: int | None) -> list[str]:
+    """Density of each settings at each error, a column for each set of heads."""
+    cases = [case for case in report["cases"] if case.get("wanted")]
+    columns = sorted({(case["source"], case["n"], -case["wanted"]) for case in cases})
+    found = {(case["name"], case["source"], case["n"], -case["wanted"]): case.get("density") for case in cases}
+    names = dict.fromkeys(case["name"] for case in cases)
+    rows = [[name, *(_number(found.get((name, *column)), 3) for column in columns)] for name in names]
+    return markdown(["density", *(f"{source}, N={n}, error {-e:g}" for source, n, e in columns)], rows)
+
+
 def table_files(report: dict | None, n: int | None) -> list[str]:
     """Every report under bench/results."""
     reports = [(path.name, report) for path in sorted(RESULTS.glob("*.json")) if (report := load(path))]
@@ -273,6 +284,7 @@ TABLES = {
     "matched": table_matched,
     "lengths": table_lengths,
     "stages": table_stages,
+    "density": table_density,
     "files": table_files,
 }
 

@@ -140,7 +140,7 @@ def meet(attention, arrays, rows, exact, wanted: float, start: float | None, par
             found = attention(*some, tau=tau, full_output=True)
             return ours.rows_error(found.out, rows, exact[:heads]), (found.stats.density, found.stats.path)
 
-        return Sweep(measure, 1e-5, 1.0, start=start or 3e-3)
+        return Sweep(measure, 1e-5, 10.0, start=start or 3e-3)
 
     if part_first:
         found = over(2, start).meet(wanted)
