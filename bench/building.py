@@ -18,7 +18,7 @@ from s2o_cupy.problem import make_problem
 from s2o_cupy.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 90  # after which a process is left behind: what it would have built is built where it is used
+SECONDS = 90  # after which a process is ended: what it would have built is built where it is used
 LENGTH = 8192  # of arrays, where kernels do not depend on it
 
 
@@ -32,7 +32,7 @@ class Building:
     def __exit__(self, *_) -> None:
         for _, process in self._running:
             process.kill()
-            process.wait()
+            process.communicate()
 
     def start(self, tasks: list[dict]) -> None:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
@@ -47,9 +47,12 @@ class Building:
             try:
                 text = process.communicate(timeout=max(left, 0.1))[0].strip()
             except subprocess.TimeoutExpired:
-                text = f"left behind after {SECONDS} s"
+                process.kill()
+                process.communicate()
+                text = f"not done after {SECONDS} s"
             what = ", ".join(str(_changed(value)) for value in task.values())
             print(f"built {what}: {text.splitlines()[-1][:200] if text else 'no word'}", flush=True)
+        self._running.clear()
 
 
 def rank(settings: dict) -> None:

@@ -156,6 +156,41 @@ def test_a_busy_gpu_is_said():
     assert "(40 % utilisation, 9000 MiB in use before" in timing.busy("40", "9000")
 
 
+# --- building ------------------------------------------------------------------------------------------
+def test_building_says_how_long_each_took_or_why_not(monkeypatch, capsys):
+    script = "import sys, time; print('x'); time.sleep(60 * ('slow' in sys.argv[1])); 1 / ('bad' not in sys.argv[1])"
+    spawn, made = building.subprocess.Popen, []
+
+    def stand_in(command, **how):
+        made.append(spawn([sys.executable, "-c", script, command[-1]], **how))
+        return made[-1]
+
+    monkeypatch.setattr(building.subprocess, "Popen", stand_in)
+    with building.Building() as built:
+        built.start([{"task": "good", "settings": Settings().as_dict()}, {"task": "bad"}])
+        built.wait()
+        monkeypatch.setattr(building, "SECONDS", 0.5)
+        built.start([{"task": "slow"}])
+        built.wait()
+        built.start([{"task": "slow, and interrupted"}])
+    assert capsys.readouterr().out.splitlines() == [
+        "built good, {'rank': 'gaussian', 'rank_terms': 15, 'block_k': 64}: x",
+        "built bad: ZeroDivisionError: division by zero",
+        "built slow: not done after 0.5 s",
+    ]
+    assert [process.returncode for process in made] == [0, 1, -9, -9]
+
+
+def test_each_kernel_of_ours_is_built_once():
+    tasks = building.of_ours(ours.VARIANTS.values())
+    assert tasks[0] == {"task": "dense"}
+    assert sum(task["task"] == "walk" for task in tasks) == 2
+    ranks = [task["settings"] for task in tasks if task["task"] == "rank"]
+    assert [(x["rank"], x["rank_terms"]) for x in ranks] == [("gaussian", 15), ("gaussian", 7), ("mixture", 31)]
+    for task in tasks:
+        assert task["task"] in building.TASKS
+
+
 # --- the sweep ---------------------------------------------------------------------------------------
 class Method:
     """An error that grows with a knob, and how often it was measured."""
