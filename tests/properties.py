@@ -72,7 +72,7 @@ class Backend:
 
     def readable(self, x):
         """An array's values in a view that the backend takes: where the last axis has gaps, one without."""
-        if self.name != "cuda" or x.shape[-1] == 1 or x.strides[-1] == x.itemsize:
+        if self.name != "cuda" or x.ndim < 4 or x.shape[-1] == 1 or x.strides[-1] == x.itemsize:
             return x
         view = np.empty((*x.shape[:-2], 2 * x.shape[-2], x.shape[-1]), x.dtype)[..., ::-2, :]
         view[...] = x
