@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 DTYPES, DIMS = ("float64", "float32", "float16"), (256, 128, 64)
@@ -52,11 +53,10 @@ def jobs() -> list[tuple[str, str, int]]:
 
 def main() -> int:
     start, failed = time.perf_counter(), 0
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(os.cpu_count(), len(jobs()))) as pool:
-        for job, made in [(job, pool.apply_async(compile_one, job)) for job in jobs()]:
+    with ProcessPoolExecutor(min(os.cpu_count(), len(jobs())), multiprocessing.get_context("spawn")) as pool:
+        for job, made in [(job, pool.submit(compile_one, *job)) for job in jobs()]:
             try:
-                print(*job, f"{made.get():.1f} s", flush=True)
+                print(*job, f"{made.result():.1f} s", flush=True)
             except Exception as error:  # the others are worth having
                 failed += 1
                 print(*job, f"failed: {type(error).__name__}: {error}", flush=True)
