@@ -5,7 +5,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy loads: threads only cost on products this small
 
 import pytest
-import strategies
 from hypothesis import HealthCheck, settings
 from properties import CPU, CUDA, NUMBA
 
@@ -25,7 +24,4 @@ def backend(request):
         pytest.skip(missing)
     if chosen.on_host and chosen is NUMBA:
         pytest.skip("the simulator has small cases of its own, in test_numba_cuda.py")
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(strategies, "widest", chosen.widest)
-    yield chosen
-    monkeypatch.undo()
+    return chosen

@@ -15,7 +15,7 @@ need file names that ``tests/`` does not have)::
 A new backend is one `Backend`: how arrays reach it, and its unit of rounding by input dtype.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -34,14 +34,10 @@ OUTPUT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float6
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend's name, its units of rounding, and how arrays get there and back.
-
-    `widest` is the greatest head dim that `strategies.cases` draws for it, by dtype, where that is not all of them.
-    """
+    """A backend's name, its units of rounding, and how arrays get there and back."""
 
     name: str
     unit: dict
-    widest: dict = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.name
@@ -111,8 +107,7 @@ class Backend:
 
 CPU = Backend("cpu", CPU_UNIT)
 CUDA = Backend("cuda", CUDA_UNIT)
-# A bfloat16 kernel of each width takes every process some 20 s, since Numba does not keep it on disk; one width does.
-NUMBA = Backend("numba", CPU_UNIT, {"bfloat16": 64})
+NUMBA = Backend("numba", CPU_UNIT)
 
 
 # --- tolerances ------------------------------------------------------------------------------

@@ -400,3 +400,26 @@ def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
     ptx, _ = cuda.compile_ptx(made.py_func, signature(kernel, x, real), cc=cc)
     assert f".target sm_{cc[0]}{cc[1]}" in ptx
     assert (".f64" in ptx) == (dtype == "float64" and kernel != "remap"), "float32 work must not widen to float64"
+
+
+@needs_numba_cuda
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_kernel_is_kept_on_disk(monkeypatch, tmp_path, dtype):
+    from numba.cuda import codegen, dispatcher
+    from numba.cuda.core import config
+
+    from s2o_cupy.backends.numba_cuda import _compiled
+    from s2o_cupy.twins import twin
+
+    here = SimpleNamespace(compute_capability=(9, 0), id=0)
+    monkeypatch.setattr(dispatcher, "get_current_device", lambda: here)
+    monkeypatch.setattr(codegen, "devices", SimpleNamespace(get_context=lambda: SimpleNamespace(device=here)))
+    monkeypatch.setattr(dispatcher._Kernel, "bind", lambda kernel: kernel._codelibrary.get_cubin(cc=(9, 0, "a")))
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    kinds = (np.dtype(DTYPES[dtype]), 4), (np.dtype(np.float32), 4), int
+    made, read = (_compiled.__wrapped__(twin("pool").pool_kernel(numba.float32), kinds, 0) for _ in range(2))
+    assert list(tmp_path.glob("*/*.nbc"))
+    for kernel, hits in ((made, 0), (read, 1)):
+        assert sum(kernel.stats.cache_hits.values()) == hits
+    cubins = [next(iter(x.overloads.values()))._codelibrary.get_cubin(cc=(9, 0, "a")) for x in (made, read)]
+    assert cubins[0].code == cubins[1].code

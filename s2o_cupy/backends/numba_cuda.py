@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 import warnings
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import FunctionType
@@ -31,6 +33,7 @@ _WARP = 1 if SIMULATED else 32
 _THREADS = 4 if SIMULATED else 128  # a simulated thread is a Python thread
 _DENSE_ROWS = 4 if SIMULATED else 128
 _WIDTHS = (64, 128, 256)
+_compiling = threading.Lock()
 if SIMULATED:
     from s2o_cupy.backends._simulator import simulate
 
@@ -236,10 +239,31 @@ def _compiled(kernel, kinds: tuple, device: int):
         return from_dtype(kind) if isinstance(kind, np.dtype) else numba.types.Array(from_dtype(kind[0]), kind[1], "A")
 
     function = _named(kernel.py_func, kinds)
-    # What bfloat16 links, Numba does not keep; nothing else here gains from linking in LLVM IR, which compiles twice.
+    kept = Path(function.__code__.co_filename).is_file()
+    # bfloat16's conversions are linked in LLVM IR; the rest here does not gain from that, and it compiles twice.
     links = any("bfloat16" in str(kind) for kind in kinds)
-    kept = not links and Path(function.__code__.co_filename).is_file()
-    return cuda.jit(tuple(map(type_of, kinds)), cache=kept, lto=links)(function)
+    with _linked_kernels_kept():
+        return cuda.jit(tuple(map(type_of, kinds)), cache=kept, lto=links)(function)
+
+
+@contextmanager
+def _linked_kernels_kept():
+    """Numba does not keep a kernel on disk that links other code, though its cubin holds that code already."""
+    from numba.cuda.codegen import CUDACodeLibrary
+
+    plain = CUDACodeLibrary._reduce_states
+
+    def reduce_states(library):
+        if library._cubin_cache:
+            library._linking_files = set()
+        return plain(library)
+
+    with _compiling:
+        CUDACodeLibrary._reduce_states = reduce_states
+        try:
+            yield
+        finally:
+            CUDACodeLibrary._reduce_states = plain
 
 
 def _named(function, kinds: tuple):
