@@ -98,6 +98,12 @@ def test_work_that_the_steps_do_not_walk_is_refused():
     assert settings_of().tail is None
 
 
+def test_numbers_in_a_folder_are_named_by_day_and_commit(tmp_path):
+    made_on = {"date": "2026-11-24 13:55", "commit": "abc1234"}
+    assert program.json_file(tmp_path, made_on) == tmp_path / "ladder_2026-11-24_abc1234.json"
+    assert program.json_file(tmp_path / "mine.json", made_on) == tmp_path / "mine.json"
+
+
 def test_without_a_device_it_says_so(capsys):
     if backends.status()["cuda"][0]:
         pytest.skip("there is a CUDA device here")

@@ -13,7 +13,7 @@ from examples.ladder.checks import checked_rungs
 from examples.ladder.rungs import RUNGS
 from examples.ladder.work import Work, ranked_work
 from s2o_cupy import backends
-from s2o_cupy.files import save_json
+from s2o_cupy.files import save_json, writable
 
 
 def main(arguments=None) -> int:
@@ -21,14 +21,16 @@ def main(arguments=None) -> int:
     parser.add_argument("--length", type=int, default=8192, metavar="N", help="queries and keys (8192)")
     parser.add_argument("--dim", type=int, default=128, help="head dim: 64 or 128 (128)")
     parser.add_argument("--tau", type=float, default=1e-2, help="gain below which a row tile stops (0.01)")
-    parser.add_argument("--json", default="bench/results/ladder.json", metavar="FILE", help="where the numbers go")
+    parser.add_argument(
+        "--json", default="bench/results", metavar="PATH", help="where the numbers go; in a folder, by date and commit"
+    )
     options = parser.parse_args(arguments)
     works, why = backends.status()["cuda"]
     if not works:
         print(f"the ladder needs a CUDA device: {why}", file=sys.stderr)
         return 1
-    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": machine()}
+    path = json_file(Path(options.json), report["machine"])
     checked = checked_rungs(options.dim)
     work = ranked_work(options.length, options.dim, options.tau)
     report |= {"shape": shape_of(work), "rungs": []}
@@ -36,9 +38,14 @@ def main(arguments=None) -> int:
     print(f"{'step':20}{'ms':>10}{'TFLOP/s':>10}{'times':>8}{'error':>10}{'stops':>8}  change")
     for found in measured(work, checked):
         report["rungs"].append(as_json(found))
-        save_json(options.json, report)
+        save_json(path, report)
         print(line(found), flush=True)
     return int(any("failed" in found for found in report["rungs"]))
+
+
+def json_file(path: Path, machine: dict) -> Path:
+    """The file to write; in a folder, one named by the day and the commit."""
+    return path / f"ladder_{machine['date'].split()[0]}_{machine['commit']}.json" if path.is_dir() else writable(path)
 
 
 def shape_of(work: Work) -> dict:
