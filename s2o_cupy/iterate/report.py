@@ -221,7 +221,7 @@ def _uses(mine: dict, other: dict, against: str) -> str:
         f"{mine['registers']} registers ({against} {other['registers']}), "
         f"{local if mine['local_bytes'] or other['local_bytes'] else ''}"
         f"{mine['shared_bytes']} bytes of shared memory ({other['shared_bytes']}), "
-        f"{mine['blocks']} blocks a multiprocessor ({other['blocks']}), "
+        f"{mine['blocks']} block{'' if mine['blocks'] == 1 else 's'} a multiprocessor ({other['blocks']}), "
         f"occupancy {mine['occupancy']:.2f} ({other['occupancy']:.2f})"
     )
 
