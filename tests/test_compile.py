@@ -1,10 +1,8 @@
 """Kernels compile without a GPU or a driver, within budget, and errors say where."""
 
-import ctypes
 import importlib.util
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from s2o_cupy import compile as kernels
@@ -82,35 +80,12 @@ ptxas info    : Used 255 registers, used 1 barriers, 256 bytes smem"""
     assert kernels.parse_report(log) == {"walk": expected}
 
 
-def test_a_launch_hands_the_driver_its_arguments():
-    """After a thread's first call the driver gets the values themselves, whatever changed since."""
-    first, launched = [], []
-
-    def launch(function, x, y, z, threads, one, two, shared_mem, stream, addresses, extra):
-        at = (ctypes.c_uint64 * 5).from_address(addresses)
-        kinds = (ctypes.c_int64, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double)
-        values = [kind.from_address(a).value for kind, a in zip(kinds, at)]
-        launched.append(((function, x, y, z, threads, shared_mem, stream), values))
-
-    class Array:
-        def __init__(self, ptr):
-            self.data = SimpleNamespace(ptr=ptr)
-
-    cuda = SimpleNamespace(
-        driver=SimpleNamespace(launchKernel=launch), get_current_stream=lambda: SimpleNamespace(ptr=77)
-    )
-    raw = type("Raw", (), {"kernel": SimpleNamespace(ptr=5), "__call__": lambda self, *a, **k: first.append((a, k))})()
-    kernel = kernels.Kernel(SimpleNamespace(ndarray=Array, cuda=cuda), raw)
-
-    def arguments(k):
-        return Array(2**40 + k), np.int32(-k), np.int64(-(2**50) * k), np.float32(k / 2), np.float64(k / 3)
-
-    kernel((1, 2), (32,), arguments(1), shared_mem=9)
-    assert len(first) == 1
-    assert not launched
-    for k in (2, 3):
-        kernel((k, 2), (64,), arguments(k), shared_mem=k)
-        x, *rest = arguments(k)
-        assert launched.pop() == ((5, k, 2, 1, 64, k, 77), [x.data.ptr, *(y.item() for y in rest)])
-    kernel((1, 1, 3), (32,), (np.intp(0), *arguments(4)[1:]))
-    assert launched.pop()[1][0] == 0
+def test_a_prepared_launch_hands_the_driver_all_that_it_needs():
+    launched = []
+    driver = SimpleNamespace(launchKernel=lambda *given: launched.append(given))
+    raw = SimpleNamespace(kernel=SimpleNamespace(ptr=5), num_regs=40)
+    kernel = kernels.Kernel(SimpleNamespace(cuda=SimpleNamespace(driver=driver)), raw)
+    kernel.prepared((3, 2), 64, (), 9)(77, 1234, 0)
+    kernel.prepared((3,), 32, ())(77, 1234, 0)
+    assert launched == [(5, 3, 2, 1, 64, 1, 1, 9, 77, 1234, 0), (5, 3, 1, 1, 32, 1, 1, 0, 77, 1234, 0)]
+    assert kernel.num_regs == 40
