@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 _ALIGNMENT = 256
+_FORMS = {np.int32: "i4x", np.int64: "q", np.float32: "f4x", np.float64: "d"}  # of scalars, 8 bytes each
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Place:
     """An array of a tape: which of a run's addresses it is counted from, and the bytes from there on.
 
@@ -75,9 +76,10 @@ class Tape:
         self._kept.append(array)
         return Place.of(-1, array.data.ptr, array.shape, array.strides, array.itemsize, 0)
 
-    def room(self, shape, dtype, zeroed: bool = False) -> Place:
+    def room(self, shape: int | tuple[int, ...], dtype, zeroed: bool = False) -> Place:
         """An array of the workspace."""
-        room = Room(self.zeroed if zeroed else self.top, tuple(map(int, np.atleast_1d(shape))), np.dtype(dtype), zeroed)
+        shape = shape if isinstance(shape, tuple) else (shape,)
+        room = Room(self.zeroed if zeroed else self.top, shape, np.dtype(dtype), zeroed)
         self.rooms.append(room)
         if zeroed:
             self.zeroed += room.nbytes
@@ -96,24 +98,27 @@ class Tape:
         self._steps.append([])
 
     def pack(self) -> None:
-        """End the recording: lay out the workspace, each place and scalar once, and their addresses by launch."""
-        steps = [step for step in self._steps if step]
+        """End the recording: lay out the workspace, the arguments (a place once), and their addresses by launch."""
         self.nbytes = self.zeroed + self._most
         self.offsets = [room.offset + (0 if room.zeroed else self.zeroed) for room in self.rooms]
-        keys = [_key(x) for step in steps for _, arguments in step for x in arguments]
-        self._places = list(dict.fromkeys(key for key in keys if isinstance(key, tuple)))
-        scalars = list(dict.fromkeys(key for key in keys if isinstance(key, bytes)))
-        slots = {key: slot for slot, key in enumerate([*self._places, *scalars])}
-        self._values = np.zeros(len(slots), np.uint64)
-        self._values[len(self._places) :] = np.frombuffer(b"".join(scalars), np.uint64)
-        self._write = struct.Struct(f"{len(self._places)}Q").pack_into
-        self._addresses = self._values.ctypes.data + 8 * np.array([slots[key] for key in keys], np.uint64)
-        start, self._ready = self._addresses.ctypes.data, []
-        for step in steps:
-            self._ready.append([])
-            for launch, arguments in step:
-                self._ready[-1].append((launch, start))
-                start += 8 * len(arguments)
+        places: dict[tuple[int, int], int] = {}
+        scalars, slots, starts = [], [], []
+        for _, arguments in (launch for step in self._steps for launch in step):
+            starts.append(len(slots))
+            for x in arguments:
+                if type(x) in _FORMS:
+                    scalars.append(x)
+                    slots.append(-len(scalars))
+                else:
+                    slots.append(places.setdefault((-1, 0) if x is None else (x.index, x.offset), len(places)))
+        packed = struct.pack("=" + "".join([_FORMS[type(x)] for x in scalars]), *scalars)
+        self._places = list(places)
+        self._write = struct.Struct(f"{len(places)}Q").pack_into
+        self._values = np.zeros(len(places) + len(scalars), np.uint64)
+        self._values[len(places) :] = np.frombuffer(packed, np.uint64)[::-1]  # the first scalar last
+        self._addresses = self._values.ctypes.data + 8 * (np.array(slots, np.int64) % max(len(self._values), 1))
+        start = iter((self._addresses.ctypes.data + 8 * np.array(starts, np.int64)).tolist())
+        self._ready = [[(launch, next(start)) for launch, _ in step] for step in self._steps if step]
 
     def run(self, stream: int, addresses: list[int], after: Callable[[int], None] | None = None) -> None:
         """Launch on a stream, given the addresses of arrays, then rooms; call `after` with the number of each step."""
@@ -125,10 +130,3 @@ class Tape:
                     launch(stream, arguments, 0)
             if after is not None:
                 after(number)
-
-
-def _key(argument) -> tuple[int, int] | bytes:
-    """What has one slot: a place, or the 8 bytes of a scalar or null pointer."""
-    if isinstance(argument, Place):
-        return argument.index, argument.offset
-    return (b"" if argument is None else argument.tobytes()).ljust(8, b"\0")

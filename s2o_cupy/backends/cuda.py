@@ -141,7 +141,7 @@ def _ranked(tape: Tape, p: Problem, _, q, k, v, out, query_order, lse, tiles, ta
     before = tape.top
     for slab in p.split(p.whole, nbytes, "listed"):
         offsets = p.offsets(slab)
-        kv_offsets, kv_order = _kept(tape, offsets), tape.room(offsets[-1, -1], np.int32)
+        kv_offsets, kv_order = _kept(tape, offsets), tape.room(int(offsets[-1, -1]), np.int32)
         _rank(tape, p, slab, q, k, kv_offsets, kv_order)
         stats = (lse, tiles, tail_blocks, tail_mass)
         _attend(tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, *means, *stats)
@@ -393,6 +393,7 @@ def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=Non
     return get_kernel(name, entry, source, **macros), macros
 
 
+@functools.lru_cache(maxsize=256)
 def _dense_block_q(arch: str, dtype: str, dim_qk: int, dim_v: int) -> int:
     return kernels.largest_block_q(dtype, dim_qk, dim_v, arch) if dtype in _HALVES else 128
 
