@@ -4,7 +4,9 @@ import importlib
 import itertools
 import math
 import re
+import shutil
 import sys
+import time
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
@@ -14,12 +16,12 @@ import pytest
 
 import s2o_cupy as s2o
 from bench.scaling import timed_stages
-from s2o_cupy import backends, planning
+from s2o_cupy import backends, planning, sources
 from s2o_cupy.backends._tape import Place
 from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
-from s2o_cupy.sources import current
+from s2o_cupy.sources import current, kernel_folder
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 SCALARS = {"int": (np.int32,), "long long": (np.int64,), "float": (np.float32,), "real_t": (np.float32, np.float64)}
@@ -154,6 +156,39 @@ def test_a_whole_call_is_six_launches_and_one_workspace(cuda, monkeypatch):
         s2o.attention(**moved)
     assert len(Kernel.launched) == 18
     assert cuda._recorded.cache_info().misses == 2
+
+
+def test_each_call_asks_for_stream_variants_and_saved_files(cuda, tmp_path, monkeypatch):
+    seen, stream = [], sys.modules["cupy"].cuda.get_current_stream()
+
+    def get_kernel(name, entry=None, source=None, **macros):
+        def prepared(grid, block, arguments, shared_mem=0):
+            return lambda stream, addresses, extra: seen.append((name, source.text, stream))
+
+        return SimpleNamespace(prepared=prepared)
+
+    def pool():
+        seen.clear()
+        s2o.attention(**call_arrays())
+        assert len({at for _, _, at in seen}) == 1
+        return next((text, at) for name, text, at in seen if name == "pool")
+
+    monkeypatch.setattr(cuda, "get_kernel", get_kernel)
+    plain = current("pool").text
+    changed = plain.replace("total / (sum_t)count", "total / (sum_t)(2 * count)")
+    assert pool() == (plain, 0)
+    stream.ptr = 7
+    assert pool() == (plain, 7)
+    with s2o.use_kernel("pool", changed):
+        text, _ = pool()
+        assert "(2 * count)" in text
+    assert pool() == (plain, 7)
+    shutil.copytree(kernel_folder(), tmp_path / "kernels")
+    monkeypatch.setenv("S2O_KERNELS", str(tmp_path / "kernels"))
+    assert pool() == (plain, 7)
+    time.sleep(2 * sources._SECONDS)
+    (tmp_path / "kernels" / "pool.cu").write_text((kernel_folder() / "pool.cu").read_text() + "// saved\n")
+    assert "// saved" in pool()[0]
 
 
 def test_progress_and_the_workspace_of_several_steps(cuda, monkeypatch):
