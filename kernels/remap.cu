@@ -69,6 +69,14 @@ __device__ __forceinline__ int take_one(int* counters, int i) {
 #endif
 }
 
+// Asks for n scores, all of them before the first is needed.
+__device__ __forceinline__ void prefetch(const score_t* scores, int n) {
+#ifndef S2O_EMULATION
+    constexpr int LINE = 128 / sizeof(score_t);
+    for (int i = LINE * threadIdx.x; i < n; i += LINE * blockDim.x) asm volatile("prefetch.global.L2 [%0];" ::"l"(scores + i));
+#endif
+}
+
 // Exclusive scan of `x` over the block, in thread order.
 __device__ int scan_block(int x) {
     __shared__ int warp_totals[32];
@@ -284,6 +292,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     const int wanted = (int)(offsets[1] - offsets[0]);
     if (n == 0 || wanted == 0) return;
     scores += blockIdx.y * starts[segments] + starts[s];
+    prefetch(scores, n);
     int* const out = kv_order + offsets[0];
     const int skew = STEP + (int)((size_t)out / sizeof(int) % 8);  // to where a sector of the answer starts
     unsigned short* const places = (unsigned short*)shared;  // [window_size + 2 * STEP + 8]
