@@ -108,7 +108,7 @@ __device__ __forceinline__ void make_factors(
 #pragma unroll 8
         for (int e = threadIdx.x % 2; e < dim; e += 2) before += variance[e] > mine || (variance[e] == mine && e < d);
         before += __shfl_xor_sync(0xffffffffu, before, 1);
-        if (before < terms) axes[before] = d;
+        if (threadIdx.x % 2 == 0 && start + threadIdx.x < 2 * dim && before < terms) axes[before] = d;
     }
     __syncthreads();
     for (int d = threadIdx.x; d < width; d += THREADS)

@@ -223,17 +223,18 @@ __device__ __forceinline__ void deal(
     const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
     const unsigned int bins = window.last_bin - window.first_bin;
     auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
-        int bin[AHEAD], place[AHEAD];
+        int bin[AHEAD];
+        unsigned int place[AHEAD];  // in the window
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) bin[j] = bin_of<SPECIAL>(x[j], scale);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
             const bool wanted = inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) <= bins);
-            place[j] = take_one(wanted ? next_place : refused, wanted ? bin[j] : lane) - window.base + STEP;
+            place[j] = (unsigned int)take_one(wanted ? next_place : refused, wanted ? bin[j] : lane) - window.base + STEP;
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j)
-            if (inside(j) && (ALL || (unsigned int)place[j] < (unsigned int)window.size + 2 * STEP))
+            if (inside(j) && (ALL || place[j] < (unsigned int)window.size + 2 * STEP))
                 places[place[j]] = (unsigned short)(start - origin + 32 * j);
         __syncwarp();
     };
