@@ -182,6 +182,7 @@ extern "C" __global__ void __launch_bounds__(256) normalise(
     k += kv / heads_kv * k_batch + kv % heads_kv * k_head;
     rows += list * per_list * dim, variance += list * dim, offset += list * per_list;
     PowerSum sums[4];  // of the warp's four rows, over the lane's keys
+#pragma unroll
     for (int r = 0; r < 4; ++r) sums[r].clear();
     for (int first_key = 0; first_key < stop; first_key += 32) {
         __syncthreads();
@@ -189,10 +190,12 @@ extern "C" __global__ void __launch_bounds__(256) normalise(
         __syncthreads();
         const real_t* const key = keys + lane * (dim + 1);
         const real_t bias = (real_t)1.4426950408889634 * quadratic(key, variance, dim, partial);
+#pragma unroll
         for (int r = 0; r < 4; ++r)
             if (first_row + r < per_list && first_key + lane < stop)
                 sums[r].add(unit * dot(key, rows + (long long)(first_row + r) * dim, dim) + bias);
     }
+#pragma unroll
     for (int r = 0; r < 4; ++r) {
         for (int step = 1; step < 32; step *= 2) {
             const real_t frame = __shfl_xor_sync(0xffffffffu, sums[r].frame, step), sum = __shfl_xor_sync(0xffffffffu, sums[r].sum, step);
