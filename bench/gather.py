@@ -142,14 +142,19 @@ def _tier_cuts(
     keys = tl.arange(0, C)
     low, high = tl.full([C], float("inf"), tl.float32), tl.full([C], float("-inf"), tl.float32)
     for start in range(0, history, C):
-        x = tl.load(score + start + keys).to(tl.float32)
-        low, high = tl.minimum(low, x), tl.maximum(high, x)
+        seen = start + keys < history
+        x = tl.load(score + start + keys, mask=seen).to(tl.float32)
+        low, high = tl.minimum(low, tl.where(seen, x, float("inf"))), tl.maximum(high, tl.where(seen, x, float("-inf")))
     least, most = tl.min(low, 0), tl.max(high, 0)
     width = tl.maximum((most - least) / BINS, 1e-20)
     counts = tl.zeros([BINS], tl.int32)
     for start in range(0, history, C):
-        x = tl.load(score + start + keys).to(tl.float32)
-        counts += tl.histogram(tl.minimum(((most - x) / width).to(tl.int32), BINS - 1), BINS)
+        seen = start + keys < history
+        x = tl.load(score + start + keys, mask=seen).to(tl.float32)
+        place = tl.minimum(((most - x) / width).to(tl.int32), BINS - 1)
+        counts += tl.histogram(tl.where(seen, place, BINS - 1), BINS)
+    past = (history + C - 1) // C * C - history  # counted in the last bin
+    counts -= tl.where(tl.arange(0, BINS) == BINS - 1, past, 0)
     reached = tl.cumsum(counts, 0)
     tiers = tl.arange(0, TIERS)
     wanted = history * tl.math.exp2((tiers - (TIERS - 1)) * 0.5849625)  # log2(1.5)
@@ -187,9 +192,11 @@ def _tier_deal(
     most, width = tl.load(edges + row * 2), tl.load(edges + row * 2 + 1)
     tiers, keys = tl.arange(0, TIERS), tl.arange(0, C)
     place = tl.load(begins + row * TIERS + tiers)
-    for start in range(0, segment * SEGMENT, C):
-        x = tl.load(score + start + keys).to(tl.float32)
-        at = tl.minimum(((most - x) / width).to(tl.int32), BINS - 1)
+    history = segment * SEGMENT
+    for start in range(0, history, C):
+        seen = start + keys < history
+        x = tl.load(score + start + keys, mask=seen).to(tl.float32)
+        at = tl.where(seen, tl.minimum(((most - x) / width).to(tl.int32), BINS - 1), BINS)  # past the end: last of all
         tier = tl.zeros([C], tl.int32)
         for t in tl.static_range(TIERS - 1):
             tier += (at > tl.load(cuts + row * TIERS + t)).to(tl.int32)
@@ -200,7 +207,7 @@ def _tier_deal(
             shift = tl.where(inside, field, 0) * 10
             scanned = tl.cumsum(tl.where(inside, tl.full([C], 1, tl.int64) << shift, 0), 0)
             upto = tl.where(inside, (scanned >> shift) & 1023, upto)
-        tl.store(order + tl.gather(place, tier, 0) + upto - 1, start + keys)
+        tl.store(order + tl.gather(place, tier, 0) + upto - 1, start + keys, mask=seen)
         place += tl.histogram(tier, TIERS)
 
 
@@ -214,5 +221,5 @@ def rank_in_tiers(score, starts, segment: int, order) -> None:
     edges = torch.empty(heads, segments, 2, device=score.device)
     cuts, begins = (torch.empty(heads, segments, TIERS, dtype=torch.int32, device=score.device) for _ in range(2))
     sizes, grid = {"SEGMENT": segment, "BINS": BINS, "TIERS": TIERS, "num_warps": 4}, (segments, heads)
-    _tier_cuts[grid](score, edges, cuts, begins, n, C=min(segment, 1024), **sizes)
-    _tier_deal[grid](score, edges, cuts, begins, order, starts, n, C=min(segment, 512), FIELDS=6, **sizes)
+    _tier_cuts[grid](score, edges, cuts, begins, n, C=1024, **sizes)
+    _tier_deal[grid](score, edges, cuts, begins, order, starts, n, C=512, FIELDS=6, **sizes)
