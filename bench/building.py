@@ -1,6 +1,7 @@
 """Kernels built by parallel processes before anything is timed: a run then finds them in its compilers' disk caches.
 
 ``python -m bench.building JSON`` is one such process: it runs the task that the JSON names on arrays of its own.
+``python -m bench.building`` builds what every benchmark launches on a GPU; they then take ``--no-build``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from bench import ours
+from s2o_cupy.exact import exact_rows, sample_rows
 from s2o_cupy.problem import make_problem
 from s2o_cupy.settings import Settings
 
@@ -24,6 +28,9 @@ LENGTH = 8192  # of arrays, where kernels do not depend on it
 
 class Building:
     """Processes at work, one a task: {'task': a name of `TASKS`, ...its arguments}. Leaving the block ends them."""
+
+    def __init__(self, seconds: float = SECONDS):
+        self._seconds = seconds
 
     def __enter__(self) -> Building:
         self._start, self._running = time.perf_counter(), []
@@ -43,13 +50,13 @@ class Building:
     def wait(self) -> None:
         """Until all are done; prints a line a task: how long it took, or the last it said before it failed."""
         for task, process in self._running:
-            left = SECONDS - (time.perf_counter() - self._start)
+            left = self._seconds - (time.perf_counter() - self._start)
             try:
                 text = process.communicate(timeout=max(left, 0.1))[0].strip()
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.communicate()
-                text = f"not done after {SECONDS} s"
+                text = f"not done after {self._seconds:g} s"
             what = ", ".join(str(_changed(value)) for value in task.values())
             print(f"built {what}: {text.splitlines()[-1][:200] if text else 'no word'}", flush=True)
         self._running.clear()
@@ -82,6 +89,15 @@ def dense() -> None:
     s2o.dense_attention(*ours.inputs("diffuse", LENGTH), backend="cuda")
 
 
+def exact() -> None:
+    """What CuPy compiles for a run's exact rows and errors."""
+    arrays = ours.inputs("diffuse", LENGTH)
+    rows = sample_rows(LENGTH, 1024, 0)
+    wanted = exact_rows(make_problem(*arrays, Settings()), *arrays, rows).out[0].astype(np.float64)
+    ours.rows_error(arrays[0], rows, wanted)
+    ours.gap(arrays[0], arrays[0])
+
+
 def peer(name: str, n: int = LENGTH) -> None:
     """A sparse peer of `bench peers`."""
     from bench import rivals
@@ -108,7 +124,7 @@ def _exercise(method, n: int) -> None:
     torch.cuda.synchronize()
 
 
-TASKS = {task.__name__: task for task in (rank, walk, dense, peer, loop)}
+TASKS = {task.__name__: task for task in (rank, walk, dense, exact, peer, loop)}
 
 
 def of_ours(chosen: Iterable[Settings]) -> list[dict]:
@@ -119,6 +135,41 @@ def of_ours(chosen: Iterable[Settings]) -> list[dict]:
         tasks.setdefault(("rank", settings.rank, settings.rank_terms), {"task": "rank", "settings": changed})
         tasks.setdefault(("walk", settings.block_k), {"task": "walk", "settings": changed})
     return [{"task": "dense"}, *tasks.values()]
+
+
+def of_peers(rivals, lengths: Iterable[int], quick: bool = False) -> list[dict]:
+    """The same for the sparse peers; FlexAttention is compiled for each length."""
+    found: list[dict] = []
+    for name, _ in rivals.sparse_peers(quick):
+        at = [{"n": n} for n in lengths] if name == rivals.Flex.name else [{}]
+        found += [{"task": "peer", "name": name} | where for where in at]
+    return found
+
+
+def argument(parser) -> None:
+    """Adds the option by which a benchmark leaves this out."""
+    parser.add_argument("--no-build", dest="build", action="store_false", help="kernels are built: `bench.building`")
+
+
+def before(options, record, tasks: list[dict]) -> None:
+    """Build for a run, unless its options say that it is done."""
+    if options.build:
+        with record.section("kernels built"), Building() as built:
+            built.start(tasks)
+            built.wait()
+
+
+def everything() -> None:
+    """Build what every benchmark launches on a GPU, of PyTorch's and Triton's too where they are there."""
+    from bench import gpu, peers
+
+    ranks = [ours.S512.replace(**change) for change in gpu.RANKS.values()]
+    with Building(240) as built:
+        built.start([{"task": "exact"}, *of_ours([*ours.VARIANTS.values(), *ranks])])
+        if rivals := peers.rivals_or_none():
+            built.start(of_peers(rivals, peers.LENGTHS))
+            built.start([{"task": "loop", "chunk": chunk} for chunk, _ in gpu.LOOPS.values()])
+        built.wait()
 
 
 def _changed(value):
@@ -138,4 +189,4 @@ def main(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1]) if sys.argv[1:] else everything()

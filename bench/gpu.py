@@ -29,6 +29,7 @@ ALLOWED = 0.02  # relative error of a dense kernel in a 16-bit type
 
 def arguments(parser) -> None:
     """Adds the options that `main` reads."""
+    building.argument(parser)
     parser.add_argument("files", nargs="*", metavar="FILE.npz", help="real heads: an npz with q, k, v")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 131072], metavar="N")
     parser.add_argument("--presets", nargs="*", default=list(workloads.PRESETS), choices=list(workloads.PRESETS))
@@ -38,10 +39,9 @@ def arguments(parser) -> None:
 def main(options, record: Record) -> None:
     """Every preset at every length, files, where ranking pays, host times, and the Numba twins."""
     base = Settings(**ours.BASE)
-    with record.section("kernels built"), building.Building() as built:
-        built.start(building.of_ours([base, *(base.replace(**change) for change in RANKS.values())]))
-        built.start([{"task": "loop", "chunk": chunk} for chunk, _ in LOOPS.values()] if options.torch else [])
-        built.wait()
+    tasks = building.of_ours([base, *(base.replace(**change) for change in RANKS.values())])
+    tasks += [{"task": "loop", "chunk": chunk} for chunk, _ in LOOPS.values()] if options.torch else []
+    building.before(options, record, tasks)
     for preset in options.presets:
         for n in options.lengths:
             with record.section(f"{preset}, N={n}"), record.attempt(f"all of {preset}", ours.shape_text(n)):

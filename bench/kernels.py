@@ -30,15 +30,14 @@ COPY_BYTES = 2**30
 
 def arguments(parser) -> None:
     """Adds the options that `main` reads."""
+    building.argument(parser)
     parser.add_argument("--length", type=int, nargs="+", default=[32768, 131072], metavar="N", help="sequence lengths")
     parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
 
 
 def main(options, record: Record) -> None:
     """The machine's own rates, then every kernel at every length."""
-    with record.section("kernels built"), building.Building() as built:
-        built.start(building.of_ours([Settings(**ours.BASE)]))
-        built.wait()
+    building.before(options, record, building.of_ours([Settings(**ours.BASE)]))
     gemm, copy = machine_rates(record)
     for n in options.length:
         with record.section(f"N={n}"), record.attempt("kernels", ours.shape_text(n)):

@@ -2,13 +2,14 @@
 
 Each sparse method's knob is swept until its error on sampled rows of every head meets the wanted one; the time is that
 of a whole call, ranking and selection included. PyTorch and Triton are imported here alone (extra: pip install torch).
-Errors are taken in the order given, and for each every length and every method: what comes first is there if the run
-is cut off.
+The first two errors are taken first, each at every length and by every method, then the others, from the shortest
+length on: what comes first is there if the run is cut off.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -36,6 +37,14 @@ def arguments(parser) -> None:
     parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
     parser.add_argument("--rows", type=int, default=1024, metavar="N", help="query rows a head, for errors")
     parser.add_argument("--errors", type=_errors, default=ERRORS, metavar="E,E", help="relative errors, in this order")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds for one error; slower methods are left out then",
+    )
+    building.argument(parser)
     parser.add_argument("--only", metavar="TEXT,TEXT", help="only methods whose name holds one of these")
     parser.add_argument("--quick", action="store_true", help="the first length, the first two errors, the main peers")
 
@@ -54,9 +63,9 @@ def main(options, record: Record) -> None:
     runs = []
     with building.Building() as built:
         with record.section("imports, arrays, exact rows"):
-            built.start(building.of_ours(chosen.values()))
-            rivals = _rivals()
-            built.start(_peers_tasks(rivals, lengths, options))
+            built.start(building.of_ours(chosen.values()) if options.build else [])
+            rivals = rivals_or_none()
+            built.start(_peers_tasks(rivals, lengths, options) if options.build else [])
             for n in lengths:
                 with record.attempt(f"all of N={n}"):
                     runs.append(Run(options, n, rivals, chosen, knobs, record))
@@ -65,10 +74,11 @@ def main(options, record: Record) -> None:
     for run in runs:
         with record.section(f"N={run.n}, dense"), record.attempt(f"dense, N={run.n}"):
             run.dense_kernels()
-    for wanted in errors:
-        for run in runs:
-            with record.section(f"N={run.n}, error {wanted}"):
-                run.meet(wanted)
+    turns = [(wanted, run) for wanted in errors[:2] for run in runs]
+    turns += [(wanted, run) for run in sorted(runs, key=lambda run: run.n) for wanted in errors[2:]]
+    for wanted, run in turns:
+        with record.section(f"N={run.n}, error {wanted}"):
+            run.meet(wanted)
     for n in lengths:
         print_faster(n, faster(record.report["cases"], n))
 
@@ -83,6 +93,7 @@ class Ours:
 
         self.name, self.settings, self.backend = name, settings, cuda
         self.complete = self.settings.cap == 1  # all of it is exact attention
+        self.kernel = ("ours", settings.block_q, settings.block_k)  # methods of one kernel share its dense rate
 
     def rank(self, q, k, v, scale):
         p = make_problem(q, k, v, self.settings)
@@ -127,6 +138,7 @@ class Run:
         self.baseline = self.cudnn_rate = self.tensors = None
         self.makers = {name: partial(Ours, name, settings) for name, settings in chosen.items()}
         self.entries: dict[str, Entry] = {}
+        self.rates: dict[tuple, float] = {}  # of each kernel at full density
         if rivals:
             import torch
 
@@ -148,23 +160,29 @@ class Run:
         """One dense kernel, its error checked before it is timed."""
         error = self.error(call())
         _allow(name, error)
-        time = on_device([call], 10, 0, least=2, enough=4 * ENOUGH)
-        rate = time.rate(self.flop * self.pairs)
-        self.baseline = self.baseline or (name, time.median)
+        took = on_device([call], 10, 0, least=2, enough=4 * ENOUGH)
+        rate = took.rate(self.flop * self.pairs)
+        self.baseline = self.baseline or (name, took.median)
         if name.startswith("cuDNN"):
             self.cudnn_rate = rate
-        self.say(name, time, 1.0, error, rate, "" if name != self.baseline[0] else "ratios are to this", kind="dense")
+        self.say(name, took, 1.0, error, rate, "" if name != self.baseline[0] else "ratios are to this", kind="dense")
 
     def meet(self, wanted: float) -> None:
-        """Every method at one error, ours first; one that fails says so once and is left out from then on."""
+        """Every method at one error, ours first; one that fails, or is slow, says so and is left out from then on."""
         densities = []
         for name, make in list(self.makers.items()):
+            took = 0.0
             with self.record.attempt(name, *self.where, catch=(Exception,)):
                 entry = self.entries.pop(name, None) or self.enter(make())
+                before = time.perf_counter()
                 density = self.sparse(entry, wanted)
+                took = time.perf_counter() - before
                 self.entries[name] = entry
                 if density and entry.kind == "ours":
                     densities.append(density)
+            if took > self.options.patience:
+                del self.entries[name]
+                self.say(name, note=f"no more errors: this one took {took:.0f} s, --patience {self.options.patience:g}")
             if name not in self.entries:
                 del self.makers[name]
         flex = self.entries.get(self.rivals.Flex.name) if self.rivals else None
@@ -173,15 +191,17 @@ class Run:
                 self.equal_density(flex, wanted, min(densities))
 
     def enter(self, method) -> Entry:
-        """A method with its kernel checked, and timed, at full density."""
+        """A method, its kernel checked, and timed, at full density, unless another method's is the same."""
         entry = Entry(method, "ours" if isinstance(method, Ours) else "sparse", self)
-        full = method.everything(entry.rank())
-        out, pairs = method.walk(full)
-        if getattr(method, "complete", True):
-            _allow(f"{method.name} at full density", self.error(out))
-        del out
-        time = on_device([partial(method.walk, full)], 5, 0, least=2, enough=ENOUGH)
-        entry.dense_rate = time.rate(self.flop * pairs())
+        if method.kernel not in self.rates:
+            full = method.everything(entry.rank())
+            out, pairs = method.walk(full)
+            if getattr(method, "complete", True):
+                _allow(f"{method.name} at full density", self.error(out))
+            del out
+            took = on_device([partial(method.walk, full)], 5, 0, least=2, enough=ENOUGH)
+            self.rates[method.kernel] = took.rate(self.flop * pairs())
+        entry.dense_rate = self.rates[method.kernel]
         return entry
 
     def sparse(self, entry: Entry, wanted: float) -> float | None:
@@ -215,17 +235,17 @@ class Run:
         if met:
             x, sparsity, error = met
             self.knobs[method.name, "density"] = x
-            time = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 0, enough=ENOUGH)
-            rate, note = time.rate(self.flop * self.pairs / sparsity), f"at our density for error {wanted}"
-            self.say(method.name, time, 1 / sparsity, error, rate, note, kind="equal density", our_error=wanted)
+            took = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 0, enough=ENOUGH)
+            rate, note = took.rate(self.flop * self.pairs / sparsity), f"at our density for error {wanted}"
+            self.say(method.name, took, 1 / sparsity, error, rate, note, kind="equal density", our_error=wanted)
 
     def timed(self, entry: Entry, x, kernel: Timing, density, error, **more) -> None:
         """Time the whole call at a knob and say it, with what its kernel alone would take at better rates."""
         method, dense_rate = entry.method, entry.dense_rate
-        time = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 0, enough=ENOUGH)
+        took = on_device([whole_call(method, entry.arrays, self.scale, x)], 10, 0, enough=ENOUGH)
         flop = self.flop * density * self.pairs
-        selecting, share = time.median - kernel.median, kernel.rate(flop) / dense_rate
-        note = f"{method.knob} {x:.3g}, all but the walk {selecting / time.median:.0%}"
+        selecting, share = took.median - kernel.median, kernel.rate(flop) / dense_rate
+        note = f"{method.knob} {x:.3g}, all but the walk {selecting / took.median:.0%}"
         more |= {"kind": entry.kind, "knob": x, "kernel": kernel}
         more |= {"kernel_tflops": kernel.rate(flop), "dense_tflops": dense_rate}
         more["at_dense_rate_ms"] = selecting + flop / dense_rate / 1e9
@@ -236,12 +256,12 @@ class Run:
             note += f"; walks at {share:.2f} of its own dense {dense_rate:.0f} TFLOP/s: {at_that}"
         if entry.kind == "ours":
             more["settings"] = method.settings.as_dict()
-        self.say(method.name, time, density, error, time.rate(flop), note, **more)
+        self.say(method.name, took, density, error, took.rate(flop), note, **more)
 
-    def say(self, name, time=None, density=None, error=None, tflops=None, note="", **more) -> None:
-        ratio = self.baseline[1] / time.median if time and self.baseline else None
+    def say(self, name, took=None, density=None, error=None, tflops=None, note="", **more) -> None:
+        ratio = self.baseline[1] / took.median if took and self.baseline else None
         numbers = {"density": density, "error": error, "tflops": tflops, "ratio": ratio}
-        self.record.case(name, *self.where, time=time, note=note, **numbers, **self.same, **more)
+        self.record.case(name, *self.where, time=took, note=note, **numbers, **self.same, **more)
 
     def error(self, out) -> float:
         return ours.rows_error(out, self.rows, self.exact)
@@ -280,7 +300,7 @@ def _allow(name: str, error: float, most: float = 0.02) -> None:
         raise RuntimeError(f"{name} is {error:.1e} from exact attention; allowed: {most}")
 
 
-def _rivals():
+def rivals_or_none():
     """The peers' module; None, and a line, where PyTorch is missing."""
     try:
         from bench import rivals
@@ -303,14 +323,9 @@ def _changes(settings: Settings) -> str:
 
 
 def _peers_tasks(rivals, lengths, options) -> list[dict]:
-    """What `bench.building` is to build of the sparse peers; FlexAttention is compiled for each length."""
-    found: list[dict] = []
-    for name, _ in rivals.sparse_peers(options.quick) if rivals else ():
-        if not _wanted(options, name):
-            continue
-        at = [{"n": n} for n in lengths] if name == rivals.Flex.name else [{}]
-        found += [{"task": "peer", "name": name} | where for where in at]
-    return found
+    """What `bench.building` is to build of the sparse peers that are wanted."""
+    tasks = building.of_peers(rivals, lengths, options.quick) if rivals else []
+    return [task for task in tasks if _wanted(options, task["name"])]
 
 
 def _errors(text: str) -> list[float]:

@@ -226,19 +226,28 @@ def table_matched(report: dict, n: int | None) -> list[str]:
 def table_lengths(report: dict, n: int | None) -> list[str]:
     """The faster settings at each length and error of a `scaling` report, dense kernels beside."""
     errors = sorted({case["wanted"] for case in report["cases"] if "wanted" in case}, reverse=True)
-    rows: dict[int, list[str]] = {}
+    found = {(wanted, case["n"]): case for wanted in errors for case in fastest(report["cases"], wanted)}
+
+    def cells(case: dict | None) -> list[str]:
+        if case is None:
+            return ["-", "-"]
+        ranking, how = case["shares"].get("rank"), case["name"].removeprefix("attention()").strip(", ") or "defaults"
+        path = f"{ranking:.0%}, {how}" if ranking else "dense"
+        return [f"{_ms(case)}, {case['density']:.3f}, {path}", f"{case['bytes'] / 2**30:.2f}"]
+
+    rows = []
+    for length in sorted({length for _, length in found}):
+        at = [found.get((wanted, length)) for wanted in errors]
+        dense = next(case for case in at if case)
+        row = [str(length), *(_digits(dense.get(rival)) for rival in ("dense", "cudnn"))]
+        rows.append([*row, *(cell for case in at for cell in cells(case))])
+    head = ["N", "dense_attention, ms", "cuDNN, ms"]
     for wanted in errors:
-        for case in fastest(report["cases"], wanted):
-            row = rows.setdefault(case["n"], [f"{case['n']}", *(_digits(case.get(key)) for key in ("dense", "cudnn"))])
-            ranking = case["shares"].get("rank")
-            how = case["name"].removeprefix("attention()").strip(", ") or "defaults"
-            row.append(f"{_ms(case)}, {case['density']:.3f}" + (f", {ranking:.0%}, {how}" if ranking else ", dense"))
-            row.append(f"{case['bytes'] / 2**30:.2f}")
-    head = [f"error {e:g}: ms, density, share of ranking, settings | GiB" for e in errors]
-    head = ["N", "dense_attention, ms", "cuDNN, ms", *(part for text in head for part in text.split(" | "))]
-    found = markdown(head, [row for row in rows.values() if len(row) == len(head)])
-    crossed = [f"{name} {'not reached' if at is None else f'{at:.0f}'}" for name, at in report["crossings"].items()]
-    return [*found, "", f"Sparse is faster from N on (interpolated): {'; '.join(crossed)}."]
+        head += [f"error {wanted:g}: ms, density, share of ranking, settings", "GiB"]
+    crossed = [
+        f"{name} {'not reached' if at is None else f'{at:.0f}'}" for name, at in report.get("crossings", {}).items()
+    ]
+    return [*markdown(head, rows), "", f"Sparse is faster from N on (interpolated): {'; '.join(crossed)}."]
 
 
 def table_stages(report: dict, n: int | None) -> list[str]:

@@ -72,6 +72,7 @@ class Gather:
         self.knob = "tau" if chunk else "1 / share walked"
         self.span = (1e-6, 3.0) if chunk else (1.0, 2e3)
         self.kernels = _kernels()
+        self.kernel = ("gather", segment)  # at full density: the loop that never stops
         self.lists = None  # room and places, made once: they follow from the shape alone
 
     def rank(self, q, k, v, scale):
@@ -106,6 +107,7 @@ class Blocks:
     """PBS-Attn by its rule, over the Triton kernel: keys permuted inside segments of 256, blocks up to a share."""
 
     name, knob, span = "PBS-Attn, Triton block kernel", "1 - threshold", (1e-7, 0.999)
+    kernel = ("blocks",)
 
     def __init__(self):
         self.kernels = _kernels()
@@ -133,6 +135,7 @@ class Flex:
     """FlexAttention over a block mask: pooled blocks of keys in position order up to a share of their mass."""
 
     name, knob, span = "FlexAttention, pooled blocks", "1 - threshold", (1e-7, 0.999)
+    kernel = ("flex",)
 
     def __init__(self):
         from torch.nn.attention.flex_attention import BlockMask

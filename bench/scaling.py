@@ -33,35 +33,26 @@ CUDNN = "cuDNN (PyTorch SDPA)"
 SETTINGS = {"attention()": Settings(), "attention(), S=512": ours.S512, "attention(), S=128 shared": ours.SHARED}
 ALL_UPTO = 2**16  # keys; beyond, only the settings that were the fastest at the length before
 PART_FROM = 2**18  # keys from which the sweep begins on the heads of two K/V heads
-DENSE_UPTO = 2**18  # keys that dense attention is timed at
+CALLS = 8  # whole calls that one error takes, about
 ENOUGH = 150.0  # ms of repeats of one case
 
 
 def arguments(parser) -> None:
     """Adds the options that `main` reads."""
+    building.argument(parser)
     parser.add_argument("--length", type=int, nargs="+", default=list(LENGTHS), metavar="N", help="sequence lengths")
     parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
-    parser.add_argument("--seconds", type=float, default=150, metavar="S", help="begin no length that would end later")
+    parser.add_argument("--dense", type=int, default=2**18, metavar="N", help="dense attention is timed up to here")
+    parser.add_argument("--seconds", type=float, default=150, metavar="S", help="begin nothing that would end later")
 
 
 def main(options, record: Record) -> None:
     """Every length that the time allows, shortest first, then where sparse beats dense."""
-    start, last, taus = time.perf_counter(), None, {}
-    with record.section("kernels built"), building.Building() as built:
-        built.start(building.of_ours(SETTINGS.values()))
-        built.wait()
+    ends, taus = time.perf_counter() + options.seconds, {}
+    building.before(options, record, building.of_ours(SETTINGS.values()))
     for n in sorted(options.length):
-        left = options.seconds - (time.perf_counter() - start)
-        needed = expected(last, n)
-        if needed > left:
-            note = f"not measured: about {needed:.0f} s, {left:.0f} of --seconds {options.seconds:.0f} left"
-            record.case("scaling", ours.shape_text(n), note=note, n=n)
-            continue
-        began, dense = time.perf_counter(), 0.0
         with record.section(f"N={n}"), record.attempt("scaling", ours.shape_text(n)):
-            dense = one_length(options.preset, n, taus, record)
-        if n > min(options.length):  # the first loads the kernels: its time says nothing
-            last = (n, time.perf_counter() - began - dense, dense)
+            one_length(options, n, taus, ends, record)
     crossings = {}
     for wanted in ERRORS:
         calls = fastest(record.report["cases"], wanted)
@@ -74,32 +65,31 @@ def main(options, record: Record) -> None:
         print(f"  than {name}: {'not reached' if n is None else f'{n:.0f}'}")
 
 
-def expected(last: tuple[int, float, float] | None, n: int) -> float:
-    """Seconds for a length, from the last one's without and with dense attention."""
-    if last is None:
-        return 0.0
-    before, sparse, dense = last
-    return (sparse + dense * (n <= DENSE_UPTO)) * (n / before) ** 2
+def expected(cases: list[dict], wanted: float, n: int) -> float:
+    """Seconds for an error at a length, from the calls at the length before: time goes with its square at most."""
+    calls = fastest(cases, wanted)
+    return CALLS * 1e-3 * calls[-1]["time"]["median"] * (n / calls[-1]["n"]) ** 2 if calls else 0.0
 
 
-def one_length(preset: str, n: int, taus: dict, record: Record) -> float:
-    """Both errors at one length; `taus` goes in with the last length's knobs, and out with this one's.
-
-    Returns the seconds that the dense kernels took.
-    """
-    arrays = ours.inputs(preset, n)
+def one_length(options, n: int, taus: dict, ends: float, record: Record) -> None:
+    """Both errors at one length, as far as the time goes; `taus` has the last length's knobs, then this one's."""
+    arrays = ours.inputs(options.preset, n)
     p = make_problem(*arrays, Settings())
     where = (ours.shape_text(n), p.dtype)
     rows = sample_rows(n, ROWS, 0)
     exact = exact_rows(p, *arrays, rows).out[0].astype(np.float64)
-    began = time.perf_counter()
     rivals, dense = {"dense": None, "cudnn": None}, partial(s2o.dense_attention, *arrays, backend="cuda")
-    if n <= DENSE_UPTO:
+    if n <= options.dense:
         rivals["dense"] = dense_time("s2o_cupy dense_attention", n, record, where, lambda: dense)
         rivals["cudnn"] = dense_time(CUDNN, n, record, where, partial(cudnn, arrays, p.scale))
 
-    dense_seconds, earlier = time.perf_counter() - began, record.report["cases"]
+    earlier = record.report["cases"]
     for wanted in ERRORS:
+        needed, left = expected(earlier, wanted, n), ends - time.perf_counter()
+        if needed > left:
+            note = f"about {needed:.0f} s, {left:.0f} of --seconds {options.seconds:g} left"
+            record.case("scaling", *where, note=f"not measured at error {wanted}: {note}", n=n)
+            continue
         best = fastest(earlier, wanted)[-1:] if n > ALL_UPTO else ()
         for name in [case["name"] for case in best] or SETTINGS:
             attention = partial(s2o.attention, settings=SETTINGS[name], backend="cuda")
@@ -122,7 +112,6 @@ def one_length(preset: str, n: int, taus: dict, record: Record) -> float:
                 path=path, settings=SETTINGS[name].as_dict(), **rivals,
                 ratio=rivals["dense"] / timed.median if rivals["dense"] else None,
             )  # fmt: skip
-    return dense_seconds
 
 
 def meet(attention, arrays, rows, exact, wanted: float, start: float | None, part_first: bool):

@@ -169,7 +169,7 @@ def test_building_says_how_long_each_took_or_why_not(monkeypatch, capsys):
     with building.Building() as built:
         built.start([{"task": "good", "settings": Settings().as_dict()}, {"task": "bad"}])
         built.wait()
-        monkeypatch.setattr(building, "SECONDS", 0.5)
+        monkeypatch.setattr(built, "_seconds", 0.5)
         built.start([{"task": "slow"}])
         built.wait()
         built.start([{"task": "slow, and interrupted"}])
@@ -233,10 +233,11 @@ def test_a_sweep_goes_no_further_than_its_least_work():
     assert (x, error) == (1.0, 0.01)
 
 
-def test_the_time_of_a_length_is_expected_from_the_last_one():
-    assert scaling.expected(None, 1024) == 0
-    assert scaling.expected((2**16, 3.0, 2.0), 2**17) == 20
-    assert scaling.expected((2**18, 3.0, 2.0), 2**19) == 12
+def test_the_time_of_a_length_is_expected_from_the_fastest_calls_of_the_last_one():
+    assert scaling.expected([], 0.05, 1024) == 0
+    cases = [{"n": 4096, "wanted": 0.05, "time": {"median": ms}} for ms in (300.0, 250.0)]
+    assert scaling.expected(cases, 0.05, 8192) == 8.0
+    assert scaling.expected(cases, 0.02, 8192) == 0
 
 
 def test_a_crossing_lies_between_the_lengths_around_it():
@@ -269,6 +270,20 @@ def test_peers_says_what_is_missing_and_measures_the_rest(small, monkeypatch, tm
     assert "N=4096: time of each over that of our fastest variant" in capsys.readouterr().out
 
 
+def test_peers_takes_two_errors_at_all_lengths_first_and_leaves_out_what_is_slow(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(peers, "rivals_or_none", lambda: None)
+    monkeypatch.setattr(peers, "OURS", {"one": Settings(segment=128, block_k=128), "other": Settings(segment=128)})
+    arguments = ("--length", "4096,2048", "--rows", "32", "--errors", "0.2,0.1,0.3", "--only", "one")
+    assert run("peers", *arguments, "--json", tmp_path / "x.json") == 0
+    mine = [case for case in json.loads((tmp_path / "x.json").read_text())["cases"] if case.get("kind") == "ours"]
+    turns = [(0.2, 4096), (0.2, 2048), (0.1, 4096), (0.1, 2048), (0.3, 2048), (0.3, 4096)]
+    assert [(case["wanted"], case["n"], case["name"]) for case in mine] == [(*turn, "one") for turn in turns]
+    assert run("peers", *arguments, "--patience", "0", "--json", tmp_path / "y.json") == 0
+    cases = json.loads((tmp_path / "y.json").read_text())["cases"]
+    assert [case["wanted"] for case in cases if case.get("kind") == "ours"] == [0.2, 0.2]
+    assert sum("--patience 0" in case["note"] for case in cases) == 2
+
+
 def test_without_torch_peers_measures_ours(small, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "bench.rivals", None)
     monkeypatch.delattr("bench.rivals", raising=False)
@@ -289,11 +304,11 @@ def test_a_wrong_dense_answer_is_not_timed(small, monkeypatch):
     assert "from exact attention; allowed: 0.02" in run("peers", "--quick", "--length", "4096", "--rows", "32")
 
 
-def test_scaling_stops_where_the_time_ends_and_shares_add_up(small, monkeypatch, tmp_path):
+def test_scaling_has_both_errors_and_shares_that_add_up(small, monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "cudnn", lambda *_: Missing())
     monkeypatch.setattr(scaling, "SETTINGS", {"one": Settings(), "two": Settings(segment=128)})
     path = tmp_path / "x.json"
-    assert run("scaling", "--length", "1024", "4096", "1048576", "--seconds", "300", "--json", path) == 0
+    assert run("scaling", "--length", "1024", "4096", "--seconds", "300", "--json", path) == 0
     found = json.loads(path.read_text())
     calls = [case for case in found["cases"] if "wanted" in case]
     assert [(case["n"], case["path"]) for case in calls] == [(1024, "dense")] * 4 + [(4096, "ranked")] * 4
@@ -302,7 +317,7 @@ def test_scaling_stops_where_the_time_ends_and_shares_add_up(small, monkeypatch,
         assert {"rank", "attend"} <= set(case["shares"]) or case["path"] == "dense"
         assert case["dense"] > 0
         assert case["cudnn"] is None
-    assert "--seconds 300" in found["cases"][-1]["note"]
+    assert found["finished"] is True
     assert set(found["crossings"]) == {f"{rival}, error {e}" for rival in ("dense", "cudnn") for e in (0.05, 0.02)}
 
 
@@ -311,11 +326,11 @@ def test_long_scaling_goes_on_with_the_faster_settings_and_begins_on_a_part(smal
     monkeypatch.setattr(ours, "HEADS_KV", 3)
     monkeypatch.setattr(scaling, "cudnn", lambda *_: Missing())
     monkeypatch.setattr(scaling, "SETTINGS", {"slow": Settings(segment=256), "fast": Settings(segment=128)})
-    for name, value in (("ALL_UPTO", 4096), ("PART_FROM", 4096), ("DENSE_UPTO", 4096), ("ERRORS", (0.2,))):
+    for name, value in (("ALL_UPTO", 4096), ("PART_FROM", 4096), ("ERRORS", (0.2,))):
         monkeypatch.setattr(scaling, name, value)
     heads, attention = [], scaling.s2o.attention
     monkeypatch.setattr(scaling.s2o, "attention", lambda q, *a, **k: heads.append(q.shape[1]) or attention(q, *a, **k))
-    assert run("scaling", "--length", "4096", "5120", "--json", tmp_path / "x.json") == 0
+    assert run("scaling", "--length", "4096", "5120", "--dense", "4096", "--json", tmp_path / "x.json") == 0
     calls = [case for case in json.loads((tmp_path / "x.json").read_text())["cases"] if "wanted" in case]
     fastest = min(calls[:2], key=lambda case: case["time"]["median"])["name"]
     assert [(case["n"], case["name"]) for case in calls] == [(4096, "slow"), (4096, "fast"), (5120, fastest)]
@@ -323,6 +338,16 @@ def test_long_scaling_goes_on_with_the_faster_settings_and_begins_on_a_part(smal
     assert all(case["error"] <= 0.2 for case in calls)
     assert heads[0] == 4  # two K/V heads of three
     assert heads[-1] == 6
+
+
+def test_scaling_begins_nothing_that_would_end_too_late(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(scaling, "cudnn", lambda *_: Missing())
+    monkeypatch.setattr(scaling, "SETTINGS", {"one": Settings(segment=128)})
+    monkeypatch.setattr(scaling, "expected", lambda cases, wanted, n: 1e6 * (wanted == 0.02))
+    assert run("scaling", "--length", "1024", "--seconds", "300", "--json", tmp_path / "x.json") == 0
+    cases = json.loads((tmp_path / "x.json").read_text())["cases"]
+    assert [case.get("wanted") for case in cases[2:]] == [0.05, None]
+    assert re.search(r"not measured at error 0.02: about 1000000 s, 29\d of --seconds 300 left", cases[-1]["note"])
 
 
 def test_gpu_measures_every_stage(small, tmp_path):
@@ -534,8 +559,12 @@ def test_lengths_are_a_table_of_the_faster_settings():
         same | {"name": "attention()", "n": 2048, "time": {"median": 3.0}, "shares": {"rank": 0.35}},
         same | {"name": "attention(), x", "n": 2048, "time": {"median": 2.0}, "shares": {"rank": 0.4}},
     ]
+    cases.append(cases[0] | {"wanted": 0.02, "density": 1.0})
     lines = report.table_lengths({"cases": cases, "crossings": {"dense, error 0.05": 1024.0}}, None)
-    assert lines[2:4] == ["| 1024 | 4 | - | 3, 0.250, dense | 1.00 |", "| 2048 | 4 | - | 2, 0.250, 40%, x | 1.00 |"]
+    assert lines[2:4] == [
+        "| 1024 | 4 | - | 3, 0.250, dense | 1.00 | 3, 1.000, dense | 1.00 |",
+        "| 2048 | 4 | - | 2, 0.250, 40%, x | 1.00 | - | - |",
+    ]
     assert lines[-1].endswith("dense, error 0.05 1024.")
 
 
