@@ -503,13 +503,21 @@ def test_dense_rows_are_refused_before_any_work(llama, story, capsys, monkeypatc
         assert "dense_rows is 2304; allowed: 0 to 2303" in line
 
 
-def test_a_ranking_for_fewer_queries(llama, story, capsys):
-    arguments = ["eval", llama, "--text", story, "--length", 2304, "--error", 0.3, "--segment", 64]
-    assert command.main([*map(str, arguments), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["segment"] == 64
+def test_settings_that_are_changed(llama, story, capsys):
+    arguments = ["eval", llama, "--text", story, "--length", 2304, "--error", 0.3, "--set", "segment=64"]
+    reports = []
+    for more in ((), ("--set", "share_order=true")):
+        assert command.main([*map(str, arguments), *more, "--json"]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    assert [x["changed"] for x in reports] == [{"segment": 64}, {"segment": 64, "share_order": True}]
+    assert reports[0]["mean_density"] != reports[1]["mean_density"]
+    assert "unknown setting 'segments'" in refused(capsys, *arguments, "--set", "segments=9")[1]
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*map(str, arguments), "--set", "segment"])
+    assert "'segment' is no setting" in capsys.readouterr().err
     assert command.main([*map(str, arguments), "--dense-rows", "64"]) == 0
     heading = capsys.readouterr().out.splitlines()[1]
-    assert "segments of 64" in heading
+    assert "segment 64, " in heading
     assert heading.endswith("; the last 64 rows dense")
 
 

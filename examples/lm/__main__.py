@@ -109,8 +109,7 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
         seen = _arrays(options.device).asarray(encode(model, options.calibrate_text, options.length))
     start = time.perf_counter()
     base = Settings.precise() if options.precise else Settings()
-    if options.segment is not None:
-        base = base.replace(segment=options.segment)
+    base = base.replace(**dict(options.set))
     variants = VARIANTS if options.all_variants else TAU_ALONE
     settings = calibrate_layers(model, seen, options.error, variants, base, options.per_head)
     return settings, {
@@ -120,7 +119,7 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
         "text": os.path.basename(options.text),
         "calibrated_on": os.path.basename(options.calibrate_text or options.text),
         "settings": "precise" if options.precise else "default",
-        "segment": base.segment,
+        "changed": dict(options.set),
         "tau_per_head": options.per_head,
         "error": options.error,
         "calibration_s": time.perf_counter() - start,
@@ -174,10 +173,11 @@ def _needle_table(r: dict) -> str:
 def _heading(r: dict) -> list[str]:
     same = "" if r["calibrated_on"] != r["text"] else " (the text itself: no held-out result)"
     tau = "a tau a head" if r["tau_per_head"] else "a tau a layer"
+    changed = "".join(f"{name} {value}, " for name, value in r["changed"].items())
     rows = f"; the last {r['dense_rows']} rows dense" if r["dense_rows"] else ""
     return [
         f"{r['model']}, {r['text']}, {r['tokens']} tokens, {r['device']}, attention in {r['attention_dtype']}",
-        f"{r['settings']} settings, segments of {r['segment']}, {tau}, error {r['error']:g} calibrated on "
+        f"{r['settings']} settings, {changed}{tau}, error {r['error']:g} calibrated on "
         f"{r['calibrated_on']}{same}{rows}",
     ]
 
@@ -195,6 +195,14 @@ def _layers(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layers, as in 8,14") from None
+
+
+def _setting(text: str) -> tuple:
+    name, _, value = text.partition("=")
+    try:
+        return name.strip(), json.loads(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting, as in segment=512 or share_order=true") from None
 
 
 def _count(text: str) -> int:
@@ -221,7 +229,12 @@ def _parser() -> argparse.ArgumentParser:
     sparse.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
     sparse.add_argument("--precise", action="store_true", help="Settings.precise() in place of the defaults")
     sparse.add_argument(
-        "--segment", type=_count, metavar="S", help="queries that share a ranking (default: 256, precise 128)"
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="one of them changed, in JSON: segment=512, share_order=true (may be repeated)",
     )
     sparse.add_argument(
         "--per-head", action="store_true", help="a tau for each head, so that each comes near the error"
