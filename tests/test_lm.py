@@ -3,6 +3,7 @@
 import json
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -519,6 +520,21 @@ def test_settings_that_are_changed(llama, story, capsys):
     heading = capsys.readouterr().out.splitlines()[1]
     assert "segment 64, " in heading
     assert heading.endswith("; the last 64 rows dense")
+
+
+def test_the_results_kept_are_of_commands_that_there_are():
+    lines = (Path(command.__file__).parent / "results" / "h100.jsonl").read_text().splitlines()
+    assert lines
+    for run in map(json.loads, lines):
+        name, *flags = run["arguments"]
+        options = command._parser().parse_args([name, "model", *flags, "--text", "text"])
+        found = run["report"]
+        assert (options.error, options.per_head, options.length) == (
+            found["error"],
+            found["tau_per_head"],
+            found["tokens"],
+        )
+        assert (options.dense_rows, options.precise) == (found["dense_rows"], found["settings"] == "precise")
 
 
 def test_layers_that_are_not_there(llama, story, tmp_path, capsys):
