@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as command
-from bench import building, figures, kernels, ours, peers, report, scaling, timing
+from bench import building, figures, kernels, ours, peers, report, scaling, timing, workloads
 from bench.faster import faster
 from bench.record import Record
 from bench.sweep import Sweep
@@ -575,6 +575,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_tables_of_the_documents_are_those_of_their_json(path):
     assert report.updated(path.read_text()) == path.read_text()
+
+
+@pytest.mark.parametrize("preset", workloads.PRESETS)
+def test_presets_are_frozen(preset):
+    assert workloads.digest(preset) == workloads.FROZEN[preset]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
