@@ -115,26 +115,33 @@ def wide(*arrays):
     return tuple(np.asarray(x, np.float64) for x in arrays)
 
 
-def logit_error(backend, case) -> float:
+def logit_size(case) -> float:
+    """The greatest logit with the sizes of its terms added up, finite ones alone."""
+    q, k = map(np.abs, wide(*case.arrays[:2]))
+    greatest, group = 0.0, case.problem.group
+    with np.errstate(all="ignore"):
+        for b, h in np.ndindex(q.shape[:2]):  # one head at a time: all of them can take gigabytes
+            sizes = q[b, h] @ k[b, h // group].T
+            greatest = max(greatest, sizes.max(initial=0, where=np.isfinite(sizes)))
+    return case.problem.scale * greatest
+
+
+def logit_error(backend, case, size=None) -> float:
     """Bound on the error of a logit, of a row's log mass and of the relative error of a weight.
 
     A product of D terms, added in turn, is right to a few units of the sum of the terms' sizes, times the square
-    root of D; a sum of exponentials, an exponential and a logarithm to a few units of 1.
+    root of D; a sum of exponentials, an exponential and a logarithm to a few units of 1. `size` is `logit_size`.
     """
-    q, k = wide(*case.arrays[:2])
-    with np.errstate(all="ignore"):
-        keys = np.repeat(np.abs(k), case.problem.group, axis=1).swapaxes(2, 3)
-        sizes = case.problem.scale * (np.abs(q) @ keys)
     steps = max(1, np.sqrt(case.problem.dim_qk) / 2)
-    return 4 * backend.unit[case.q.dtype.name] * (8 + steps * sizes[np.isfinite(sizes)].max(initial=0))
+    return 4 * backend.unit[case.q.dtype.name] * (8 + steps * (logit_size(case) if size is None else size))
 
 
-def out_error(backend, case, expected):
+def out_error(backend, case, expected, size=None):
     """Bound on the error of out: that of the weights on the greatest value, and one rounding to the output type."""
     (v,) = wide(case.v)
     greatest = np.abs(v[np.isfinite(v)]).max(initial=0)
     unit = OUTPUT[case.q.dtype.name]
-    return 2 * logit_error(backend, case) * greatest + unit * np.abs(expected) + 1e-7 * unit
+    return 2 * logit_error(backend, case, size) * greatest + unit * np.abs(expected) + 1e-7 * unit
 
 
 def assert_near(got, expected, error):
@@ -325,7 +332,7 @@ def backends_agree(some, case, same_stops=0.999):
         q, k = map(backend.to_device, case.arrays[:2])
         moved = {name: backend.to_device(x) for name, x in given.items()}
         results.append(backend.attend(case, s2o.Plan.from_arrays(q, k, case.settings, **moved)))
-    p, first = case.problem, results[0]
+    p, first, size = case.problem, results[0], logit_size(case)
     tile_of_row = np.repeat(np.arange(len(p.tile_start)), p.tile_rows)
     for backend, result in zip(some[1:], results[1:]):
         same = result.stats.tiles == first.stats.tiles
@@ -335,9 +342,9 @@ def backends_agree(some, case, same_stops=0.999):
             placed = np.empty_like(rows)
             np.put_along_axis(placed, plan.query_order, rows, axis=2)
             rows = placed
-        error = logit_error(backend, case) + logit_error(some[0], case)
+        error = logit_error(backend, case, size) + logit_error(some[0], case, size)
         assert_near(result.lse[rows], first.lse[rows], error + 2 * OUTPUT["float32"] * np.abs(first.lse[rows]))
-        bound = sum(out_error(b, case, first.out.astype(np.float64)) for b in (backend, some[0]))
+        bound = sum(out_error(b, case, first.out.astype(np.float64), size) for b in (backend, some[0]))
         assert_near(result.out[rows], first.out[rows], bound[rows])
         np.testing.assert_array_equal(result.stats.tail_blocks[same], first.stats.tail_blocks[same])
 
