@@ -26,6 +26,7 @@ import s2o_cupy as s2o
 from s2o_cupy import Settings, backends, reference
 from s2o_cupy.problem import Problem
 from s2o_cupy.sources import kernel_folder
+from s2o_cupy.twins import twin
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 simulator = pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1, in a run of this file alone")
@@ -392,7 +393,7 @@ def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
     # Compiling a device function asks for the current device, which is all that would need a driver.
     here = SimpleNamespace(compute_capability=cc)
     monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: here)
-    module = importlib.import_module(f"s2o_cupy.kernels.{'mixture' if kernel == 'norm' else kernel}_numba")
+    module = twin("mixture" if kernel == "norm" else kernel)
     real = numba.float64 if dtype == "float64" else numba.float32
     widths = () if kernel == "pool" else (64,)
     made = module.remap if kernel == "remap" else getattr(module, f"{kernel}_kernel").__wrapped__(real, *widths)
