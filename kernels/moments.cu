@@ -168,28 +168,37 @@ MOMENTS(moments_64, 64)
 MOMENTS(moments_128, 128)
 MOMENTS(moments_256, 256)
 
-// A row of the moment in shared memory is 8 numbers longer: rows that a warp writes at once lie in different banks.
+// A list's sums, and what factor.cuh makes of them. A row of the moment in shared memory is 8 numbers longer: rows that a
+// warp writes at once lie in different banks.
+template <int WIDTH>
+__device__ __forceinline__ void factors_of_queries(
+    const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,
+    half_t* __restrict__ rows, int heads_order, int members, int order_start, int n_q, int dim, int segment,
+    int segment_start, int terms, int terms_rows, int tiled, float scale) {
+    extern __shared__ __align__(128) char shared_memory[];
+    __shared__ float total[WIDTH];
+    constexpr int PITCH = WIDTH + 8;
+    float* const moment = (float*)shared_memory;
+    int count;
+    {
+        Moments<WIDTH> sums;
+        add_moments(sums, terms > 0, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, dim, segment, segment_start);
+        sums.write_sums(total);
+        if (terms > 0) sums.write_moment(moment, PITCH);
+        count = sums.count;
+    }
+    __syncthreads();
+    make_factors<Moments<WIDTH>::THREADS>(shared_memory, terms > 0 ? WIDTH * PITCH * 4 : 0, total, count, moment, PITCH, rows,
+                                          nullptr, WIDTH, dim, terms, terms_rows, 0, 0, tiled, scale);
+}
+
 #define FACTORS(NAME, WIDTH)                                                                                           \
     extern "C" __global__ void __launch_bounds__(Moments<WIDTH>::THREADS, 2) NAME(                                      \
         const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,                \
         half_t* __restrict__ rows, int heads_order, int members, int order_start, int n_q, int dim, int segment,        \
         int segment_start, int terms, int terms_rows, int tiled, float scale) {                                         \
-        extern __shared__ __align__(128) char shared_memory[];                                                          \
-        __shared__ float total[WIDTH];                                                                                  \
-        float* const moment = (float*)shared_memory;                                                                    \
-        int count;                                                                                                      \
-        {                                                                                                               \
-            Moments<WIDTH> sums;                                                                                        \
-            add_moments(sums, terms > 0, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, dim, \
-                        segment, segment_start);                                                                        \
-            sums.write_sums(total);                                                                                     \
-            if (terms > 0) sums.write_moment(moment, WIDTH + 8);                                                        \
-            count = sums.count;                                                                                         \
-        }                                                                                                               \
-        __syncthreads();                                                                                                \
-        make_factors<Moments<WIDTH>::THREADS>(shared_memory, terms > 0 ? WIDTH * (WIDTH + 8) * 4 : 0, total, count,     \
-                                              moment, WIDTH + 8, rows, nullptr, WIDTH, dim, terms, terms_rows, 0, 0,    \
-                                              tiled, scale);                                                            \
+        factors_of_queries<WIDTH>(q, q_batch, q_head, q_row, aligned, rows, heads_order, members, order_start, n_q,     \
+                                  dim, segment, segment_start, terms, terms_rows, tiled, scale);                        \
     }
 FACTORS(factors_64, 64)
 FACTORS(factors_128, 128)
