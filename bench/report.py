@@ -12,6 +12,7 @@ import html
 import io
 import json
 import re
+import shlex
 from pathlib import Path
 
 from bench.faster import SLOW, faster, fastest
@@ -105,7 +106,7 @@ def command(report: dict) -> str:
     """The command that made a report, without where it wrote."""
     words = iter(report["arguments"])
     kept = [word for word in words if not (word == "--json" and next(words, None))]
-    return " ".join(["python -m bench", *kept])
+    return shlex.join(["python", "-m", "bench", *kept])
 
 
 # --- the page -----------------------------------------------------------------------------------
