@@ -75,11 +75,11 @@ def walk(settings: dict) -> None:
     """Pooling and stage 3, over lists that hold key 0 alone."""
     from s2o_cupy.backends import cuda
 
-    p, *arrays = _problem(settings)
+    p, *made = _problem(settings)
     offsets, order = ours.lists(p)
     order.fill(0)
-    pooled, result = cuda.pool(p, *arrays[1:]), ours.answer(p, arrays[0])
-    cuda.attend(p, *arrays, p.whole, order, offsets, None, pooled, result)
+    pooled, result = cuda.pool(p, *made[1:]), ours.answer(p, made[0])
+    cuda.attend(p, *made, p.whole, order, offsets, None, pooled, result)
 
 
 def dense() -> None:
@@ -89,13 +89,15 @@ def dense() -> None:
     s2o.dense_attention(*ours.inputs("diffuse", LENGTH), backend="cuda")
 
 
-def exact() -> None:
-    """What CuPy compiles for a run's exact rows and errors."""
-    arrays = ours.inputs("diffuse", LENGTH)
+def arrays() -> None:
+    """What CuPy compiles for a run's inputs, exact rows and errors."""
+    made = ours.inputs("diffuse", LENGTH)
     rows = sample_rows(LENGTH, 1024, 0)
-    wanted = exact_rows(make_problem(*arrays, Settings()), *arrays, rows).out[0].astype(np.float64)
-    ours.rows_error(arrays[0], rows, wanted)
-    ours.gap(arrays[0], arrays[0])
+    wanted = exact_rows(make_problem(*made, Settings()), *made, rows).out[0].astype(np.float64)
+    ours.rows_error(made[0], rows, wanted)
+    ours.gap(made[0], made[0])
+    half = ours.inputs("randn", LENGTH)[0][0, 0].astype(np.float32).astype(np.float16)
+    half @ half.T
 
 
 def peer(name: str, n: int = LENGTH) -> None:
@@ -117,14 +119,14 @@ def _exercise(method, n: int) -> None:
     import torch
 
     heads = (ours.HEADS_Q, ours.HEADS_KV, ours.HEADS_KV)
-    arrays = [torch.randn(h, n, ours.DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
-    ranked = method.rank(*arrays, ours.DIM**-0.5)
+    made = [torch.randn(h, n, ours.DIM, device="cuda", dtype=torch.bfloat16) for h in heads]
+    ranked = method.rank(*made, ours.DIM**-0.5)
     method.walk(method.choose(ranked, math.sqrt(math.prod(method.span))))
     method.walk(method.everything(ranked))
     torch.cuda.synchronize()
 
 
-TASKS = {task.__name__: task for task in (rank, walk, dense, exact, peer, loop)}
+TASKS = {task.__name__: task for task in (arrays, rank, walk, dense, peer, loop)}
 
 
 def of_ours(chosen: Iterable[Settings]) -> list[dict]:
@@ -165,7 +167,7 @@ def everything() -> None:
 
     ranks = [ours.S512.replace(**change) for change in gpu.RANKS.values()]
     with Building(240) as built:
-        built.start([{"task": "exact"}, *of_ours([*ours.VARIANTS.values(), *ranks])])
+        built.start([{"task": "arrays"}, *of_ours([*ours.VARIANTS.values(), *ranks])])
         if rivals := peers.rivals_or_none():
             built.start(of_peers(rivals, peers.LENGTHS))
             built.start([{"task": "loop", "chunk": chunk} for chunk, _ in gpu.LOOPS.values()])
@@ -178,8 +180,8 @@ def _changed(value):
 
 
 def _problem(settings: dict):
-    arrays = ours.inputs("diffuse", LENGTH)
-    return make_problem(*arrays, Settings(**settings)), *arrays
+    made = ours.inputs("diffuse", LENGTH)
+    return make_problem(*made, Settings(**settings)), *made
 
 
 def main(text: str) -> None:

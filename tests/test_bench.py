@@ -181,6 +181,19 @@ def test_building_says_how_long_each_took_or_why_not(monkeypatch, capsys):
     assert [process.returncode for process in made] == [0, 1, -9, -9]
 
 
+def test_everything_is_built_for_every_bench(small, monkeypatch):
+    tasks = []
+    monkeypatch.setattr(building.Building, "start", lambda self, more: tasks.extend(more))
+    monkeypatch.setattr(peers, "rivals_or_none", lambda: None)
+    monkeypatch.setattr(building, "LENGTH", 1024)
+    building.everything()
+    kinds = [task["task"] for task in tasks]
+    assert {"arrays", "dense", "walk", "rank"} == set(kinds)
+    assert "mean" in [task["settings"]["rank"] for task in tasks if task["task"] == "rank"]
+    for task in tasks:  # each runs, here over NumPy
+        building.main(json.dumps(task))
+
+
 def test_each_kernel_of_ours_is_built_once():
     tasks = building.of_ours(ours.VARIANTS.values())
     assert tasks[0] == {"task": "dense"}
