@@ -74,16 +74,18 @@ def sm90_serves(arch: str, dtype: str, dim_qk: int, dim_v: int, block_q: int, po
 
 def sm90_macros(dtype: str, dim_qk: int, dim_v: int, block_k: int) -> dict:
     """Macros of attend_sm90.cu: steps of 128 keys where key tiles and registers allow, and as many units as fit."""
-    block_n = 64 if block_k % 128 or max(dim_qk, dim_v) > 128 else 128
+    block_n = 64 if block_k % 64 or max(dim_qk, dim_v) > 128 else 128
     room = shared_limit("sm_90a") - 1024 - 256 * dim_qk - 20 * 1024
     units = min(room // (2 * block_n * max(dim_qk, dim_v)), 4 if block_n * dim_qk > 2**13 else 8)
-    return DTYPE_MACROS[dtype] | {"HEAD_DIM": dim_qk, "HEAD_DIM_V": dim_v, "BLOCK_N": block_n, "UNITS": units}
+    parts = 2 if block_k % block_n and block_n == 128 else 1
+    sizes = {"HEAD_DIM": dim_qk, "HEAD_DIM_V": dim_v, "BLOCK_N": block_n, "PARTS": parts, "UNITS": units}
+    return DTYPE_MACROS[dtype] | sizes
 
 
 def sm90_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
     """Dynamic shared memory of attend_sm90.cu, with counters for ``pool_blocks``; its own layout."""
     units, n, dim, dim_v = (macros[name] for name in ("UNITS", "BLOCK_N", "HEAD_DIM", "HEAD_DIM_V"))
-    ring = units * (32 + 4 * n) + 9 * n + 3584
+    ring = units * (32 + 4 * n) + 9 * n + 5632
     return 1024 + 256 * dim + 2 * units * n * max(dim, dim_v) + ring + 4 * pool_blocks
 
 

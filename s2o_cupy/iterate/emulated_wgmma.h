@@ -1,24 +1,13 @@
 // emulated_wgmma.h: what score_sm90.cu asks of Hopper, on the CPU. A warp multiplies its own 16 of the warpgroup's rows;
-// bulk copies arrive at once; memory barriers (8 bytes: arrivals wanted, arrivals missing, phases passed) make fibers wait.
+// bulk copies arrive at once; memory barriers make fibers wait.
 #pragma once
 
+#include "emulated_barriers.h"
+
 namespace s2o_emulation {
-struct Barrier {
-    unsigned short wanted, missing;
-    unsigned int phase;
-};
-static inline Barrier* barrier_at(unsigned int address) { return (Barrier*)shared(address); }
 static int multipliers_arrived[2048];
 }  // namespace s2o_emulation
 
-static inline void barrier_init(unsigned int barrier, int count) { *s2o_emulation::barrier_at(barrier) = {(unsigned short)count, (unsigned short)count, 0}; }
-static inline void barrier_arrive(unsigned int barrier) {
-    auto* b = s2o_emulation::barrier_at(barrier);
-    if (--b->missing == 0) b->missing = b->wanted, ++b->phase;
-}
-static inline void barrier_wait(unsigned int barrier, int parity) {
-    while ((int)(s2o_emulation::barrier_at(barrier)->phase & 1) == parity) s2o_emulation::yield();
-}
 static inline void copy_bulk(unsigned int to, const void* from, int bytes, unsigned int barrier) {
     s2o_emulation::shared(to + bytes - 16);
     memcpy(s2o_emulation::shared(to), from, bytes);

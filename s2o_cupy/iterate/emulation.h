@@ -202,6 +202,21 @@ static inline unsigned int __ballot_sync(unsigned int, bool x) {
 }
 static inline bool __all_sync(unsigned int mask, bool x) { return __ballot_sync(mask, x) == 0xffffffffu; }
 
+static inline bool __any_sync(unsigned int mask, bool x) { return __ballot_sync(mask, x) != 0; }
+static inline int __reduce_min_sync(unsigned int, int x) {
+    for (int step = 1; step < 32; step *= 2) x = std::min(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
+static inline int __reduce_max_sync(unsigned int mask, int x) { return -__reduce_min_sync(mask, -x); }
+template <typename T>
+static inline T __ldg(const T* p) { return *p; }
+template <typename T>
+static inline T atomicAnd(T* p, T x) {
+    const T old = *p;
+    *p &= x;
+    return old;
+}
+
 template <typename T>
 static inline T atomicAdd(T* p, T x) {
     const T old = *p;

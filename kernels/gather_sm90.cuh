@@ -1,0 +1,188 @@
+// gather_sm90.cuh: the producer of attend_sm90.cu: a warpgroup that walks row tiles and gathers their rows into the ring.
+#pragma once
+#include "attend_sm90.cuh"
+
+// The producer warpgroup: every thread copies its 16-byte column of each panel of every 16th row.
+struct Producer {
+    Ring& ring;
+    const unsigned int units;
+    Place place;                // of the unit to start
+    int started, with_queries;  // units started and not handed over; the unit that the queries travel with
+    int slot;                   // of the step, in the ring
+
+    __device__ __forceinline__ int first() const { return (threadIdx.x & 127) / 8; }
+    __device__ __forceinline__ int column() const { return threadIdx.x % 8; }
+
+    template <int ROWS, int COLUMN_PANELS>
+    __device__ __forceinline__ void copy(unsigned int to, const half_t* from, long long stride, const int (&rows)[ROWS / 16]) {
+        to += swizzled(first(), column());
+        const half_t* const data = from + 8 * column();
+        const int row_stride = (int)stride;
+#pragma unroll
+        for (int i = 0; i < ROWS / 16; ++i) {
+            const half_t* const row = data + (long long)rows[i] * row_stride;
+#pragma unroll
+            for (int p = 0; p < COLUMN_PANELS; ++p) copy16_async(to + p * ROWS * 128 + 2048 * i, row + 64 * p);
+        }
+    }
+
+    // Gives the consumers the oldest unit; its copies are there.
+    __device__ __forceinline__ void hand_over() {
+        async_fence();
+        __syncwarp();
+        const int unit = place.unit - started + (place.unit < started ? UNITS : 0);
+        const bool queries_too = with_queries == unit;
+        if (threadIdx.x % 32 == 0) {
+            if (queries_too) barrier_arrive(shared_address(&ring.q_full));
+            barrier_arrive(shared_address(ring.full + unit));
+        }
+        if (queries_too) with_queries = -1;
+        --started;
+    }
+    __device__ __forceinline__ unsigned int open() {
+        const unsigned int empty = shared_address(ring.empty + place.unit);
+        // While the ring is full, what has been started can be waited for.
+        if (started && !__all_sync(0xffffffffu, barrier_passed(empty, place.round ^ 1))) flush();
+        barrier_wait(empty, place.round ^ 1);
+        return units + place.unit * UNIT_BYTES;
+    }
+    __device__ __forceinline__ void close() {
+        commit_copies();
+        place = place.after(1);
+        if (++started > LAG) wait_copies<LAG>(), hand_over();
+    }
+    __device__ __forceinline__ void flush() {
+        wait_copies<0>();
+        while (started) hand_over();
+    }
+};
+
+__device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsigned int units, const Launch& x) {
+    Producer producer = {ring, units, {0, 0}, 0, -1, 0};
+    const int thread = threadIdx.x & 127, first = producer.first();
+    int id = blockIdx.x, number = 0;
+    for (; id < x.tiles(); ++number) {
+        const RowTile tile(x, id);
+        const bool dense = x.kv_order == nullptr;
+        const int shift = x.causal ? x.n_k - x.n_q : 0;
+        auto query_row = [&]() {
+            const int place = tile.first_row + min(thread, tile.rows - 1);  // rows past the end repeat the last one
+            return x.query_order != nullptr ? x.query_order[tile.flat_head * x.n_q + place] : place;
+        };
+        if (thread == 0) ring.ticket = gridDim.x + atomicAdd(x.ticket, 1);
+
+        // The walk.
+        int lowest = tile.first_row, highest = tile.first_row + tile.rows - 1;
+        if (x.query_order != nullptr) {
+            const int low = __reduce_min_sync(0xffffffffu, query_row()), high = __reduce_max_sync(0xffffffffu, query_row());
+            if (thread % 32 == 0) ring.lowest[thread / 32] = low, ring.highest[thread / 32] = high;
+            producers_sync();
+            lowest = min(min(ring.lowest[0], ring.lowest[1]), min(ring.lowest[2], ring.lowest[3]));
+            highest = max(max(ring.highest[0], ring.highest[1]), max(ring.highest[2], ring.highest[3]));
+        }
+        Walk walk;
+        const int* order = nullptr;
+        walk.listed = 0;
+        if (!dense) {
+            const int order_head = (tile.kv - x.kv_start) * x.orders + (x.orders == 1 ? 0 : tile.member);
+            const long long* list = x.kv_offsets + order_head * x.offsets_stride + (tile.segment - x.segment_start);
+            order = x.kv_order + list[0];
+            walk.listed = (int)(list[1] - list[0]);
+        }
+        const int first_key = x.causal ? max(tile.history, lowest + shift + 1 - x.window) : tile.history;
+        const bool cut = x.causal && highest + shift + 1 > x.window;  // some row does not see key 0: every key is masked
+        walk.window_first = first_key;
+        walk.masked_first = cut ? first_key : x.causal ? lowest + shift : dense ? x.n_k : tile.history;
+        walk.masked_stop = x.causal ? highest + shift + 1 : walk.masked_first;
+        walk.block_k = PARTS > 1 ? BLOCK_N : x.block_k, walk.pool_blocks = tile.pool_blocks;
+
+        // Queries travel with the first unit.
+        barrier_wait(shared_address(&ring.q_empty), number & 1 ^ 1);
+        TileFacts& facts = ring.facts[number & 1];
+        facts.row[thread] = query_row();
+        if (thread == 0) {
+            facts.id = id, facts.rows = tile.rows, facts.history = tile.history, facts.pool_blocks = tile.pool_blocks;
+            facts.all_from = highest + shift + 1 - x.window, facts.all_until = lowest + shift + 1, facts.end = walk.masked_stop;
+            facts.tau = x.taus != nullptr ? x.taus[tile.head] : x.tau;
+            facts.out_at = tile.batch * x.out_batch + tile.head * x.out_head, facts.row_at = tile.flat_head * x.n_q;
+            facts.tile_at = tile.flat_head * x.row_tiles + tile.tile;
+        }
+        producers_sync();
+        int query_rows[BLOCK_M / 16];
+#pragma unroll
+        for (int i = 0; i < BLOCK_M / 16; ++i) query_rows[i] = facts.row[first + 16 * i];
+        producer.copy<BLOCK_M, PANELS>(queries, x.q + tile.batch * x.q_batch + tile.head * x.q_head, x.q_row, query_rows);
+        producer.with_queries = producer.place.unit;
+
+        const int kv_head = tile.kv % x.heads_kv;
+        const half_t* const keys = x.k + tile.batch * x.k_batch + kv_head * x.k_head;
+        const half_t* const values = x.v + tile.batch * x.v_batch + kv_head * x.v_head;
+        const long long pooled = (long long)tile.kv * x.pool_stride;
+        // Past the count the first row, which every query sees, or which a masked step hides, its values too.
+        auto key_at = [&](const Step& step, int slot, int r) {
+            return r >= step.count ? 0 : step.phase == HISTORY ? ring.index[slot][r] : step.start + r;
+        };
+        // A thread looks up one key of the history, a step before it is wanted.
+        auto look_up = [&](const Step& step) {
+            return step.phase == HISTORY && thread < step.count ? __ldg(order + step.start + thread) : 0;
+        };
+        auto closes = [&](const Step& step) {
+            if (PARTS == 1 || step.phase != HISTORY) return (int)step.closes();
+            int parts = 0;
+            for (int p = 0; p < PARTS; ++p) {
+                const int end = min(PART * (p + 1), step.count) + step.start;
+                parts |= (int)(PART * p < step.count && (end % x.block_k == 0 || end == walk.listed)) << p;
+            }
+            return parts;
+        };
+        // All of the warpgroup must see a stop at the same step.
+        auto stopped = [&]() { return any_producer(*(volatile int*)&ring.stopped == number + 1); };
+
+        Step step = first_step(walk, SEEN_WINDOW, BLOCK_N), late = {DONE, 0, 0, 0};  // `late`: its values are still to come
+        int key = look_up(step), late_slot = 0;
+        while (true) {
+            const unsigned int to = producer.open();
+            const int slot = producer.slot;
+            if (step.phase == HISTORY) {
+                if (thread < BLOCK_N) ring.index[slot][thread] = key;
+                if (stopped()) step = first_step(walk, TAIL, BLOCK_N);
+            }
+            const Step next = step_after(walk, step, BLOCK_N);
+            key = look_up(next);
+            if (step.phase != DONE) {
+                const bool tail = step.phase == TAIL;
+                int rows[BLOCK_N / 16];
+#pragma unroll
+                for (int i = 0; i < BLOCK_N / 16; ++i) rows[i] = key_at(step, slot, first + 16 * i);
+                producer.copy<BLOCK_N, PANELS>(to, tail ? x.k_pool + pooled * x.k_pool_row : keys, tail ? x.k_pool_row : x.k_row, rows);
+            }
+            if (thread == 0) ring.steps[slot] = {step.phase == DONE ? TILE_END : step.phase, step.start, step.count, closes(step)};
+            producer.close();
+            producer.slot = slot + 1 == UNITS ? 0 : slot + 1;
+            if (late.phase == HISTORY && step.phase != HISTORY) producer.flush();  // the consumers have nothing else to do
+            if (late.phase != DONE) {
+                const unsigned int values_to = producer.open();
+                // After a stop no values of the history are wanted: those that are were there when the vote was read.
+                if (!(late.phase == HISTORY && stopped())) {
+                    const bool tail = late.phase == TAIL;
+                    int rows[BLOCK_N / 16];
+#pragma unroll
+                    for (int i = 0; i < BLOCK_N / 16; ++i) rows[i] = key_at(late, late_slot, first + 16 * i);
+                    producer.copy<BLOCK_N, V_PANELS>(values_to, tail ? x.v_pool + pooled * x.v_pool_row : values, tail ? x.v_pool_row : x.v_row, rows);
+                }
+                producer.close();
+            }
+            if (step.phase == DONE) break;
+            late = step, late_slot = slot, step = next;
+        }
+        producer.flush();
+        producers_sync();
+        id = *(volatile int*)&ring.ticket;
+        producers_sync();
+    }
+    barrier_wait(shared_address(&ring.q_empty), number & 1 ^ 1);
+    if (thread == 0) ring.facts[number & 1].id = -1;
+    __syncwarp();
+    if (thread % 32 == 0) barrier_arrive(shared_address(&ring.q_full));
+}
+

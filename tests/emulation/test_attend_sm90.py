@@ -1,0 +1,79 @@
+"""The Hopper attend kernel from its own source on the CPU, in two thread orders, against the reference."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from s2o_cupy import reference
+from s2o_cupy.iterate import emulation as run
+from s2o_cupy.problem import Problem
+from s2o_cupy.settings import Settings
+from s2o_cupy.specialisations import sm90_macros, sm90_shared_bytes
+
+pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
+LOG2_E = 1.4426950408889634
+
+
+def attend(p, q, k, v, order, offsets, reverse, blocks=2):
+    """The kernel's answer: along the lists, or where `order` is None dense. Few blocks, so that each takes several tiles."""
+    s = p.settings
+    heads, row_tiles = p.batch * p.heads_q, len(p.tile_start)
+    out = np.zeros((p.batch, p.heads_q, p.n_q, p.dim_v), q.dtype)
+    lse, mass = np.full((heads, p.n_q), np.nan, np.float32), np.full((heads, p.n_q), np.nan, np.float32)
+    tiles, pooled = np.full((heads, row_tiles), -1, np.int32), np.full((heads, row_tiles), -1, np.int32)
+    pools, stats = [None, None], [tiles, pooled, mass]
+    if order is None:
+        stats = [None, None, None]
+    elif s.tail:
+        pools = [
+            np.ascontiguousarray(reference.pool(p, x.astype(np.float64)).reshape(-1, p.pool_blocks, x.shape[-1]), q.dtype)
+            for x in (k, v)
+        ]
+    macros = sm90_macros(p.dtype, p.dim_qk, p.dim_v, s.block_k)
+    strides = [(run.half_bits(x), *(n // x.itemsize for n in x.strides[:3])) for x in (q, k, v, out)]
+    arguments = [a for x in strides for a in x]
+    pools = [x if x is None else run.half_bits(x) for x in pools]
+    arguments += [15, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, None, None, s.tau]
+    arguments += [lse, *stats, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
+    arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
+    arguments += [s.block_q, s.block_k, s.pool.bit_length() - 1, p.scale * LOG2_E, p.batch * p.heads_kv, np.zeros(1, np.int32)]
+    shared = sm90_shared_bytes(macros, p.pool_blocks)
+    run.launch("attend_sm90", (blocks,), 384, arguments, shared=shared, reverse=reverse, **macros)
+    shape = out.shape[:-1]
+    return out, lse.reshape(shape), tiles.reshape(*shape[:2], -1), pooled.reshape(*shape[:2], -1), mass.reshape(shape)
+
+
+def case(p, seed=7):
+    rng = np.random.default_rng(seed)
+    dtype = np.float16 if p.dtype == "float16" else ml_dtypes.bfloat16
+    sizes = ((p.heads_q, p.n_q, p.dim_qk), (p.heads_kv, p.n_k, p.dim_qk), (p.heads_kv, p.n_k, p.dim_v))
+    return [rng.standard_normal((1, *size)).astype(dtype) for size in sizes]
+
+
+def check(p, arrays, reverse):
+    wide = [x.astype(np.float64) for x in arrays]
+    order, offsets, _ = reference.plan(p, *wide[:2])
+    with np.errstate(invalid="ignore"):
+        want = reference.attend(p, *wide, order, offsets, None)
+    out, lse, tiles, blocks, mass = attend(p, *arrays, order, offsets, reverse)
+    np.testing.assert_array_equal(tiles, want.tiles)
+    np.testing.assert_array_equal(blocks, want.tail_blocks)
+    good = np.isfinite(want.out).all(axis=-1)
+    np.testing.assert_array_equal(np.isfinite(out.astype(np.float32)).all(axis=-1), good)
+    np.testing.assert_allclose(out[good].astype(np.float64), want.out[good], atol=2e-2)
+    np.testing.assert_allclose(lse[good], want.lse[good], atol=1e-3)
+    np.testing.assert_allclose(mass[good], want.tail_mass[good], atol=1e-3)
+    return want
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"tau": 0.2}, {"tau": 0.1, "block_k": 128}, {"tau": 0.2, "causal": False, "tail": None}, {"tau": 0.3, "block_k": 192}],
+)
+def test_attend_is_the_reference(settings, reverse):
+    s = Settings(**{"segment": 192, "pool": 64, "rank": "mean", "block_k": 64, **settings})
+    p = Problem(1, 2, 1, 384, 700, 64, 64, "bfloat16", s)
+    q, k, v = case(p)
+    q[0, 1, 40, 2], v[0, 0, 690, 3] = np.nan, np.inf
+    check(p, (q, k, v), reverse)
