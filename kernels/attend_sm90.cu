@@ -38,17 +38,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         for (int i = 0; i < UNITS; ++i) barrier_init(shared_address(ring.full + i), PRODUCED), barrier_init(shared_address(ring.empty + i), CONSUMED);
         barrier_init(shared_address(&ring.q_full), PRODUCED), barrier_init(shared_address(&ring.q_empty), CONSUMED);
         barrier_init(shared_address(&ring.vote), CONSUMED);
-        for (int i = 0; i < 4; ++i) ring.votes[i] = 0;
         ring.stopped = 0;
     }
     __syncthreads();
     const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == CONSUMERS / 128) {
-        give_registers<72>();
+        give_registers<56>();
         produce(ring, queries, units, launch);
         return;
     }
-    take_registers<216>();
+    take_registers<224>();
 
     const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16;
     const int shift = causal ? n_k - n_q : 0;
@@ -62,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         if (lane == 0) barrier_arrive(shared_address(&barrier));
     };
     volatile float2* const row_state = ring.state + warp_row + lane / 4;
-    volatile float4* const row_first = ring.first + warp_row + lane / 4;
+    float4* const row_first = ring.first + warp_row + lane / 4;
 
     for (;; ++number) {
         barrier_wait(shared_address(&ring.q_full), number & 1);
@@ -95,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         };
 
         float o[O_PARTS][O_COLUMNS / 2], p[N_TILES * 4];
-        unsigned int weights[N_TILES * 2];
+        unsigned int weights[N_TILES * 2] = {};
         RowSoftmax soft[2];
         soft[0].clear(), soft[1].clear();
 #pragma unroll
@@ -108,7 +107,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         bool in_history = false, late_masked = false, fresh = true, pending = false;
         int late_start = 0;  // first key of the step before this one, if it was masked
 
-        auto close_all = [&]() { soft[0].close(), soft[1].close(); };
+        // Here `open` is the same in the row's four lanes.
+        auto close = [&](int h) {
+            const float gained = soft[h].open;
+            soft[h].closed += gained, soft[h].open = 0.f;
+            return gained;
+        };
+        auto close_all = [&]() { close(0), close(1); };
         auto end_tail = [&]() {
             in_tail = false;
             close_all();
@@ -151,24 +156,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 }
             }
         };
-        auto multiply_values = [&](const Place& at) {
+        // The weights of 16 keys by their values.
+        auto multiply_values = [&](const Place& at, int j) {
             const unsigned int values = descriptor_low(units + at.unit * UNIT_BYTES, PANEL_BYTES);
+            const unsigned int w[4] = {weights[4 * j], weights[4 * j + 1], weights[4 * j + 2], weights[4 * j + 3]};
 #pragma unroll
-            for (int j = 0; j < BLOCK_N / 16; ++j) {
-                const unsigned int w[4] = {weights[4 * j], weights[4 * j + 1], weights[4 * j + 2], weights[4 * j + 3]};
+            for (int c = 0; c < O_PARTS; ++c)
+                wgmma_columns(o[c], w, matrix_descriptor(values + 128 * j + c * (O_COLUMNS / 64) * (PANEL_BYTES / 16), 1024));
+        };
+        auto await_values = [&]() {
+            wgmma_wait<0>();
 #pragma unroll
-                for (int c = 0; c < O_PARTS; ++c)
-                    wgmma_columns(o[c], w, matrix_descriptor(values + 128 * j + c * (O_COLUMNS / 64) * (PANEL_BYTES / 16), 1024));
-            }
+            for (int c = 0; c < O_PARTS; ++c) settle(o[c]);
+        };
+        auto multiply_all_values = [&](const Place& at) {
+            wgmma_fence();
+#pragma unroll
+            for (int j = 0; j < BLOCK_N / 16; ++j) multiply_values(at, j);
+            wgmma_commit();
+            await_values();
         };
         auto read_vote = [&]() {
             barrier_wait(vote, (ballots - 1) & 1);
-            return uniform(*(volatile int*)&ring.votes[(ballots - 1) & 3]);
+            const uint2 votes = *(const uint2*)ring.votes[(ballots - 1) & 3];
+            const unsigned int pairs = votes.x | votes.y, all = pairs | pairs >> 16;
+            return uniform((all | all >> 8) & WANTED);
         };
         // Once the last step's vote is known: counts what was walked, and drops what lies past the stop.
         auto resolve = [&]() {
             if (!pending) return;
-            const KeyStep& past = ring.steps[slot == 0 ? UNITS - 1 : slot - 1];
+            const int past_slot = slot == 0 ? UNITS - 1 : slot - 1;
+            const KeyStep& past = ring.steps[past_slot];
             bool halved = false;  // the first of two parts stopped the row tile
             if (voted) {
                 const int wanted = read_vote();
@@ -177,10 +195,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
             const int thread = thread_here(), count = halved ? min(PART, past.count) : past.count;
             if (thread == 0) {
-                const int closed = past.closes & (halved ? 1 : WANTED);
+                const int closed = past.kind >> CLOSES & (halved ? 1 : WANTED);
                 if (closed) ring.walked_tiles[warpgroup] += __popc(closed), ring.walked_keys[warpgroup] = past.start + (closed == 1 ? min(PART, count) : count);
             }
-            if (thread < count && facts.pool_blocks) atomicAdd(walked + (ring.index[&past - ring.steps][thread] >> log2_pool), mine);
+            if (thread < count && facts.pool_blocks) atomicAdd(walked + (ring.index[past_slot][thread] >> log2_pool), mine);
             pending = voted = false;
             if (!halved || past.count <= PART) return;
             const int r = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
@@ -192,15 +210,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
         };
 
+        // What a step of the tail adds to the logits, and the most that they may be.
+        auto prepare_tail = [&](const KeyStep& step) {
+            const int thread = thread_here();
+            warpgroup_sync(warpgroup);
+            if (!in_tail) close_all();
+            if (!in_tail && thread % 4 == 0) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const int r = warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4;
+                    ring.tail[r] = make_float2(soft[h].closed, soft[h].frame());
+                    // A key behind the last tile in the ranking is not credited with more than that tile's mean weight.
+                    float& x = ring.state[r].y;
+                    x = ring.walked_tiles[warpgroup] ? soft[h].frame() + log2f(x / ((ring.walked_keys[warpgroup] - 1) % block_k + 1)) / unit : -NEGATIVE_INFINITY;
+                }
+            }
+            in_tail = true;
+            float bias = NEGATIVE_INFINITY;
+            if (thread < step.count) {
+                const int b = step.start + thread, size = min(1 << log2_pool, facts.history - (b << log2_pool));
+                const int left = size - (int)(warpgroup ? walked[b] >> 16 : walked[b] & 0xffffu);
+                if (4 * left >= size) bias = log2f((float)left) / unit;  // fewer are left out
+            }
+            if (thread < BLOCK_N) ring.bias[warpgroup][thread] = bias;
+            const int blocks = warpgroup_count(warpgroup, bias > NEGATIVE_INFINITY);
+            found_blocks |= blocks > 0;
+            if (thread == 0) ring.blocks_found[warpgroup] += blocks;
+        };
+
         while (true) {
             await(place);
             const KeyStep& step = ring.steps[slot];
-            const int phase = uniform(step.phase);
+            const int kind = uniform(step.kind), phase = kind & PHASE;
             const Place key_place = place, value_place = place.after(1);  // these keys, the last step's values
             place = place.after(late ? 2 : 1);
             const bool ends = phase == TILE_END;
-            if (late) await(value_place);
-            if (late_masked) hide_non_finite(value_place);
+            if (late_masked) await(value_place), hide_non_finite(value_place);
             late_masked = false;
             if (ends) {
                 if (fresh) begin();
@@ -210,21 +255,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
             if (ends || (stopped && phase == HISTORY)) {  // past a stop, what is left of the history is let go
                 release(ring.empty[key_place.unit]);
-                if (counts) {
-                    wgmma_fence();
-                    multiply_values(value_place);
-                    wgmma_commit();
-                    wgmma_wait<0>();
-#pragma unroll
-                    for (int c = 0; c < O_PARTS; ++c) settle(o[c]);
-                }
+                if (late) await(value_place);
+                if (counts) multiply_all_values(value_place);
                 if (late) release(ring.empty[value_place.unit]);
                 late = true, counts = false, slot = slot + 1 == UNITS ? 0 : slot + 1;
                 if (ends) break;
                 continue;
             }
-            const bool partial = step.count < BLOCK_N;
-            const bool masked = phase == MASKED_WINDOW && (partial || step.start < facts.all_from || step.start + step.count > facts.all_until);
             wgmma_fence();
             const unsigned int keys = descriptor_low(units + key_place.unit * UNIT_BYTES, 1);
             wgmma_rows<false>(p, matrix_descriptor(my_queries, 1024), matrix_descriptor(keys, 1024));
@@ -233,57 +270,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 wgmma_rows<true>(p, matrix_descriptor(my_queries + (d >> 2) * (Q_PANEL_BYTES / 16) + (d & 3) * 2, 1024),
                                  matrix_descriptor(keys + (d >> 2) * (PANEL_BYTES / 16) + (d & 3) * 2, 1024));
             wgmma_commit();
+            // While the keys are multiplied.
             if (fresh) fresh = false, begin();
-            if (PARTS > 1) resolve();
-            if (uniform(counts)) {
-                if (PARTS > 1) wgmma_fence();
-                multiply_values(value_place);
-                wgmma_commit();
-                wgmma_wait<1>();
-            } else {
-                wgmma_wait<0>();
-            }
-            settle(p);
-            if (PARTS == 1) resolve();
+            resolve();
+            if (late) await(value_place);
+            if (in_tail && phase != TAIL) end_tail();
+            if (phase == TAIL) prepare_tail(step);
+            if (phase == HISTORY && !in_history) in_history = true, close_all();  // the first key tile is held against the window's sum
             slot = slot + 1 == UNITS ? 0 : slot + 1;
+            const bool with_values = uniform(counts), second = PARTS > 1 && step.count > PART;
+            wgmma_wait<0>();
+            settle(p);
             if (stopped && phase == HISTORY) {  // its products were for nothing
-                wgmma_wait<0>();
-#pragma unroll
-                for (int c = 0; c < O_PARTS; ++c) settle(o[c]);
                 release(ring.empty[key_place.unit]);
+                if (counts) multiply_all_values(value_place);
                 if (late) release(ring.empty[value_place.unit]);
                 late = true, counts = false;
                 continue;
             }
 
-            if (in_tail && phase != TAIL) end_tail();
-            if (phase == HISTORY) {
-                if (!in_history) in_history = true, close_all();  // the window's sum is what the first key tile is held against
+            if (kind & PLAIN) {
             } else if (phase == TAIL) {
                 const int thread = thread_here();
-                warpgroup_sync(warpgroup);
-                if (!in_tail) close_all();
-                if (!in_tail && thread % 4 == 0) {
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int r = warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4;
-                        ring.tail[r] = make_float2(soft[h].closed, soft[h].frame());
-                        // A key behind the last tile in the ranking is not credited with more than that tile's mean weight.
-                        float& x = ring.state[r].y;
-                        x = ring.walked_tiles[warpgroup] ? soft[h].frame() + log2f(x / ((ring.walked_keys[warpgroup] - 1) % block_k + 1)) / unit : -NEGATIVE_INFINITY;
-                    }
-                }
-                in_tail = true;
-                float bias = NEGATIVE_INFINITY;
-                if (thread < step.count) {
-                    const int b = step.start + thread, size = min(1 << log2_pool, facts.history - (b << log2_pool));
-                    const int left = size - (int)(warpgroup ? walked[b] >> 16 : walked[b] & 0xffffu);
-                    if (4 * left >= size) bias = log2f((float)left) / unit;  // fewer are left out
-                }
-                if (thread < BLOCK_N) ring.bias[warpgroup][thread] = bias;
-                const int blocks = warpgroup_count(warpgroup, bias > NEGATIVE_INFINITY);
-                found_blocks |= blocks > 0;
-                if (thread == 0) ring.blocks_found[warpgroup] += blocks;
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const float most = ring.state[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4].y;
@@ -298,8 +306,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                     for (int i = 0; i < 4; ++i) p[4 * j + i] += i % 2 ? added.y : added.x;
                     if (j % 4 == 3) __syncwarp();  // keeps the compiler from loading all at once, into registers that it lacks
                 }
-            }
-            if (phase != TAIL && (partial || masked)) {
+            } else {
+                const bool masked = phase == MASKED_WINDOW && (step.count < BLOCK_N || step.start < facts.all_from || step.start + step.count > facts.all_until);
                 const int thread = thread_here(), column_0 = 2 * (thread % 4);
                 late_masked = masked, late_start = step.start;
 #pragma unroll
@@ -324,13 +332,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             release(ring.empty[key_place.unit]);
 
             // The greatest logits come first: in most steps no row of the warp has a new maximum.
-            const int closes = phase == HISTORY ? uniform(step.closes) : 0;
-            const bool second = PARTS > 1 && step.count > PART;
+            const int closes = kind >> CLOSES;
             float shrink[2] = {1.f, 1.f};
             bool moves = false, raised = false;  // a maximum moved, in the first part or in the second
             int wanted = WANTED & ~closes;
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
+            auto soften = [&](auto multiplies, int part) {
                 constexpr int EACH = N_TILES / PARTS;
                 float* const x = p + part * EACH * 4;
                 float greatest[2];
@@ -345,53 +351,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                     for (int h = 0; h < 2; ++h) {
                         const float old = soft[h].top, factor = soft[h].raise(quad_max(greatest[h]), unit);
                         if (part == 0) shrink[h] = factor;
-                        else row_first[8 * h].z = old, row_first[8 * h].w = factor;
+                        else ((float2*)(row_first + 8 * h))[1] = make_float2(old, factor);
                     }
                     if (part == 0) moves = true;
                     else raised = true;
                 }
+                const float frame[2] = {soft[0].frame() * unit, soft[1].frame() * unit};
+                float even[2] = {0.f, 0.f}, odd[2] = {0.f, 0.f};
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float frame = soft[h].frame() * unit;
-                    float even = 0.f, odd = 0.f;
+                for (int j = 0; j < EACH; ++j) {
+                    if (multiplies && j % 2 == 0) multiply_values(value_place, (part * EACH + j) / 2);
+                    if (multiplies && part * EACH + j == N_TILES - 2) wgmma_commit();
 #pragma unroll
-                    for (int j = 0; j < EACH; ++j) {
+                    for (int h = 0; h < 2; ++h) {
                         float &y = x[4 * j + 2 * h], &z = x[4 * j + 2 * h + 1];
-                        y = exp2_approx(y * unit - frame), z = exp2_approx(z * unit - frame);
-                        even += y, odd += z;
+                        y = exp2_approx(y * unit - frame[h]), z = exp2_approx(z * unit - frame[h]);
+                        even[h] += y, odd[h] += z;
                     }
-                    soft[h].open += even + odd;
                 }
-                if (!(closes >> part & 1)) continue;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) soft[h].open += quad_sum(even[h] + odd[h]);
+                if (!(closes >> part & 1)) return;
                 bool wants = false;
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const float before = soft[h].closed, gained = soft[h].close(), row_tau = row_state[8 * h].x;
-                    wants |= row_tau >= 0.f && soft[h].wants(gained, before, row_tau);
+                    const float before = soft[h].closed, gained = close(h), row_tau = row_state[8 * h].x;
+                    const bool first_gain = before == 0.f;  // RowSoftmax::wants without a branch
+                    wants |= (row_tau >= 0.f) & (gained >= (first_gain ? 0.f : row_tau * before)) & (!first_gain | (soft[h].top > NEGATIVE_INFINITY));
                     row_state[8 * h].y = gained;
-                    if (part == 0 && second) row_first[8 * h].x = soft[h].closed, row_first[8 * h].y = gained;
+                    if (PARTS > 1 && part == 0) *(float2*)(row_first + 8 * h) = make_float2(soft[h].closed, gained);
                 }
                 if (__any_sync(0xffffffffu, wants)) wanted |= 1 << part;
+            };
+            if (with_values) {
+                wgmma_fence();
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) soften(True(), part);
+            } else {
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) soften(False(), part);
             }
             pending = phase == HISTORY;
             if (closes) {
-                // Slots are cleared two votes before they are used: every warp has read this one by then.
-                if (lane == 0) {
-                    if (threadIdx.x == 0) *(volatile unsigned int*)&ring.votes[(ballots + 2) & 3] = 0;
-                    if (wanted) atomicOr(&ring.votes[ballots & 3], (unsigned int)wanted);
-                    barrier_arrive(vote);
-                }
+                if (lane == 0) ring.votes[ballots & 3][threadIdx.x / 32] = (unsigned char)wanted, barrier_arrive(vote);
                 voted = true, ++ballots;
             }
-            wgmma_wait<0>();
-#pragma unroll
-            for (int c = 0; c < O_PARTS; ++c) settle(o[c]);
+            await_values();
             if (late) release(ring.empty[value_place.unit]);
             if (raised) {  // seldom; so this waits to know whether the second part counts
                 const bool halved = second && closes & 1 && !(read_vote() & 1);
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const float factor = halved ? 0.f : row_first[8 * h].w;
+                    const float factor = row_first[8 * h].w;
                     if (halved) soft[h].top = row_first[8 * h].z;
                     else shrink[h] *= factor;
 #pragma unroll

@@ -18,9 +18,17 @@ constexpr int PART = BLOCK_N / PARTS, WANTED = (1 << PARTS) - 1;  // keys of a p
 constexpr int LAG = 1;              // units in flight behind the one started last
 constexpr int TILE_END = DONE + 1;  // a unit without rows, where a tile's next keys would be
 
-// A step as the consumers see it; bit p of `closes`: a logical key tile ends with part p.
+// A step as the consumers see it. `kind`: its phase, whether every row sees all of BLOCK_N keys, and a bit for each part
+// with which a logical key tile ends.
+constexpr int PHASE = 7, PLAIN = 8, CLOSES = 4;
 struct KeyStep {
-    int phase, start, count, closes;
+    int kind, start, count;
+};
+struct True {
+    __device__ constexpr operator bool() const { return true; }
+};
+struct False {
+    __device__ constexpr operator bool() const { return false; }
 };
 
 // What the consumers need to know of a row tile.
@@ -48,7 +56,7 @@ struct Ring {
     float4 first[BLOCK_M];  // of two parts, after the first: the sum, what it added, the maximum, what the second shrank
     bool poisoned[BLOCK_M];      // whether a query is not finite
     int walked_tiles[2], walked_keys[2], blocks_found[2];  // of the row tile, by consumer warpgroup
-    unsigned int votes[4];
+    __align__(8) unsigned char votes[4][8];  // by warp, a bit for each part
     int stopped;  // number of the last row tile of this block that stopped
     int lowest[4], highest[4], ticket;
 };

@@ -126,14 +126,15 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         auto look_up = [&](const Step& step) {
             return step.phase == HISTORY && thread < step.count ? __ldg(order + step.start + thread) : 0;
         };
-        auto closes = [&](const Step& step) {
-            if (PARTS == 1 || step.phase != HISTORY) return (int)step.closes();
-            int parts = 0;
-            for (int p = 0; p < PARTS; ++p) {
+        auto kind = [&](const Step& step) {
+            if (step.phase == DONE) return (int)TILE_END;
+            if (step.phase != HISTORY) return step.phase | (step.phase == SEEN_WINDOW && step.count == BLOCK_N ? PLAIN : 0);
+            int parts = PARTS == 1 && step.closes();
+            for (int p = 0; PARTS > 1 && p < PARTS; ++p) {
                 const int end = min(PART * (p + 1), step.count) + step.start;
                 parts |= (int)(PART * p < step.count && (end % x.block_k == 0 || end == walk.listed)) << p;
             }
-            return parts;
+            return HISTORY | (step.count == BLOCK_N ? PLAIN : 0) | parts << CLOSES;
         };
         // All of the warpgroup must see a stop at the same step.
         auto stopped = [&]() { return any_producer(*(volatile int*)&ring.stopped == number + 1); };
@@ -156,7 +157,7 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
                 for (int i = 0; i < BLOCK_N / 16; ++i) rows[i] = key_at(step, slot, first + 16 * i);
                 producer.copy<BLOCK_N, PANELS>(to, tail ? x.k_pool + pooled * x.k_pool_row : keys, tail ? x.k_pool_row : x.k_row, rows);
             }
-            if (thread == 0) ring.steps[slot] = {step.phase == DONE ? TILE_END : step.phase, step.start, step.count, closes(step)};
+            if (thread == 0) ring.steps[slot] = {kind(step), step.start, step.count};
             producer.close();
             producer.slot = slot + 1 == UNITS ? 0 : slot + 1;
             if (late.phase == HISTORY && step.phase != HISTORY) producer.flush();  // the consumers have nothing else to do
