@@ -58,7 +58,7 @@ def focus(name: str, macros: dict) -> Focus:
     elif not macros.get("SCORE_HALF", 1):
         dtype = "float32"
     dim = macros.get("HEAD_DIM", macros.get("WIDTH", 128))
-    block_k = macros.get("BLOCK_N", 64) if name == "attend_sm90" else 64
+    block_k = macros.get("BLOCK_N", 64) // macros.get("PARTS", 1) if name == "attend_sm90" else 64
     block_q = min(macros.get("BLOCK_M", 128), 128)
     dense = name != "attend_sm90" or block_k == 128
     return Focus(dtype, dim, min(macros.get("HEAD_DIM_V", dim), 256), block_q, block_k, dense)

@@ -15,7 +15,7 @@ LOG2_E = 1.4426950408889634
 
 
 def attend(p, q, k, v, order, offsets, reverse, blocks=2):
-    """The kernel's answer: along the lists, or where `order` is None dense. Few blocks, so that each takes several tiles."""
+    """The kernel's answer: along the lists, or where `order` is None dense; few blocks: each takes several tiles."""
     s = p.settings
     heads, row_tiles = p.batch * p.heads_q, len(p.tile_start)
     out = np.zeros((p.batch, p.heads_q, p.n_q, p.dim_v), q.dtype)
@@ -26,7 +26,9 @@ def attend(p, q, k, v, order, offsets, reverse, blocks=2):
         stats = [None, None, None]
     elif s.tail:
         pools = [
-            np.ascontiguousarray(reference.pool(p, x.astype(np.float64)).reshape(-1, p.pool_blocks, x.shape[-1]), q.dtype)
+            np.ascontiguousarray(
+                reference.pool(p, x.astype(np.float64)).reshape(-1, p.pool_blocks, x.shape[-1]), q.dtype
+            )
             for x in (k, v)
         ]
     macros = sm90_macros(p.dtype, p.dim_qk, p.dim_v, s.block_k)
@@ -36,26 +38,58 @@ def attend(p, q, k, v, order, offsets, reverse, blocks=2):
     arguments += [15, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, None, None, s.tau]
     arguments += [lse, *stats, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
     arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
-    arguments += [s.block_q, s.block_k, s.pool.bit_length() - 1, p.scale * LOG2_E, p.batch * p.heads_kv, np.zeros(1, np.int32)]
+    arguments += [
+        s.block_q,
+        s.block_k,
+        s.pool.bit_length() - 1,
+        p.scale * LOG2_E,
+        p.batch * p.heads_kv,
+        np.zeros(1, np.int32),
+    ]
     shared = sm90_shared_bytes(macros, p.pool_blocks)
     run.launch("attend_sm90", (blocks,), 384, arguments, shared=shared, reverse=reverse, **macros)
     shape = out.shape[:-1]
     return out, lse.reshape(shape), tiles.reshape(*shape[:2], -1), pooled.reshape(*shape[:2], -1), mass.reshape(shape)
 
 
-def case(p, seed=7):
-    rng = np.random.default_rng(seed)
+def arrays(p, scale):
+    rng = np.random.default_rng(7)
     dtype = np.float16 if p.dtype == "float16" else ml_dtypes.bfloat16
     sizes = ((p.heads_q, p.n_q, p.dim_qk), (p.heads_kv, p.n_k, p.dim_qk), (p.heads_kv, p.n_k, p.dim_v))
-    return [rng.standard_normal((1, *size)).astype(dtype) for size in sizes]
+    q, k, v = (rng.standard_normal((1, *size)) for size in sizes)
+    return [x.astype(dtype) for x in (scale * q, k, v)]
 
 
-def check(p, arrays, reverse):
-    wide = [x.astype(np.float64) for x in arrays]
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    ("dims", "scale", "settings"),
+    [
+        (
+            (64, 64),
+            1,
+            {"tau": 2.0},
+        ),  # stops after the first tile of a step and after the second, with a tail and without
+        ((64, 64), 1, {"tau": 0.9, "causal": False}),
+        ((64, 64), 2, {"tau": 0.8, "causal": False, "tail": None}),
+        ((64, 64), 1, {"tau": 0.0, "cap": 0.7}),
+        ((64, 64), 1, {"tau": 3.0, "block_k": 192}),  # a tile ends where the first part of a step does
+        ((64, 64), 1, {"tau": 2.0, "block_k": 128}),
+        ((128, 128), 4, {"tau": 2.0, "causal": False}),
+        ((192, 128), 1, {"tau": 2.0}),  # steps of 64 keys
+    ],
+)
+def test_attend_is_the_reference(dims, scale, settings, reverse):
+    s = Settings(**{"segment": 192, "pool": 64, "rank": "mean", "block_k": 64, **settings})
+    p = Problem(1, 2, 1, 384, 700, *dims, "float16" if scale == 2 else "bfloat16", s)
+    q, k, v = arrays(p, scale)
+    q[0, 1, 40, 2], v[0, 0, 690, 3] = np.nan, np.inf
+    wide = [x.astype(np.float64) for x in (q, k, v)]
     order, offsets, _ = reference.plan(p, *wide[:2])
     with np.errstate(invalid="ignore"):
         want = reference.attend(p, *wide, order, offsets, None)
-    out, lse, tiles, blocks, mass = attend(p, *arrays, order, offsets, reverse)
+    if s.block_k == 64 and s.tau:
+        assert (want.tiles % 2 == 1).any(), "no row tile stops within a step"
+    out, lse, tiles, blocks, mass = attend(p, q, k, v, order, offsets, reverse)
     np.testing.assert_array_equal(tiles, want.tiles)
     np.testing.assert_array_equal(blocks, want.tail_blocks)
     good = np.isfinite(want.out).all(axis=-1)
@@ -63,17 +97,17 @@ def check(p, arrays, reverse):
     np.testing.assert_allclose(out[good].astype(np.float64), want.out[good], atol=2e-2)
     np.testing.assert_allclose(lse[good], want.lse[good], atol=1e-3)
     np.testing.assert_allclose(mass[good], want.tail_mass[good], atol=1e-3)
-    return want
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize(
-    "settings",
-    [{"tau": 0.2}, {"tau": 0.1, "block_k": 128}, {"tau": 0.2, "causal": False, "tail": None}, {"tau": 0.3, "block_k": 192}],
-)
-def test_attend_is_the_reference(settings, reverse):
-    s = Settings(**{"segment": 192, "pool": 64, "rank": "mean", "block_k": 64, **settings})
-    p = Problem(1, 2, 1, 384, 700, 64, 64, "bfloat16", s)
-    q, k, v = case(p)
-    q[0, 1, 40, 2], v[0, 0, 690, 3] = np.nan, np.inf
-    check(p, (q, k, v), reverse)
+@pytest.mark.parametrize("window", [None, 33, 129])
+def test_dense_attention_is_the_reference(window):
+    p = Problem(1, 2, 1, 200, 300, 64, 64, "bfloat16", Settings(window=window, segment=200, block_k=128))
+    q, k, v = arrays(p, 1)
+    q[0, 1, 40, 2], v[0, 0, 160, 3] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        want, want_lse = reference.dense(p, *(x.astype(np.float64) for x in (q, k, v)))
+    out, lse, *_ = attend(p, q, k, v, None, None, False)
+    good = np.isfinite(want).all(axis=-1)
+    np.testing.assert_array_equal(np.isfinite(out.astype(np.float32)).all(axis=-1), good)
+    np.testing.assert_allclose(out[good].astype(np.float64), want[good], atol=2e-2)
+    np.testing.assert_allclose(lse[good], want_lse[good], atol=1e-3)
