@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16;
     const int shift = causal ? n_k - n_q : 0;
     const unsigned int vote = shared_address(&ring.vote), mine = warpgroup ? 0x10000u : 1u;
-    const unsigned int my_queries = descriptor_low(queries + warpgroup * 64 * 128, 1);
+    const unsigned int my_queries = uniform(descriptor_low(queries + warpgroup * 64 * 128, 1));
     Place place = {0, 0};
     int number = 0, ballots = 0, slot = 0;
     auto await = [&](const Place& at) { barrier_wait(shared_address(ring.full + at.unit), at.round); };
@@ -157,8 +157,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
         };
         // The weights of 16 keys by their values.
-        auto multiply_values = [&](const Place& at, int j) {
-            const unsigned int values = descriptor_low(units + at.unit * UNIT_BYTES, PANEL_BYTES);
+        auto multiply_values = [&](unsigned int values, int j) {
             const unsigned int w[4] = {weights[4 * j], weights[4 * j + 1], weights[4 * j + 2], weights[4 * j + 3]};
 #pragma unroll
             for (int c = 0; c < O_PARTS; ++c)
@@ -169,10 +168,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
 #pragma unroll
             for (int c = 0; c < O_PARTS; ++c) settle(o[c]);
         };
-        auto multiply_all_values = [&](const Place& at) {
+        auto multiply_all_values = [&](unsigned int values) {
             wgmma_fence();
 #pragma unroll
-            for (int j = 0; j < BLOCK_N / 16; ++j) multiply_values(at, j);
+            for (int j = 0; j < BLOCK_N / 16; ++j) multiply_values(values, j);
             wgmma_commit();
             await_values();
         };
@@ -244,6 +243,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             const int kind = uniform(step.kind), phase = kind & PHASE;
             const Place key_place = place, value_place = place.after(1);  // these keys, the last step's values
             place = place.after(late ? 2 : 1);
+            const unsigned int keys = uniform(descriptor_low(units + key_place.unit * UNIT_BYTES, 1));
+            const unsigned int values = uniform(descriptor_low(units + value_place.unit * UNIT_BYTES, PANEL_BYTES));
             const bool ends = phase == TILE_END;
             if (late_masked) await(value_place), hide_non_finite(value_place);
             late_masked = false;
@@ -256,14 +257,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             if (ends || (stopped && phase == HISTORY)) {  // past a stop, what is left of the history is let go
                 release(ring.empty[key_place.unit]);
                 if (late) await(value_place);
-                if (counts) multiply_all_values(value_place);
+                if (counts) multiply_all_values(values);
                 if (late) release(ring.empty[value_place.unit]);
                 late = true, counts = false, slot = slot + 1 == UNITS ? 0 : slot + 1;
                 if (ends) break;
                 continue;
             }
             wgmma_fence();
-            const unsigned int keys = descriptor_low(units + key_place.unit * UNIT_BYTES, 1);
             wgmma_rows<false>(p, matrix_descriptor(my_queries, 1024), matrix_descriptor(keys, 1024));
 #pragma unroll
             for (int d = 1; d < HEAD_DIM / 16; ++d)
@@ -283,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             settle(p);
             if (stopped && phase == HISTORY) {  // its products were for nothing
                 release(ring.empty[key_place.unit]);
-                if (counts) multiply_all_values(value_place);
+                if (counts) multiply_all_values(values);
                 if (late) release(ring.empty[value_place.unit]);
                 late = true, counts = false;
                 continue;
@@ -360,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 float even[2] = {0.f, 0.f}, odd[2] = {0.f, 0.f};
 #pragma unroll
                 for (int j = 0; j < EACH; ++j) {
-                    if (multiplies && j % 2 == 0) multiply_values(value_place, (part * EACH + j) / 2);
+                    if (multiplies && j % 2 == 0) multiply_values(values, (part * EACH + j) / 2);
                     if (multiplies && part * EACH + j == N_TILES - 2) wgmma_commit();
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {

@@ -48,7 +48,7 @@ struct Ring {
     KeyStep steps[UNITS];        // by the number of a step, as are
     int index[UNITS][BLOCK_N];   // the keys gathered for the history
     bool hidden[BLOCK_N];        // which of a masked step's values are not finite
-    float bias[2][BLOCK_N];      // tail: added to a step's dot products, by consumer warpgroup
+    __align__(8) float bias[2][BLOCK_N];  // tail: added to a step's dot products, by consumer warpgroup
     float2 tail[BLOCK_M];        // sum and maximum at the tail's start, then the tail's sum and maximum
     // Of a row: its tau, negative if it has no vote; and what the last key tile added, then the most a tail key's product
     // may be.
