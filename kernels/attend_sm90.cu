@@ -63,6 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     volatile float2* const row_state = ring.state + warp_row + lane / 4;
     float4* const row_first = ring.first + warp_row + lane / 4;
 
+    if (warpgroup == 1) pass_turn(1);
     for (;; ++number) {
         barrier_wait(shared_address(&ring.q_full), number & 1);
         const TileFacts& facts = ring.facts[number & 1];
@@ -126,14 +127,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
         };
         // A masked step's value that is not finite must reach only the rows that see it: it is zeroed, and they become NaN.
-        // (Zero times NaN would reach every row of the tile.) Each warpgroup looks at all values, and both find the same.
+        // (Zero times NaN would reach every row of the tile.) The producer says whether there is one.
         auto hide_non_finite = [&](const Place& at) {
+            if (uniform(*(const int*)ring.suspect[at.unit]) == 0) return;
             const int thread = thread_here();
             const unsigned int values = units + at.unit * UNIT_BYTES;
-            unsigned int seen = 0, x[4];
-#pragma unroll 4
-            for (int i = thread; i < BLOCK_N * V_PANELS * 8; i += 128) load_chunk(x, values + 16 * i), seen = not_finite(x, seen);
-            if (warpgroup_count(warpgroup, seen != 0) == 0) return;
+            unsigned int x[4];
             consumers_sync();
             if (thread < BLOCK_N) ring.hidden[thread] = false;
             consumers_sync();
@@ -246,10 +245,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             const unsigned int keys = uniform(descriptor_low(units + key_place.unit * UNIT_BYTES, 1));
             const unsigned int values = uniform(descriptor_low(units + value_place.unit * UNIT_BYTES, PANEL_BYTES));
             const bool ends = phase == TILE_END;
-            if (late_masked) await(value_place), hide_non_finite(value_place);
-            late_masked = false;
             if (ends) {
                 if (fresh) begin();
+                if (late_masked) await(value_place), hide_non_finite(value_place);
                 resolve();
                 if (in_tail) end_tail();
                 if (!queries_released) release(ring.q_empty);
@@ -263,6 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 if (ends) break;
                 continue;
             }
+            await_turn(warpgroup);
             wgmma_fence();
             wgmma_rows<false>(p, matrix_descriptor(my_queries, 1024), matrix_descriptor(keys, 1024));
 #pragma unroll
@@ -270,10 +269,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 wgmma_rows<true>(p, matrix_descriptor(my_queries + (d >> 2) * (Q_PANEL_BYTES / 16) + (d & 3) * 2, 1024),
                                  matrix_descriptor(keys + (d >> 2) * (PANEL_BYTES / 16) + (d & 3) * 2, 1024));
             wgmma_commit();
+            pass_turn(warpgroup);
             // While the keys are multiplied.
             if (fresh) fresh = false, begin();
             resolve();
             if (late) await(value_place);
+            if (late_masked) hide_non_finite(value_place);
+            late_masked = false;
             if (in_tail && phase != TAIL) end_tail();
             if (phase == TAIL) prepare_tail(step);
             if (phase == HISTORY && !in_history) in_history = true, close_all();  // the first key tile is held against the window's sum

@@ -47,7 +47,8 @@ struct Ring {
     TileFacts facts[2];          // of row tiles in turn
     KeyStep steps[UNITS];        // by the number of a step, as are
     int index[UNITS][BLOCK_N];   // the keys gathered for the history
-    bool hidden[BLOCK_N];        // which of a masked step's values are not finite
+    __align__(4) unsigned char suspect[UNITS][4];  // whether a masked step's values are not all finite, by producer warp
+    bool hidden[BLOCK_N];                          // which of them are not
     __align__(8) float bias[2][BLOCK_N];  // tail: added to a step's dot products, by consumer warpgroup
     float2 tail[BLOCK_M];        // sum and maximum at the tail's start, then the tail's sum and maximum
     // Of a row: its tau, negative if it has no vote; and what the last key tile added, then the most a tail key's product
@@ -105,6 +106,9 @@ __device__ __forceinline__ unsigned int swizzled(int row, int chunk) { return ro
 #ifndef S2O_EMULATION
 __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 6, 256;" ::: "memory"); }
 __device__ __forceinline__ void producers_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
+// The consumers take turns at starting a product with keys, so that one multiplies while the other takes exponentials.
+__device__ __forceinline__ void await_turn(int warpgroup) { asm volatile("bar.sync %0, 256;" ::"r"(4 + warpgroup) : "memory"); }
+__device__ __forceinline__ void pass_turn(int warpgroup) { asm volatile("bar.arrive %0, 256;" ::"r"(5 - warpgroup) : "memory"); }
 __device__ __forceinline__ void warpgroup_sync(int warpgroup) { asm volatile("bar.sync %0, 128;" ::"r"(2 + warpgroup) : "memory"); }
 // How many threads of the warpgroup say so.
 __device__ __forceinline__ int warpgroup_count(int warpgroup, bool x) {

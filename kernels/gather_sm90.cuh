@@ -46,6 +46,19 @@ struct Producer {
         barrier_wait(empty, place.round ^ 1);
         return units + place.unit * UNIT_BYTES;
     }
+    // Of the unit to hand over next but one at the soonest: says whether this thread's values are all finite.
+    __device__ __forceinline__ void look_for_non_finite(unsigned int from) {
+        commit_copies();
+        wait_copies<0>();
+        unsigned int seen = 0, x[4];
+        from += swizzled(first(), column());
+#pragma unroll
+        for (int p = 0; p < V_PANELS; ++p)
+#pragma unroll 2
+            for (int i = 0; i < BLOCK_N / 16; ++i) load_chunk(x, from + p * PANEL_BYTES + 2048 * i), seen = not_finite(x, seen);
+        const bool any = __any_sync(0xffffffffu, seen != 0);
+        if (threadIdx.x % 32 == 0) ring.suspect[place.unit][threadIdx.x / 32 % 4] = any;
+    }
     __device__ __forceinline__ void close() {
         commit_copies();
         place = place.after(1);
@@ -160,7 +173,8 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             if (thread == 0) ring.steps[slot] = {kind(step), step.start, step.count};
             producer.close();
             producer.slot = slot + 1 == UNITS ? 0 : slot + 1;
-            if (late.phase == HISTORY && step.phase != HISTORY) producer.flush();  // the consumers have nothing else to do
+            // The first keys of a row tile, and those past a stop, are awaited by consumers that have nothing else to do.
+            if (late.phase == DONE || (late.phase == HISTORY && step.phase != HISTORY)) producer.flush();
             if (late.phase != DONE) {
                 const unsigned int values_to = producer.open();
                 // After a stop no values of the history are wanted: those that are were there when the vote was read.
@@ -170,6 +184,7 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
 #pragma unroll
                     for (int i = 0; i < BLOCK_N / 16; ++i) rows[i] = key_at(late, late_slot, first + 16 * i);
                     producer.copy<BLOCK_N, V_PANELS>(values_to, tail ? x.v_pool + pooled * x.v_pool_row : values, tail ? x.v_pool_row : x.v_row, rows);
+                    if (late.phase == MASKED_WINDOW) producer.look_for_non_finite(values_to);
                 }
                 producer.close();
             }

@@ -10,14 +10,18 @@ struct NamedBarrier {
 static NamedBarrier named[16];
 
 // A named barrier of `count` threads; the sum of what they bring.
-static inline int meet(int id, int count, int x) {
+static inline void arrive(int id, int count, int x) {
+    static unsigned int block = ~0u;
+    if (block != block_index.x) block = block_index.x, std::fill(named, named + 16, NamedBarrier());  // a block leaves some half full
     NamedBarrier& b = named[id];
-    const int phase = b.phase;
     b.sum += x;
     if (++b.arrived == count) b.last = b.sum, b.arrived = b.sum = 0, ++b.phase;
-    else
-        while (b.phase == phase) yield();
-    return b.last;
+}
+static inline int meet(int id, int count, int x) {
+    const int phase = named[id].phase;
+    arrive(id, count, x);
+    while (named[id].phase == phase) yield();
+    return named[id].last;
 }
 static inline float element(unsigned long long descriptor, int row_bytes_group, int row, int column_bytes) {
     unsigned int address = ((unsigned int)(descriptor & 0x3fff) << 4) + row / 8 * row_bytes_group + row % 8 * 128 + column_bytes;
@@ -85,6 +89,8 @@ static inline void wgmma_columns(float (&c)[COUNT], const unsigned int (&a)[4], 
     wait_warp();
 }
 
+static inline void await_turn(int warpgroup) { s2o_emulation::meet(4 + warpgroup, 256, 0); }
+static inline void pass_turn(int warpgroup) { s2o_emulation::arrive(5 - warpgroup, 256, 0); }
 static inline void consumers_sync() { s2o_emulation::meet(6, 256, 0); }
 static inline void producers_sync() { s2o_emulation::meet(1, 128, 0); }
 static inline void warpgroup_sync(int warpgroup) { s2o_emulation::meet(2 + warpgroup, 128, 0); }
