@@ -9,16 +9,19 @@ struct NamedBarrier {
 };
 static NamedBarrier named[16];
 
+static inline NamedBarrier& barrier_named(int id) {
+    static unsigned int block = ~0u;
+    if (block != block_index.x) block = block_index.x, std::fill(named, named + 16, NamedBarrier());  // a block may leave some half full
+    return named[id];
+}
 // A named barrier of `count` threads; the sum of what they bring.
 static inline void arrive(int id, int count, int x) {
-    static unsigned int block = ~0u;
-    if (block != block_index.x) block = block_index.x, std::fill(named, named + 16, NamedBarrier());  // a block leaves some half full
-    NamedBarrier& b = named[id];
+    NamedBarrier& b = barrier_named(id);
     b.sum += x;
     if (++b.arrived == count) b.last = b.sum, b.arrived = b.sum = 0, ++b.phase;
 }
 static inline int meet(int id, int count, int x) {
-    const int phase = named[id].phase;
+    const int phase = barrier_named(id).phase;
     arrive(id, count, x);
     while (named[id].phase == phase) yield();
     return named[id].last;
