@@ -21,8 +21,8 @@ from pathlib import Path
 
 # Macros that say which arrays a kernel is for: a variant that fixes one serves no call that needs another.
 SHAPE_MACROS = ("IS_BF16", "REAL", "SCORE_HALF", "HEAD_DIM", "HEAD_DIM_V", "BLOCK_M", "WIDTH")
-# Macros of which a kernel serves no more than what the arrays allow: a step of keys lies within a key tile.
-_AT_MOST = (("attend_sm90", "BLOCK_N"),)
+# Macros of which a kernel serves no more than what the arrays allow: key tiles end where a step or a part of it does.
+_AT_MOST = (("attend_sm90", "BLOCK_N"), ("attend_sm90", "PARTS"))
 # Files are not looked at again within this time: twenty of them take 40 to 180 us, as much as a call otherwise.
 _SECONDS = 0.1
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"')
