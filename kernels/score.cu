@@ -295,7 +295,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) normalise(
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int key = first_key + 8 * (n + i / 2) + 2 * quad + i % 2;
-                bias[i] = key < stop ? LOG2_E * score_to_float((unsigned short)(quadratic[n + i / 2] >> 16 * (i % 2))) : NEGATIVE_INFINITY;
+                bias[i] = LOG2_E * score_to_float((unsigned short)(quadratic[n + i / 2] >> 16 * (i % 2)));
+                if (key < stop) continue;
+                bias[i] = NEGATIVE_INFINITY;  // whatever the key is
+#pragma unroll
+                for (int r = 0; r < 4; ++r) c[i / 2][r / 2][r % 2 * 2 + i % 2] = 0.f;
             }
 #pragma unroll
             for (int r = 0; r < 4; ++r) {

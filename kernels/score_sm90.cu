@@ -248,10 +248,13 @@ __device__ __forceinline__ void normalise_tile(
         multiply<WIDTH>(c, a, layout, turn);
         if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
         if (first_key >= stop) continue;
-        if (first_key + CHUNK_ROWS > stop)  // -inf past the history
+        if (first_key + CHUNK_ROWS > stop)  // -inf past the history, whatever the key is
 #pragma unroll
-            for (int i = 0; i < 16; ++i)
-                if (first_key + 8 * (i / 2) + 2 * quad + i % 2 >= stop) quadratic[i / 2] = quadratic[i / 2] & ~(0xffffu << 16 * (i % 2)) | 0xfc00u << 16 * (i % 2);
+            for (int i = 0; i < 16; ++i) {
+                if (first_key + 8 * (i / 2) + 2 * quad + i % 2 < stop) continue;
+                quadratic[i / 2] = quadratic[i / 2] & ~(0xffffu << 16 * (i % 2)) | 0xfc00u << 16 * (i % 2);
+                c[4 * (i / 2) + i % 2] = c[4 * (i / 2) + 2 + i % 2] = 0.f;
+            }
         float top[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};
 #pragma unroll
         for (int i = 0; i < 16; ++i) {

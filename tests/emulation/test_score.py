@@ -155,3 +155,15 @@ def test_degenerate_covariances(monkeypatch, kind):
     k = rng.standard_normal((1, 1, 64, 8)).astype(np.float32)
     want = reference.score(p, q.astype(np.float64), k.astype(np.float64), 0, 0, 1)
     np.testing.assert_allclose(scores(emulated(monkeypatch), p, q, k)[0][1], want, atol=1e-4 * np.ptp(want))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("settings", [{"rank": "mean"}, {"rank_terms": 7}, {"rank": "mixture"}], ids=str)
+def test_a_bad_key_past_the_history_changes_no_score(monkeypatch, settings, arch):
+    """In the same chunk of keys as the history's last ones: the mixture's sums once took it in."""
+    p = Problem(1, 1, 1, 20, 20, 8, 8, "float16", Settings(segment=8, pool=1, **settings))
+    engine, (q, k) = emulated(monkeypatch, arch=arch), inputs(p)
+    before = scores(engine, p, q, k)[0]
+    for bad in (np.nan, np.inf):
+        k[0, 0, 9, 3] = bad
+        np.testing.assert_array_equal(scores(engine, p, q, k)[0][1], before[1])
