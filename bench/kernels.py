@@ -108,7 +108,7 @@ def watched() -> Iterator[list[Launch]]:
         """A kernel that leaves a `Launch` in the list whenever it is launched."""
 
         def prepared(self, grid, block, arguments, shared_mem=0):
-            launch, held = super().prepared(grid, block, arguments, shared_mem), resources(self.raw, block, shared_mem)
+            launch, held = super().prepared(grid, block, arguments, shared_mem), self.usage(block, shared_mem)
 
             def timed(*where):
                 first, last = cupy.cuda.Event(), cupy.cuda.Event()
@@ -132,22 +132,6 @@ def watched() -> Iterator[list[Launch]]:
     finally:
         compiling.Kernel = plain
         forget()
-
-
-def resources(kernel, threads: int, shared_mem: int) -> dict:
-    """Registers, local bytes, threads, and how many blocks and what share of its threads a multiprocessor holds."""
-    import cupy
-
-    blocks = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel.kernel.ptr, threads, shared_mem)
-    most = cupy.cuda.Device().attributes["MaxThreadsPerMultiProcessor"]
-    return {
-        "registers": kernel.num_regs,
-        "local_bytes": kernel.local_size_bytes,
-        "shared_bytes": kernel.shared_size_bytes + shared_mem,
-        "threads": threads,
-        "blocks": blocks,
-        "occupancy": blocks * threads / most,
-    }
 
 
 def by_kernel(launches: list[Launch]) -> dict[str, tuple[Timing, dict, int]]:

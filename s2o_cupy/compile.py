@@ -45,13 +45,30 @@ class Kernel:
 
     def __init__(self, cupy, raw):
         self.raw, self._cupy = raw, cupy
+        self.launched: dict[tuple[int, int], None] = {}  # threads of a block and its dynamic shared bytes
 
     def __getattr__(self, name):
         """Its resources, as CuPy knows them."""
         return getattr(self.raw, name)
 
+    def usage(self, block: int, shared_mem: int) -> dict:
+        """Registers, local and shared bytes of such a launch; how many blocks, and what share of its threads, a
+        multiprocessor holds."""
+        cuda = self._cupy.cuda
+        blocks = cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(self.raw.kernel.ptr, block, shared_mem)
+        most = cuda.runtime.getDeviceProperties(cuda.runtime.getDevice())["maxThreadsPerMultiProcessor"]
+        return {
+            "registers": self.raw.num_regs,
+            "local_bytes": self.raw.local_size_bytes,
+            "shared_bytes": self.raw.shared_size_bytes + shared_mem,
+            "threads": block,
+            "blocks": blocks,
+            "occupancy": blocks * block / most,
+        }
+
     def prepared(self, grid, block: int, arguments, shared_mem: int = 0):
         """A launch of it, past CuPy: called with a stream, the address of its arguments' addresses, and 0."""
+        self.launched[block, shared_mem] = None
         x, y, z = (*grid, 1, 1)[:3]
         launch = self._cupy.cuda.driver.launchKernel
         return functools.partial(launch, self.raw.kernel.ptr, x, y, z, block, 1, 1, shared_mem)
@@ -100,7 +117,7 @@ def _build(cupy, device: int, source: Source, entry: str, macros: dict):
 
 
 def kernel_resources() -> list[dict]:
-    """Registers, local and shared bytes of every kernel built so far in this process."""
+    """Registers, local and shared bytes of every kernel built so far in this process, and of how it was launched."""
     return [
         {
             "kernel": f"{name}:{entry}",
@@ -110,6 +127,7 @@ def kernel_resources() -> list[dict]:
             "local_bytes": kernel.local_size_bytes,
             "static_shared_bytes": kernel.shared_size_bytes,
             "max_threads": kernel.max_threads_per_block,
+            "launches": [kernel.usage(*launch) for launch in kernel.launched],
         }
         for (device, name, entry, _, *macros), kernel in sorted(_kernels.items(), key=lambda item: str(item[0]))
     ]

@@ -146,7 +146,8 @@ class KernelMagics(Magics):
                     _print_resources(_defined(dict(spec.macros)), known)
             for one in here.get(name, ()):
                 told = {**one, "kernel": one["kernel"].split(":")[1], "shared_bytes": one["static_shared_bytes"]}
-                _print_resources(f"{_defined(one['macros'])} (this process)", [told])
+                used = [{"kernel": told["kernel"], **launch} for launch in one["launches"]]
+                _print_resources(f"{_defined(one['macros'])} (this process)", [told], used)
             for tried in self.session.history:
                 if tried.name == name and tried.kind == "cuda" and tried.compiled:
                     title = f"variant #{tried.number}, {tried.compiled['arch']} {_defined(tried.compiled['macros'])}"

@@ -47,6 +47,7 @@ def install(monkeypatch) -> types.ModuleType:
     cupy.__dict__.update({name: getattr(np, name) for name in dir(np) if not name.startswith("__")})
     cupy.__version__ = "none"
     properties = {"name": b"no GPU", "multiProcessorCount": 1, "l2CacheSize": 0, "totalGlobalMem": 0}
+    properties["maxThreadsPerMultiProcessor"] = 2048
     runtime = types.SimpleNamespace(
         deviceSynchronize=lambda: None,
         getDevice=lambda: 0,

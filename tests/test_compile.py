@@ -89,3 +89,18 @@ def test_a_prepared_launch_hands_the_driver_all_that_it_needs():
     kernel.prepared((3,), 32, ())(77, 1234, 0)
     assert launched == [(5, 3, 2, 1, 64, 1, 1, 9, 77, 1234, 0), (5, 3, 1, 1, 32, 1, 1, 0, 77, 1234, 0)]
     assert kernel.num_regs == 40
+    assert list(kernel.launched) == [(64, 9), (32, 0)]
+
+
+def test_resources_are_of_each_way_a_kernel_was_launched(monkeypatch):
+    driver = SimpleNamespace(launchKernel=print, occupancyMaxActiveBlocksPerMultiprocessor=lambda at, block, shared: 4)
+    runtime = SimpleNamespace(getDevice=lambda: 0, getDeviceProperties=lambda _: {"maxThreadsPerMultiProcessor": 2048})
+    held = {"num_regs": 40, "local_size_bytes": 8, "shared_size_bytes": 16, "max_threads_per_block": 1024}
+    raw = SimpleNamespace(kernel=SimpleNamespace(ptr=5), **held)
+    kernel = kernels.Kernel(SimpleNamespace(cuda=SimpleNamespace(driver=driver, runtime=runtime)), raw)
+    kernel.prepared((3,), 64, (), 9)
+    monkeypatch.setattr(kernels, "_kernels", {(0, "pool", "pool", None, ("IS_BF16", 1)): kernel})
+    (one,) = kernels.kernel_resources()
+    assert (one["kernel"], one["macros"], one["registers"]) == ("pool:pool", {"IS_BF16": 1}, 40)
+    expected = {"registers": 40, "local_bytes": 8, "shared_bytes": 25, "threads": 64, "blocks": 4, "occupancy": 0.125}
+    assert one["launches"] == [expected]

@@ -42,22 +42,8 @@ class Launch:
         self.prepared(cupy.cuda.get_current_stream().ptr, self.arguments.address, 0)
 
     def usage(self) -> dict:
-        """Registers, local and shared bytes, and the blocks and warps that a multiprocessor holds at once."""
-        import cupy
-
-        blocks = cupy.cuda.driver.occupancyMaxActiveBlocksPerMultiprocessor(
-            self.kernel.kernel.ptr, self.block, self.shared
-        )
-        runtime = cupy.cuda.runtime
-        most = runtime.getDeviceProperties(runtime.getDevice())["maxThreadsPerMultiProcessor"]
-        return {
-            "kernel": self.entry,
-            "registers": self.kernel.num_regs,
-            "local_bytes": self.kernel.local_size_bytes,
-            "shared_bytes": self.kernel.shared_size_bytes + self.shared,
-            "blocks": blocks,
-            "occupancy": blocks * self.block / most,
-        }
+        """What the kernel takes in this launch (`compile.Kernel.usage`), under its name."""
+        return {"kernel": self.entry, **self.kernel.usage(self.block, self.shared)}
 
 
 def distinct(launches: list[Launch]) -> list[dict]:
