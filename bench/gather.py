@@ -115,6 +115,8 @@ def attend(q, k, v, lists, starts, depths, scale, *, segment, tau=None, chunk=0,
     the keys and values of the own segment in order. Returns out, and the key tiles each row tile walked.
     """
     heads, n, dim = q.shape
+    if segment % (max(chunk, 1) * BLOCK_N):  # a walk would go on past the end of its list
+        raise ValueError(f"chunk is {chunk} at segment {segment}; allowed: whole chunks of {BLOCK_N} keys in a segment")
     own_k, own_v = own or (k, v)
     out = torch.empty_like(q)
     walked = torch.empty(heads, n // BLOCK_M, dtype=torch.int32, device=q.device)

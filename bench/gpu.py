@@ -57,7 +57,7 @@ def main(options, record: Record) -> None:
             for preset in ("diffuse", "randn"):
                 crossover(preset, n, record)
         host_times(record)
-    with record.section("Numba twins"):
+    with record.section("Numba twins"), record.attempt("Numba twins", catch=(Exception,)):
         twins.measure(record)
 
 

@@ -70,7 +70,10 @@ class Record:
 
     @contextmanager
     def attempt(self, name: str, shape="", dtype="", catch: tuple = ()) -> Iterator[None]:
-        """Running out of memory in here, or failing in a way of `catch`, becomes this case's line; the rest runs."""
+        """Running out of memory in here, or failing in a way of `catch`, becomes this case's line; the rest runs.
+
+        Unless the device was lost: nothing that this process does after that can be measured.
+        """
         try:
             yield
         except Exception as error:
@@ -80,6 +83,8 @@ class Record:
             text = (str(error).strip() or "no message").splitlines()[0][:100]
             self.case(name, shape, dtype, note=f"not measured: {what}: {text}")
             error.__traceback__ = None  # it holds the arrays
+            if fault := device_fault():
+                raise RuntimeError(f"{name} made the device unusable ({fault}); what was measured is kept") from None
         free_memory()
 
 
@@ -112,6 +117,16 @@ def _rate(tflops: float | None) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the host, of CuPy or of PyTorch."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def device_fault() -> str:
+    """What the device says when it is waited for; empty where all is well, or no device is in use."""
+    if "cupy" in sys.modules:
+        try:
+            sys.modules["cupy"].cuda.runtime.deviceSynchronize()
+        except Exception as error:
+            return str(error).splitlines()[0][:100]
+    return ""
 
 
 def free_memory() -> None:

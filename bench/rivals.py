@@ -181,7 +181,7 @@ def sparse_peers(quick: bool = False) -> list[tuple[str, Callable]]:
     gathers = {
         "S2O Triton: sort, stop": (1024, False, 1),
         "S2O Triton: sort, stop in chunks": (1024, False, 4),
-        "S2O Triton: tiers, stop in chunks": (256, True, 4),
+        "S2O Triton: tiers, stop in chunks": (256, True, 2),
         "S2O Triton: tiers, fixed depth": (256, True, 0),
     }
     made = [(name, partial(Gather, name, *how)) for name, how in gathers.items()]

@@ -116,6 +116,24 @@ def test_other_errors_are_not_hidden_unless_asked():
         raise KeyboardInterrupt
 
 
+def test_a_device_that_is_lost_ends_the_run_and_what_was_measured_is_kept(small, tmp_path, monkeypatch):
+    record = Record("peers", {}, tmp_path / "x.json")
+    with record.attempt("one", catch=(Exception,)):
+        raise ValueError("refused")
+    runtime = sys.modules["cupy"].cuda.runtime
+
+    def lost():
+        raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access")
+
+    monkeypatch.setattr(runtime, "deviceSynchronize", lost)
+    with (
+        pytest.raises(RuntimeError, match=r"two made the device unusable \(cudaErrorIllegalAddress"),
+        record.attempt("two", catch=(Exception,)),
+    ):
+        raise RuntimeError("an illegal memory access")
+    assert [case["name"] for case in json.loads((tmp_path / "x.json").read_text())["cases"]] == ["one", "two"]
+
+
 # --- the command -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("bench", ["gpu", "peers", "scaling", "kernels"])
 def test_without_a_gpu_one_line_says_so(bench, monkeypatch):
@@ -367,10 +385,11 @@ def test_gpu_measures_every_stage(small, tmp_path):
     arguments = ("--lengths", "2048", "--presets", "sparse", "--no-torch", "--json", tmp_path / "x.json")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command.ON_GPU["gpu"][0], "CROSSOVER", (2048,))
-        patch.setattr(command.ON_GPU["gpu"][0].twins, "measure", lambda record: None)
+        patch.setattr(command.ON_GPU["gpu"][0].twins, "measure", Missing)
         assert run("gpu", *arguments) == 0
     cases = json.loads((tmp_path / "x.json").read_text())["cases"]
     names = [case["name"] for case in cases]
+    assert "not measured: ImportError" in cases[names.index("Numba twins")]["note"]
     for name in ("sparse: dense", "sparse: plan, mean", "sparse: attend, tau 0.01", "crossover, randn: attention()"):
         assert name in names
     walks = [case for case in cases if "attend, tau" in case["name"]]

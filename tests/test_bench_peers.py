@@ -131,6 +131,23 @@ def test_the_gather_kernel_attends_what_it_says_it_walked(arrays, gather, how):
     assert relative(out, attended(q, k, v, walked_mask(lists, walked))) < 2e-3
 
 
+def test_a_chunk_that_would_read_past_a_list_is_refused(arrays, gather):
+    q, k, v = arrays
+    lists = selection.Lists(HEADS, N, SEGMENT, DEVICE)
+    depths = selection.tile_depths(HEADS, N, SEGMENT, 128, DEVICE)
+    with pytest.raises(ValueError, match="chunk is 4 at segment 256; allowed: whole chunks of 128 keys in a segment"):
+        gather.attend(q, k, v, lists.order, lists.starts, depths, SCALE, segment=SEGMENT, tau=0.1, chunk=4)
+
+
+def test_every_gather_peer_walks_whole_chunks(gather):
+    from bench import rivals
+
+    for name, make in rivals.sparse_peers():
+        if name.startswith("S2O Triton"):
+            peer = make()
+            assert peer.segment % (max(peer.chunk, 1) * 128) == 0, name
+
+
 def test_depths_are_shares_of_a_history():
     depths = selection.tile_depths(1, N, SEGMENT, 128, "cpu", 0.3)
     assert depths.tolist() == [[0, 0, 1, 1, 2, 2, 2, 2]]
