@@ -49,9 +49,18 @@ def of(report: dict) -> list:
 
 
 def matched(report: dict, n: int):
-    """Time of every method against the error it meets, at one length; dense kernels are lines across."""
+    """Time of every method against the error it meets, at one length; dense kernels are lines across.
+
+    Of a report with one error it is bars.
+    """
     figure, axes = _figure()
     cases = [case for case in report["cases"] if case.get("time") and case.get("n") == n]
+    title = f"N={n}, {_heads(cases)}, causal, on {report['machine'].get('gpu', '?')}"
+    wanted = {case["wanted"] for case in cases if "wanted" in case}
+    if len(wanted) == 1:
+        axes.set_title(f"{title}; relative error {wanted.pop():g}", loc="right")
+        _bars(axes, [case for case in cases if case["kind"] == "dense" or "wanted" in case])
+        return figure
     dense = [case for case in cases if case["kind"] == "dense"]
     for i, case in enumerate(dense):
         axes.axhline(case["time"]["median"], color="grey", ls=LINES[i % 4], lw=1, label=case["name"])
@@ -61,7 +70,7 @@ def matched(report: dict, n: int):
         style = {"color": "black", "lw": 2.2, "ls": LINES[i % len(LINES)]} if ours else {"lw": 1.2}
         axes.plot(*zip(*points, strict=True), marker=MARKS[i % len(MARKS)], label=name, **style)
     axes.set(xscale="log", yscale="log", xlabel="relative error of attention", ylabel="ms, ranking included")
-    axes.set_title(f"N={n}, {_heads(cases)}, causal, on {report['machine'].get('gpu', '?')}")
+    axes.set_title(title)
     errors = sorted({case["wanted"] for case in cases if "wanted" in case})
     axes.set_xticks(errors, [f"{error:g}" for error in errors])
     axes.xaxis.set_minor_formatter("")
@@ -70,6 +79,18 @@ def matched(report: dict, n: int):
     axes.invert_xaxis()
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _bars(axes, cases: list[dict]) -> None:
+    """Milliseconds of each case; ours black, dense kernels pale."""
+    for place, case in enumerate(cases):
+        ms = case["time"]["median"]
+        shade = {"ours": "black", "dense": "0.75"}.get(case["kind"], "0.45")
+        axes.barh(case["name"], ms, color=shade)
+        axes.annotate(f"{ms:.3g}", (ms, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set(xlabel="ms of a whole call, ranking included")
+    axes.margins(x=0.08)
+    axes.invert_yaxis()
 
 
 def scaling(report: dict):

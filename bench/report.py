@@ -252,12 +252,13 @@ def table_lengths(report: dict, n: int | None) -> list[str]:
 
 
 def table_stages(report: dict, n: int | None) -> list[str]:
-    """What a `gpu` report has for the diffuse preset at each length, in milliseconds, rates beside."""
-    cases = {}
+    """What a `gpu` report has for each preset and length: milliseconds, densities, rates of computed pairs."""
+    found = {}
     for case in report["cases"]:
-        if case.get("preset") == "diffuse" and case.get("time") and case["name"].startswith("diffuse: "):
-            cases.setdefault(case["name"].removeprefix("diffuse: "), {})[case["n"]] = case
-    lengths = sorted({n for by_n in cases.values() for n in by_n})
+        preset, _, stage = case["name"].partition(": ")
+        if case.get("time") and case.get("preset") == preset:
+            found.setdefault(stage, {})[preset, case["n"]] = case
+    columns = sorted({column for by_column in found.values() for column in by_column})
 
     def cell(case: dict | None) -> str:
         if not case:
@@ -266,8 +267,20 @@ def table_stages(report: dict, n: int | None) -> list[str]:
         rate = f", {case['tflops']:.0f} TFLOP/s" if case.get("tflops") else ""
         return f"{_ms(case)} ms{share}{rate}"
 
-    rows = [[name, *(cell(by_n.get(n)) for n in lengths)] for name, by_n in cases.items()]
-    return markdown(["diffuse preset", *(f"N={n}" for n in lengths)], rows)
+    rows = [[stage, *(cell(by_column.get(column)) for column in columns)] for stage, by_column in found.items()]
+    return markdown(["stage", *(f"{preset}, N={length}" for preset, length in columns)], rows)
+
+
+def table_crossover(report: dict, n: int | None) -> list[str]:
+    """Where ranking pays, of a `gpu` report: parts of a call and the whole of it, in milliseconds."""
+    rows = []
+    for case in report["cases"]:
+        head, _, preset = case["name"].partition(":")[0].partition(", ")
+        if head == "crossover" and case.get("time"):
+            parts = [_digits(case[part]["median"]) for part in ("dense", "plan", "attend")]
+            path = case["note"].partition(";")[0]
+            rows.append([str(case["n"]), preset, *parts, f"{_ms(case)}, {path}", _number(case["ratio"], 2)])
+    return markdown(["N", "heads", "dense", "plan", "attend", "attention()", "dense over attention()"], rows)
 
 
 def table_density(report: dict, n: int | None) -> list[str]:
@@ -294,6 +307,7 @@ TABLES = {
     "matched": table_matched,
     "lengths": table_lengths,
     "stages": table_stages,
+    "crossover": table_crossover,
     "density": table_density,
     "files": table_files,
 }
