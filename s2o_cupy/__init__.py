@@ -37,11 +37,11 @@ def load_ipython_extension(shell) -> None:
     """``%load_ext s2o_cupy``: the magics of `s2o_cupy.ipython`."""
     from s2o_cupy import ipython
 
-    ipython.load(shell)
+    ipython.load_ipython_extension(shell)
 
 
 def unload_ipython_extension(shell) -> None:
     """``%unload_ext s2o_cupy``."""
     from s2o_cupy import ipython
 
-    ipython.unload(shell)
+    ipython.unload_ipython_extension(shell)

@@ -67,7 +67,7 @@ class KernelMagics(Magics):
 
     @line_magic
     def s2o(self, line):
-        """Kernels: what there is, their source and code, what was tried. ``%s2o`` alone prints the list."""
+        """Kernels: what there is, their source and code, what was tried. ``%s2o`` alone says what it takes."""
         words = _split(line, "%s2o")
         commands = {
             "kernels": self._kernels, "show": self._show, "ptx": self._ptx, "sass": self._sass, "keep": self._keep,
@@ -220,15 +220,17 @@ class KernelMagics(Magics):
         return tried
 
 
-def load(shell) -> None:
+def load_ipython_extension(shell) -> None:
     """Register the magics and start the worker, so that the first variant finds it warm."""
+    if "KernelMagics" in shell.magics_manager.registry:  # by its other name
+        return
     magics = KernelMagics(shell)
     shell.register_magics(magics)
     magics.session.cuda.start()
     print("s2o_cupy: %s2o, %%s2o_cuda and %%s2o_numba are here; %s2o alone says what they do")
 
 
-def unload(shell) -> None:
+def unload_ipython_extension(shell) -> None:
     """End the workers and take the magics away."""
     magics = shell.magics_manager.registry.pop("KernelMagics", None)
     if magics is not None:

@@ -280,7 +280,14 @@ def test_resources_of_one_kernel(shell, capsys):
 def test_the_extension_takes_its_magics_away(shell):
     run(shell, "%unload_ext s2o_cupy")
     assert "`%s2o` not found" in refused(shell, "%s2o kernels")
-    run(shell, "%load_ext s2o_cupy")
+    run(shell, "%load_ext s2o_cupy.ipython")
+    session = shell.magics_manager.registry["KernelMagics"].session
+    run(shell, "%load_ext s2o_cupy")  # by its other name: the shell's history stays
+    assert shell.magics_manager.registry["KernelMagics"].session is session
+    run(shell, "%s2o help")
+    run(shell, "%unload_ext s2o_cupy.ipython")
+    assert "`%s2o` not found" in refused(shell, "%s2o kernels")
+    run(shell, "%reload_ext s2o_cupy")
     run(shell, "%s2o help")
 
 
