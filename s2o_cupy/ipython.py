@@ -193,7 +193,7 @@ class KernelMagics(Magics):
         tried = None if of_file else self.session.latest(name)
         source = tried.variant.source if tried else current(name)
         at = focus(name, dict(source.macros))
-        arch = tried.compiled["arch"] if tried else _arch()
+        arch = tried.compiled["arch"] if tried and tried.compiled else _arch()
         macros = source.applied(default_macros(name, at, arch))
         print(f"{name}, {f'variant #{tried.number}' if tried else 'the file'}, {arch}, {_defined(macros)}")
         return arch, name, macros, source
@@ -265,7 +265,8 @@ def _parser(magic: str, name_help: str, limit: float) -> _Parser:
     parser.add_argument("--check", action="store_true", help="the stage's cases against the float64 reference")
     parser.add_argument("--bench", action="store_true", help="time it in turn with what it is compared against")
     parser.add_argument("--against", default="shipped", choices=AGAINST, help="default: shipped")
-    parser.add_argument("--limit", type=_seconds, default=limit, metavar="SECONDS", help=f"for one case ({limit:g})")
+    told = f"for one case ({limit:g}); three times that off the GPU"
+    parser.add_argument("--limit", type=_seconds, default=limit, metavar="SECONDS", help=told)
     return parser
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from s2o_cupy.iterate.bench import compared
 from s2o_cupy.iterate.report import History, Verdict
 from s2o_cupy.iterate.worker import has_gpu
 from s2o_cupy.sources import current, kernel_folder
-from s2o_cupy.variants import definitions
+from s2o_cupy.variants import definitions, make_variant
 
 POOL = (kernel_folder() / "pool.cu").read_text()
 TWIN = (kernel_folder() / "pool_numba.py").read_text()
@@ -164,7 +165,8 @@ def test_a_hang_is_killed_and_the_shell_goes_on(shell):
 def test_a_crash_is_told_and_the_shell_goes_on(shell):
     verdict = cuda(shell, "pool --check", POOL.replace("mean[c] = ", "mean[c + (1ll << 40)] = "))
     assert verdict.status == "failed"
-    assert "the device failed" in verdict.failure if GPU else "its process died" in verdict.failure
+    told = "the device failed" if GPU else f"its process died (by signal 11, {signal.strsignal(signal.SIGSEGV)})"
+    assert told in verdict.failure
     assert cuda(shell, "pool --check", POOL).status == "right"
 
 
@@ -190,6 +192,27 @@ def test_a_missing_barrier_is_seen(shell):
     cell = head + "// Places: digit by digit" + tail.replace("__syncthreads();", "", 1)
     verdict = cuda(shell, "remap --check", cell)
     assert verdict.status in ("wrong", "failed") or GPU  # on a GPU a race need not show
+
+
+@pytest.mark.skipif(GPU, reason="says what only a machine without a GPU says")
+def test_a_sanitizer_without_a_gpu_finds_nothing_wrong(shell, tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\nshift 4\n"$@"\necho "========= Error: Target application terminated before"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for cell in (POOL, POOL + "oops"):
+        verdict = cuda(shell, "pool --sanitize", cell)
+        assert verdict.status in ("compiled", "not compiled", "failed")
+        assert verdict.notes[-1] == "not sanitized: nothing ran on a GPU"
+
+
+@pytest.mark.skipif(GPU, reason="says what only a machine without a GPU says")
+def test_code_of_a_variant_that_was_only_checked_names_what_is_missing(shell, monkeypatch):
+    session = shell.magics_manager.registry["KernelMagics"].session
+    checked = Verdict("pool", "cuda", make_variant("pool", POOL), "shipped", 1.0)  # as it is without cuda-core
+    monkeypatch.setattr(session, "latest", lambda name: checked)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    assert "compiling without a GPU needs cuda-core" in refused(shell, "%s2o ptx pool")
 
 
 @pytest.mark.skipif(GPU, reason="says what only a machine without a GPU says")
@@ -320,6 +343,9 @@ def test_a_numba_twin(shell):
     bad = run(shell, f"%%s2o_numba pool --check\n{TWIN.replace('total += real', 'total += frob')}")
     assert bad.status == "failed"
     assert "frob" in bad.failure
+    assert bad.failure.startswith("failed in the case 'whole blocks, ")
+    assert run(shell, f"%%s2o_numba pool\n{TWIN}").status == "read"
+    assert "compile" not in str(verdict)  # the simulator compiles nothing, and Numba only what is launched
 
 
 def test_a_patch_of_a_twins_inner_function(shell):

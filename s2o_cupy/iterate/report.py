@@ -21,7 +21,7 @@ class Verdict:
     name, kind : the kernel, and "cuda" or "numba"
     variant : the `Variant`, as `use_kernel` takes it
     against : what it was timed against
-    status : "right", "wrong", "compiled" (neither checked nor timed), "timed" or "failed"
+    status : "right", "wrong", "compiled" (neither checked nor timed; a twin: "read"), "timed" or "failed"
     failure : why it failed, or empty
     launched : registers, memory and occupancy of its kernels as the check launched them, on a GPU
     cases : one dict a case of the check: label, worst element, seconds
@@ -77,6 +77,8 @@ class Verdict:
 
     def _failed(self, what: str, message: str, at: str) -> str:
         message = _printable(message)
+        if what == "compile" and at and self.kind == "numba":  # which compiles what a case launches
+            return f"failed in the case '{at}'\n{message}"
         if what == "compile":
             return "does not compile\n" + _compiler_lines(message, self.variant.cell)
         if what == "device":
@@ -109,7 +111,8 @@ class Verdict:
             return "wrong"
         if self.cases:
             return "right"
-        return "timed" if self.timing else "compiled" if self.compiled else "not compiled"
+        read = "read" if self.kind == "numba" else "compiled"  # a twin's kernels compile at their first launch
+        return "timed" if self.timing else read if self.compiled else "not compiled"
 
     @property
     def sanitizer_found(self) -> bool:
@@ -160,7 +163,8 @@ class Verdict:
         if self.failure:
             found.append(("failure", self.failure))
         if self.compiled:
-            found.append(("compiled", self._compiled_line()))
+            read = ("read", f"{self.compiled['seconds']:.2f} s")
+            found.append(read if self.kind == "numba" else ("compiled", self._compiled_line()))
         if self.cases:
             seconds = sum(c["seconds"] for c in self.cases)
             passed = len(self.cases) - len(self.wrong)

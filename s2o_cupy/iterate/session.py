@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -70,7 +71,7 @@ class Worker:
             while not found or found[-1]["event"] not in ("done", "error", "hung", "died"):
                 found.append(self._next(wait))
                 if found[-1] is None:
-                    found[-1] = {"event": "died", "message": f"exit status {self.process.wait()}"}
+                    found[-1] = {"event": "died", "message": _exit(self.process.wait())}
                 wait = _START_S
                 if found[-1]["event"] == "case":  # the CPU compiles within a case, and is slow
                     wait = limit if "GPU" in found[-1]["where"] else 3 * limit
@@ -113,6 +114,11 @@ class Worker:
             self.log.close()
             self.process = None
         return True
+
+
+def _exit(status: int) -> str:
+    """How a process ended, in words."""
+    return f"exit status {status}" if status >= 0 else f"by signal {-status}, {signal.strsignal(-status)}"
 
 
 def _pump(pipe, events: queue.Queue) -> None:
@@ -251,6 +257,9 @@ def _sanitized(tool: str, job: dict, limit: float) -> list[dict]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(60)
     worker.stop()
+    if not any("GPU" in event.get("where", "") for event in events):
+        why = f" (its process died {events[-1]['message']})" if events[-1]["event"] == "died" else ""
+        return [{"event": "note", "message": f"not sanitized: nothing ran on a GPU{why}"}]
     printed += worker.printed
     lines = [line for line in printed.splitlines() if line.startswith("=========")]
     return [
