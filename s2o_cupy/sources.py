@@ -146,7 +146,8 @@ def called_on(backend: str) -> None:
 def warn_unless_launched(source: Source) -> None:
     """Warn where calls were made with a variant in use, and none launched it."""
     if source in _called and source not in _launched:
-        _warn(f"use_kernel({source.name!r}, ...) changed nothing: other kernels serve these calls (docs/kernels.md)")
+        why = "other kernels serve these calls (docs/kernels.md), or they are so short that they are dense"
+        _warn(f"use_kernel({source.name!r}, ...) changed nothing: {why}")
 
 
 def _warn(message: str) -> None:
