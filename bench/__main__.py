@@ -48,7 +48,7 @@ def run(options) -> int:
         report.main(options)
         return 0
     if options.bench in ON_GPU:
-        backends.require_cuda()
+        backends.require("cuda")
         machine = timing.machine()
     else:
         if getattr(options, "threads", None):

@@ -44,7 +44,7 @@ def demo(options) -> None:
                 rows.append({"head": f"{name}:{head}", **compare(q[head : head + 1], k, v, settings, backend)})
                 bar.step()
         q, k, v = samples[names[0]]
-        drawn = _picture(options.png, q[:1], k, v, settings, f"{names[0]} head 0, N={q.shape[1]}")
+        drawn = _picture(options.png, q[:1], k, v, settings, backend, f"{names[0]} head 0, N={q.shape[1]}")
         bar.step()
     picture = options.png if drawn else "none: at these settings nothing is ranked"
     _report(options, rows, backend=backend, picture=picture)
@@ -184,10 +184,10 @@ def _mask(settings) -> dict:
 
 
 def placed(backend: str | None, *arrays) -> list:
-    """NumPy arrays where a backend reads them: on the GPU for "cuda"."""
-    if backend != "cuda":
+    """NumPy arrays where a backend reads them: on the GPU for "cuda", and for "numba" outside of its simulator."""
+    if backends.takes_numpy(backend):
         return list(arrays)
-    backends.require_cuda()
+    backends.require(backend)
     import cupy
 
     return [cupy.asarray(x) for x in arrays]
@@ -199,13 +199,13 @@ def _wait(x) -> None:
         namespace(x).cuda.get_current_stream().synchronize()
 
 
-def _picture(path, q, k, v, settings, title) -> bool:
+def _picture(path, q, k, v, settings, backend, title) -> bool:
     """Draw one head before and after ranking, where something is ranked; whether it was drawn."""
     positions = settings.replace(query_order="position")
-    plan = s2o.plan(q, k, positions)
+    plan = s2o.plan(q, k, positions, backend=backend)
     if not len(plan.kv_order):
         return False
-    stats = s2o.attend(q, k, v, plan, full_output=True).stats
+    stats = s2o.attend(q, k, v, plan, backend=backend, full_output=True).stats
     shape = {"causal": settings.causal, "scale": settings.scale, "segment": settings.segment}
     mass = tile_mass(on_host(q[0]), on_host(k[0]), settings.block_q, **shape)
     plots.save_before_after(path, mass, plan, stats, title)

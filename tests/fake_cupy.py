@@ -72,5 +72,5 @@ def install(monkeypatch) -> types.ModuleType:
     monkeypatch.setitem(sys.modules, "s2o_cupy.backends.cuda", cpu)
     monkeypatch.setattr(backends, "cuda", cpu, raising=False)
     monkeypatch.setattr(backends, "get", lambda *_: cpu)
-    monkeypatch.setattr(backends, "require_cuda", lambda: None)
+    monkeypatch.setattr(backends, "require", lambda name: None)
     return cupy

@@ -6,7 +6,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from s2o_cupy import backends
+from s2o_cupy import backends, commands
 
 OLD_DRIVER = "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version"
 
@@ -51,7 +51,7 @@ def test_a_gpu_that_serves(machine):
     machine(2)
     assert backends.status()["cuda"] == (True, "raw CUDA kernels, CuPy arrays, on a GPU (2 devices)")
     assert backends.status()["numba"] == (True, "Numba CUDA kernels, CuPy arrays, on a GPU (2 devices)")
-    backends.require_cuda()
+    backends.require("cuda")
 
 
 def test_an_older_gpu_is_left_to_the_numba_backend(machine):
@@ -59,7 +59,7 @@ def test_an_older_gpu_is_left_to_the_numba_backend(machine):
     with pytest.raises(
         RuntimeError, match=r"has compute capability 7\.5; the raw kernels need 8\.0; backend='numba' serves"
     ):
-        backends.require_cuda()
+        backends.require("cuda")
     assert backends.status()["numba"][0]
 
 
@@ -70,5 +70,22 @@ def test_an_older_gpu_is_left_to_the_numba_backend(machine):
 def test_no_driver_or_one_too_old_or_no_device(machine, devices, why):
     machine(devices)
     with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run: {why}"):
-        backends.require_cuda()
+        backends.require("cuda")
     assert backends.status()["numba"] == (False, why)
+
+
+@pytest.mark.parametrize("name", ["cuda", "numba"])
+def test_the_commands_move_their_arrays_where_a_backend_reads_them(machine, monkeypatch, name):
+    machine(1)
+    sys.modules["cupy"].asarray = lambda x: f"{x} on the GPU"
+    assert commands.placed(name, "q", "k") == ["q on the GPU", "k on the GPU"]
+    assert commands.placed(None, "q") == commands.placed("cpu", "q") == ["q"]
+    monkeypatch.setattr(backends, "_simulator_on", lambda: True)
+    assert commands.placed("numba", "q") == ["q"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "numba"])
+def test_the_commands_say_why_a_backend_cannot_run(machine, name):
+    machine(0)
+    with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run: no CUDA device"):
+        commands.placed(name, "q")

@@ -90,7 +90,7 @@ def _arrays(device: str):
     """The array module of a device."""
     if device == "cpu":
         return np
-    backends.require_cuda()
+    backends.require("cuda")
     import cupy
 
     return cupy

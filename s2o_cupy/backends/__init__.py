@@ -30,7 +30,7 @@ def get(name: str | None, arrays: dict) -> ModuleType:
     if name == "cpu" and not on_cpu:
         raise TypeError(f"{where} is on a GPU; backend 'cpu' takes NumPy arrays ({where}.get())")
     if name == "cuda":
-        require_cuda()
+        require("cuda")
         if on_cpu:
             raise TypeError(f"{where} is a NumPy array; backend 'cuda' takes CuPy arrays: cupy.asarray({where})")
         for where, x in arrays.items():
@@ -56,11 +56,16 @@ def _require_rows(where: str, shape: tuple, strides: tuple, itemsize: int) -> No
         )
 
 
-def require_cuda() -> None:
-    """Refuse where the CUDA backend cannot run, saying why."""
-    works, why = _cuda_status()
+def takes_numpy(name: str | None) -> bool:
+    """Whether a backend, None for the default, runs on NumPy arrays here."""
+    return name in (None, "cpu") or (name == "numba" and _simulator_on())
+
+
+def require(name: str) -> None:
+    """Refuse where the backend "cuda" or "numba" cannot run, saying why."""
+    works, why = _cuda_status() if name == "cuda" else _numba_status()
     if not works:
-        raise RuntimeError(f"backend 'cuda' cannot run: {why}")
+        raise RuntimeError(f"backend {name!r} cannot run: {why}")
 
 
 def _require_numba(where: str, on_cpu: bool) -> None:
@@ -76,9 +81,7 @@ def _require_numba(where: str, on_cpu: bool) -> None:
             f"{where} is a NumPy array; backend 'numba' takes CuPy arrays, "
             "and NumPy arrays in Numba's simulator: set NUMBA_ENABLE_CUDASIM=1 before Python starts"
         )
-    works, why = _numba_status()
-    if not works:
-        raise RuntimeError(f"backend 'numba' cannot run: {why}")
+    require("numba")
 
 
 def _simulator_on() -> bool:
