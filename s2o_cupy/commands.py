@@ -155,7 +155,7 @@ def compile_kernels(options) -> None:
     if failures:
         for failure in failures:
             print(f"{failure.arch} {failure.kernel} {failure.macros}: {failure.message}", file=sys.stderr)
-        raise RuntimeError(f"{len(failures)} of {len(rows)} kernels failed")
+        raise RuntimeError(f"{len(failures)} failed, {len(rows)} kernels compiled")
 
 
 def _note(text: str) -> None:

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2o_cupy.sources import Source, current, kernel_folder
-from s2o_cupy.specialisations import Specialisation, shared_limit, shipped, target
+from s2o_cupy.specialisations import SHARED_LIMIT, Specialisation, shared_limit, shipped, target
 
 STATIC_SHARED_BYTES = 48 * 1024
+ARCHES = f"sm_({'|'.join(map(str, SHARED_LIMIT))})[af]?"
 
 
 class KernelCompileError(RuntimeError):
@@ -168,6 +169,12 @@ def compile_report(
 
     With ``check``, register spills in a kernel that promises none are failures too.
     """
+    arches = list(arches)
+    for arch in arches:
+        if not re.fullmatch(ARCHES, arch):
+            raise ValueError(
+                f"arch is {arch!r}; allowed: sm_ and one of {', '.join(map(str, SHARED_LIMIT))}, as sm_90a"
+            )
     _compiler_classes()  # imported here, not in every thread at once
     jobs = [(arch, spec) for arch in arches for spec in shipped(arch)]
     rows, failures = [], []

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from s2o_cupy import cli, specialisations
 from s2o_cupy import compile as kernels
-from s2o_cupy import specialisations
 
 needs_compiler = pytest.mark.skipif(
     not importlib.util.find_spec("cuda") or not importlib.util.find_spec("cuda.core"),
@@ -54,6 +54,27 @@ def test_report_and_cache():
     assert {row.kernel for row in rows} == {"pool", "remap", "remap_digits"}
     assert all(row.registers > 0 and row.cubin_bytes > 0 and not row.cached for row in rows)
     assert all(row.cached for row in again)
+
+
+@pytest.mark.parametrize("arch", ["", "banana", "sm_75", "sm_9", "sm_90b", "90"])
+def test_an_architecture_that_nothing_is_compiled_for_is_refused(arch, capsys):
+    with pytest.raises(ValueError, match=f"^arch is '{arch}'; allowed: sm_ and one of 80, 86, .*, as sm_90a$"):
+        kernels.compile_report(["sm_80", arch])
+    assert cli.main(["compile", "--arch", f"sm_80,{arch}"]) == 2
+    assert capsys.readouterr().err.startswith(f"s2o: error: arch is '{arch}'; allowed")
+
+
+@pytest.mark.parametrize(("promised", "check", "failed"), [(True, True, 1), (True, False, 0), (False, True, 0)])
+def test_spills_fail_the_check_of_a_kernel_that_promises_none(monkeypatch, capsys, promised, check, failed):
+    numbers = {"registers": 255, "spill_bytes": 8, "stack_bytes": 8, "shared_bytes": 0, "cubin_bytes": 9}
+    spec = specialisations.Specialisation("pool", (("IS_BF16", 0),), no_spills=promised)
+    monkeypatch.setattr(kernels, "shipped", lambda arch: [spec])
+    monkeypatch.setattr(kernels, "resources", lambda arch, spec: ({"pool": numbers}, False))
+    monkeypatch.setattr(kernels, "_compiler_classes", lambda: None)
+    rows, failures = kernels.compile_report(["sm_90a"], check)
+    assert ([row.spill_bytes for row in rows], len(failures)) == ([8], failed)
+    assert cli.main(["compile", "--arch", "sm_90a", *["--check"] * check]) == failed
+    assert ("pool IS_BF16=0: spills 8 bytes" in capsys.readouterr().err) == bool(failed)
 
 
 @needs_compiler
