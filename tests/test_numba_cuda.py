@@ -383,7 +383,7 @@ def signature(kernel: str, x, real):
 
 
 @needs_numba_cuda
-@pytest.mark.parametrize("cc", [(8, 0), (9, 0)], ids=str)
+@pytest.mark.parametrize("cc", [(7, 5), (8, 0), (9, 0)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("kernel", ["pool", "score", "norm", "mixture", "remap", "attend"])
 def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
