@@ -157,9 +157,11 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         while (true) {
             const unsigned int to = producer.open();
             const int slot = producer.slot;
+            bool past = false;  // the last step's keys were already for nothing: consumers cannot have met more of them
             if (step.phase == HISTORY) {
                 if (thread < BLOCK_N) ring.index[slot][thread] = key;
-                if (stopped()) step = first_step(walk, TAIL, BLOCK_N);
+                past = stopped();
+                if (past) step = first_step(walk, TAIL, BLOCK_N);
             }
             const Step next = step_after(walk, step, BLOCK_N);
             key = look_up(next);
@@ -177,8 +179,8 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             if (late.phase == DONE || (late.phase == HISTORY && step.phase != HISTORY)) producer.flush();
             if (late.phase != DONE) {
                 const unsigned int values_to = producer.open();
-                // After a stop no values of the history are wanted: those that are were there when the vote was read.
-                if (!(late.phase == HISTORY && stopped())) {
+                // By now consumers may have stopped at the last step itself, and want its values.
+                if (!past) {
                     const bool tail = late.phase == TAIL;
                     int rows[BLOCK_N / 16];
 #pragma unroll

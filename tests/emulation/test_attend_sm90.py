@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 LOG2_E = 1.4426950408889634
 
 
-def attend(p, q, k, v, order, offsets, reverse, blocks=2):
+def attend(p, q, k, v, order, offsets, reverse, blocks=2, edit=None):
     """The kernel's answer: along the lists, or where `order` is None dense; few blocks: each takes several tiles."""
     s = p.settings
     heads, row_tiles = p.batch * p.heads_q, len(p.tile_start)
@@ -47,7 +47,7 @@ def attend(p, q, k, v, order, offsets, reverse, blocks=2):
         np.zeros(1, np.int32),
     ]
     shared = sm90_shared_bytes(macros, p.pool_blocks)
-    run.launch("attend_sm90", (blocks,), 384, arguments, shared=shared, reverse=reverse, **macros)
+    run.launch("attend_sm90", (blocks,), 384, arguments, shared=shared, reverse=reverse, edit=edit, **macros)
     shape = out.shape[:-1]
     return out, lse.reshape(shape), tiles.reshape(*shape[:2], -1), pooled.reshape(*shape[:2], -1), mass.reshape(shape)
 
@@ -58,6 +58,16 @@ def arrays(p, scale):
     sizes = ((p.heads_q, p.n_q, p.dim_qk), (p.heads_kv, p.n_k, p.dim_qk), (p.heads_kv, p.n_k, p.dim_v))
     q, k, v = (rng.standard_normal((1, *size)) for size in sizes)
     return [x.astype(dtype) for x in (scale * q, k, v)]
+
+
+def agree(want, out, lse, tiles, blocks, mass):
+    np.testing.assert_array_equal(tiles, want.tiles)
+    np.testing.assert_array_equal(blocks, want.tail_blocks)
+    good = np.isfinite(want.out).all(axis=-1)
+    np.testing.assert_array_equal(np.isfinite(out.astype(np.float32)).all(axis=-1), good)
+    np.testing.assert_allclose(out[good].astype(np.float64), want.out[good], atol=2e-2)
+    np.testing.assert_allclose(lse[good], want.lse[good], atol=1e-3)
+    np.testing.assert_allclose(mass[good], want.tail_mass[good], atol=1e-3)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -89,14 +99,23 @@ def test_attend_is_the_reference(dims, scale, settings, reverse):
         want = reference.attend(p, *wide, order, offsets, None)
     if s.block_k == 64 and s.tau:
         assert (want.tiles % 2 == 1).any(), "no row tile stops within a step"
-    out, lse, tiles, blocks, mass = attend(p, q, k, v, order, offsets, reverse)
-    np.testing.assert_array_equal(tiles, want.tiles)
-    np.testing.assert_array_equal(blocks, want.tail_blocks)
-    good = np.isfinite(want.out).all(axis=-1)
-    np.testing.assert_array_equal(np.isfinite(out.astype(np.float32)).all(axis=-1), good)
-    np.testing.assert_allclose(out[good].astype(np.float64), want.out[good], atol=2e-2)
-    np.testing.assert_allclose(lse[good], want.lse[good], atol=1e-3)
-    np.testing.assert_allclose(mass[good], want.tail_mass[good], atol=1e-3)
+    agree(want, *attend(p, q, k, v, order, offsets, reverse))
+
+
+def test_a_slow_producer_still_brings_the_values_of_the_step_that_stopped():
+    def slower(source):
+        opened = "const unsigned int values_to = producer.open();"
+        assert source.count(opened) == 1
+        return source.replace(opened, f"{opened} for (int i = 0; i < 400; ++i) s2o_emulation::yield();")
+
+    s = Settings(segment=64, block_q=128, block_k=128, pool=64, rank="mean", tau=1e9, cap=0.2, share_order=True)
+    p = Problem(1, 2, 1, 128, 700, 64, 64, "bfloat16", s)
+    q, k, v = arrays(p, 1)
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    order, offsets, _ = reference.plan(p, *wide[:2])
+    want = reference.attend(p, *wide, order, offsets, None)
+    assert (want.tiles == 1).all(), "a list is one key tile, which stops the walk as the list ends"
+    agree(want, *attend(p, q, k, v, order, offsets, False, edit=slower))
 
 
 @pytest.mark.parametrize("window", [None, 33, 129])
