@@ -7,19 +7,15 @@ import types
 
 import numpy as np
 import pytest
+from devices import DEVICES, ON_DEVICE, cupy
 
 import s2o_cupy as s2o
 from s2o_cupy import reference
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 
-cupy = pytest.importorskip("cupy", reason="needs CuPy")
 ml_dtypes = pytest.importorskip("ml_dtypes")
-try:
-    DEVICES = cupy.cuda.runtime.getDeviceCount()
-except cupy.cuda.runtime.CUDARuntimeError:
-    DEVICES = 0
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICES, reason="needs a CUDA device")]
+pytestmark = ON_DEVICE
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
 # Relative error over a whole answer, against float64 on the same inputs. Weights and output are each rounded once to

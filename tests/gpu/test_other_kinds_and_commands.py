@@ -4,16 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from devices import ON_DEVICE, cupy
 
 import s2o_cupy as s2o
 from s2o_cupy import cli
 
-cupy = pytest.importorskip("cupy", reason="needs CuPy")
-try:
-    DEVICES = cupy.cuda.runtime.getDeviceCount()
-except cupy.cuda.runtime.CUDARuntimeError:
-    DEVICES = 0
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICES, reason="needs a CUDA device")]
+pytestmark = ON_DEVICE
 
 
 def arrays(dtype=np.float16):

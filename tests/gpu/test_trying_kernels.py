@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from devices import ON_DEVICE, cupy
 
 import s2o_cupy as s2o
 from s2o_cupy import sources
@@ -13,12 +14,7 @@ from s2o_cupy.iterate.recording import rehearsed
 from s2o_cupy.iterate.session import Session
 from s2o_cupy.sources import kernel_folder, kernel_names
 
-cupy = pytest.importorskip("cupy", reason="needs CuPy")
-try:
-    DEVICES = cupy.cuda.runtime.getDeviceCount()
-except cupy.cuda.runtime.CUDARuntimeError:
-    DEVICES = 0
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DEVICES, reason="needs a CUDA device")]
+pytestmark = ON_DEVICE
 POOL = (kernel_folder() / "pool.cu").read_text()
 SM90 = (kernel_folder() / "attend_sm90.cu").read_text()
 DOUBLED = POOL.replace("total / (sum_t)count", "total / (sum_t)(2 * count)")
