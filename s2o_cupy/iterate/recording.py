@@ -53,23 +53,30 @@ def distinct(launches: list[Launch]) -> list[dict]:
 
 
 @contextmanager
+def _asked_of(backend, get_kernel: Callable) -> Iterator[None]:
+    """Inside the block the CUDA backend asks `get_kernel` for kernels, and nothing that it recorded stays."""
+    original = backend.get_kernel
+    backend.get_kernel = get_kernel
+    backend._recorded.cache_clear()
+    try:
+        yield
+    finally:
+        backend.get_kernel = original
+        backend._recorded.cache_clear()
+
+
+@contextmanager
 def rehearsed(backend) -> Iterator[dict[tuple, None]]:
     """The kernels that the CUDA backend asks for inside the block, as (file, entry, source, macros): none is compiled,
     none runs, and what the stages answer is nothing."""
     wanted: dict[tuple, None] = {}
-    original = backend.get_kernel
 
     def get_kernel(file, entry=None, source=None, **macros):
         wanted[file, entry or file, source, tuple(sorted(macros.items()))] = None
         return SimpleNamespace(prepared=lambda *launch, **shared: lambda stream, addresses, extra: None)
 
-    backend.get_kernel = get_kernel
-    backend._recorded.cache_clear()
-    try:
+    with _asked_of(backend, get_kernel):
         yield wanted
-    finally:
-        backend.get_kernel = original
-        backend._recorded.cache_clear()
 
 
 @contextmanager
@@ -96,13 +103,8 @@ def recorded(backend, name: str) -> Iterator[list[Launch]]:
 
         return SimpleNamespace(prepared=prepared)
 
-    backend.get_kernel = get_kernel
-    backend._recorded.cache_clear()
-    try:
+    with _asked_of(backend, get_kernel):
         yield launches
-    finally:
-        backend.get_kernel = original
-        backend._recorded.cache_clear()
 
 
 @contextmanager
