@@ -96,7 +96,7 @@ def from_folder(name: str, folder: str) -> Source:
         def read(file: str) -> str | None:
             path = os.path.join(folder, file)
             if path not in known.texts:
-                known.stamps[path] = _stamp(path)  # before the file is read: a later save is seen
+                known.stamps[path] = stamp_of(path)  # before the file is read: a later save is seen
                 known.texts[path] = Path(path).read_text() if known.stamps[path] else None
             return known.texts[path]
 
@@ -108,13 +108,13 @@ def _as_it_is(folder: str) -> _Folder:
     """What is known of a folder: nothing yet where one of its files changed."""
     known, now = _folders.get(folder), time.monotonic()
     if known is None or now - known.looked >= _SECONDS:
-        if known is None or known.stamps != {path: _stamp(path) for path in list(known.stamps)}:
+        if known is None or known.stamps != {path: stamp_of(path) for path in list(known.stamps)}:
             known = _folders[folder] = _Folder()
         known.looked = now
     return known
 
 
-def _stamp(path: str) -> tuple | None:
+def stamp_of(path: str | Path) -> tuple | None:
     """What changes with a file: its time, size and inode; None where there is none."""
     try:
         now = os.stat(path)

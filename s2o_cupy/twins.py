@@ -9,14 +9,13 @@ from __future__ import annotations
 import ast
 import builtins
 import linecache
-import os
 import textwrap
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from s2o_cupy.sources import Source, kernel_folder, variant_of
+from s2o_cupy.sources import Source, kernel_folder, stamp_of, variant_of
 
 # The stage of each twin, and what the backend takes from its module.
 TWINS = {
@@ -51,21 +50,14 @@ def twin(name: str) -> ModuleType:
 def _module(name: str) -> ModuleType:
     variant = variant_of(name)
     path = kernel_folder() / f"{name}.py"
-    key, stamp = (str(path), name, variant), variant or _stamp(path)
+    key, stamp = (str(path), name, variant), variant or stamp_of(path)
+    if stamp is None:
+        raise FileNotFoundError(f"{path} is missing")
     with _lock:
         known = _made.get(key)
         if known is None or known.stamp != stamp or any(_module(n) is not m for n, m in known.imports.items()):
             known = _made[key] = _make(name, path, variant, stamp)
     return known.module
-
-
-def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes with a file: its time, size and inode."""
-    try:
-        now = os.stat(path)
-    except OSError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    return now.st_mtime_ns, now.st_size, now.st_ino
 
 
 def _make(name: str, path: Path, variant: Source | None, stamp) -> _Made:
