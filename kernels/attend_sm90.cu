@@ -5,6 +5,9 @@
 // V1 ... end V. Two consumer warpgroups of 64 query rows each multiply: while the values of one step are multiplied,
 // the next step's logits become weights. A vote is cast when a key tile closes and read before the next step counts;
 // a stop skips what is in the ring and tells the producer.
+// Row tiles of up to 64 queries (block_q) go two to a block, those of two query heads that share a list (orders 1), each
+// with its own vote; a warpgroup that has stopped lets the history pass until the other one has. Their queries are the
+// same: no query_order, or row tiles that are whole segments.
 //   ticket        [1]             int32  zero; hands out row tiles
 // grid any number of blocks   block 384   shared memory: layout below; specialisations.sm90_shared_bytes computes it
 // macros IS_BF16, HEAD_DIM, HEAD_DIM_V (multiples of 64), BLOCK_N (64, 128), PARTS (of a step, at whose ends key tiles may end: 1, 2), UNITS (4 or more)
@@ -37,8 +40,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         constexpr int PRODUCED = PRODUCERS / 32, CONSUMED = CONSUMERS / 32;
         for (int i = 0; i < UNITS; ++i) barrier_init(shared_address(ring.full + i), PRODUCED), barrier_init(shared_address(ring.empty + i), CONSUMED);
         barrier_init(shared_address(&ring.q_full), PRODUCED), barrier_init(shared_address(&ring.q_empty), CONSUMED);
-        barrier_init(shared_address(&ring.vote), CONSUMED);
-        ring.stopped = 0;
+        for (int w = 0; w < 2; ++w) {
+            Ballots& ballots = ring.ballots[w];
+            barrier_init(shared_address(&ballots.cast), launch.pairs() ? CONSUMED / 2 : CONSUMED);
+            for (int i = 0; i < 4; ++i) *(uint2*)ballots.votes[i] = make_uint2(0, 0);
+            ring.stopped[w] = 0;
+        }
     }
     __syncthreads();
     const int warpgroup = uniform(threadIdx.x / 128);
@@ -51,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
 
     const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16;
     const int shift = causal ? n_k - n_q : 0;
-    const unsigned int vote = shared_address(&ring.vote), mine = warpgroup ? 0x10000u : 1u;
+    Ballots& box = ring.ballots[launch.pairs() ? warpgroup : 0];
+    const unsigned int vote = shared_address(&box.cast), mine = warpgroup ? 0x10000u : 1u;
     const unsigned int my_queries = uniform(descriptor_low(queries + warpgroup * 64 * 128, 1));
     Place place = {0, 0};
     int number = 0, ballots = 0, slot = 0;
@@ -85,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 const bool bad = (__ballot_sync(0xffffffffu, seen != 0) >> (lane & 28) & 15) != 0;
                 if (lane % 4 == 0) {
                     ring.poisoned[r] = bad;
-                    ring.state[r] = make_float2(bad || r >= facts.rows ? -1.f : facts.tau, 0.f);
+                    ring.state[r] = make_float2(bad || r % 64 >= facts.part[warpgroup].rows ? -1.f : facts.part[warpgroup].tau, 0.f);
                     ring.tail[r] = make_float2(0.f, 0.f);
                 }
             }
@@ -176,8 +184,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         };
         auto read_vote = [&]() {
             barrier_wait(vote, (ballots - 1) & 1);
-            const uint2 votes = *(const uint2*)ring.votes[(ballots - 1) & 3];
-            const unsigned int pairs = votes.x | votes.y, all = pairs | pairs >> 16;
+            const uint2 votes = *(const uint2*)box.votes[(ballots - 1) & 3];
+            const unsigned int both = votes.x | votes.y, all = both | both >> 16;
             return uniform((all | all >> 8) & WANTED);
         };
         // Once the last step's vote is known: counts what was walked, and drops what lies past the stop.
@@ -189,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             if (voted) {
                 const int wanted = read_vote();
                 stopped = wanted != WANTED, halved = PARTS > 1 && !(wanted & 1);
-                if (stopped && threadIdx.x == 0) *(volatile int*)&ring.stopped = number + 1;
+                if (stopped && thread_here() == 0) *(volatile int*)(ring.stopped + warpgroup) = number + 1;
             }
             const int thread = thread_here(), count = halved ? min(PART, past.count) : past.count;
             if (thread == 0) {
@@ -254,6 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
             if (ends || (stopped && phase == HISTORY)) {  // past a stop, what is left of the history is let go
                 release(ring.empty[key_place.unit]);
+                if (!ends && launch.pairs()) await_turn(warpgroup), pass_turn(warpgroup);  // the other one may walk on
                 if (late) await(value_place);
                 if (counts) multiply_all_values(values);
                 if (late) release(ring.empty[value_place.unit]);
@@ -395,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
             pending = phase == HISTORY;
             if (closes) {
-                if (lane == 0) ring.votes[ballots & 3][threadIdx.x / 32] = (unsigned char)wanted, barrier_arrive(vote);
+                if (lane == 0) box.votes[ballots & 3][threadIdx.x / 32] = (unsigned char)wanted, barrier_arrive(vote);
                 voted = true, ++ballots;
             }
             await_values();
@@ -431,13 +440,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
 
         close_all();
 
+        const auto& part = facts.part[warpgroup];
         // Normalise and write. A lane has two columns of every eight; four lanes trade, so that each writes 16 bytes.
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int r = warp_row + 8 * h + lane / 4, row = facts.row[r];
-            const bool poisoned = ring.poisoned[r], there = r < facts.rows;
+            const bool poisoned = ring.poisoned[r], there = r % 64 < part.rows;
             const float inverse = poisoned ? not_a_number() : soft[h].closed == 0.f ? 0.f : 1.f / soft[h].closed;
-            half_t* const to = out + facts.out_at + row * out_row + 8 * (lane % 4);
+            half_t* const to = out + part.out_at + row * out_row + 8 * (lane % 4);
 #pragma unroll
             for (int d = 0; d < V_TILES; d += 4) {
                 unsigned int x[4];
@@ -451,16 +461,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
             if (lane % 4 || !there) continue;
             const float natural = soft[h].closed == 0.f ? NEGATIVE_INFINITY : soft[h].top * unit * LN_2 + logf(soft[h].closed);
-            lse[facts.row_at + row] = poisoned ? not_a_number() : natural;
+            lse[part.row_at + row] = poisoned ? not_a_number() : natural;
             if (tail_mass != nullptr) {
                 const float2 mark = ring.tail[r];
                 const float share = mark.x * exp2_approx((mark.y - soft[h].frame()) * unit) / soft[h].closed;
-                tail_mass[facts.row_at + row] = found_blocks && share > 0.f && !poisoned ? share : 0.f;
+                tail_mass[part.row_at + row] = found_blocks && share > 0.f && !poisoned ? share : 0.f;
             }
         }
-        if (tiles != nullptr && threadIdx.x == 0) {
-            tiles[facts.tile_at] = ring.walked_tiles[0];
-            tail_blocks[facts.tile_at] = ring.blocks_found[0];
+        if (tiles != nullptr && thread_here() == 0 && part.tile_at >= 0) {
+            tiles[part.tile_at] = ring.walked_tiles[warpgroup];
+            tail_blocks[part.tile_at] = ring.blocks_found[warpgroup];
         }
     }
 }

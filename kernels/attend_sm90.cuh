@@ -34,16 +34,25 @@ struct False {
 // What the consumers need to know of a row tile.
 struct TileFacts {
     int id;  // -1: no more row tiles
-    int rows, history, pool_blocks;
+    int history, pool_blocks;
     int all_from, all_until;  // keys that every row sees lie between
     int end;                  // keys of the masked window end here
-    float tau;
-    long long out_at, row_at, tile_at;  // where its head starts in out, in lse, and it itself in tiles
+    struct {                  // of the rows of each consumer warpgroup
+        int rows;
+        float tau;
+        long long out_at, row_at, tile_at;  // where their head starts in out, in lse, and they in tiles; -1: nowhere
+    } part[2];
     int row[BLOCK_M];
+};
+// The warps that vote together: all, or of two row tiles side by side those of one, the other one's bytes being zero.
+struct Ballots {
+    unsigned long long cast;
+    unsigned char votes[4][8];  // by warp, a bit for each part
 };
 
 struct Ring {
-    unsigned long long full[UNITS], empty[UNITS], q_full, q_empty, vote;
+    unsigned long long full[UNITS], empty[UNITS], q_full, q_empty;
+    Ballots ballots[2];
     TileFacts facts[2];          // of row tiles in turn
     KeyStep steps[UNITS];        // by the number of a step, as are
     int index[UNITS][BLOCK_N];   // the keys gathered for the history
@@ -57,8 +66,7 @@ struct Ring {
     float4 first[BLOCK_M];  // of two parts, after the first: the sum, what it added, the maximum, what the second shrank
     bool poisoned[BLOCK_M];      // whether a query is not finite
     int walked_tiles[2], walked_keys[2], blocks_found[2];  // of the row tile, by consumer warpgroup
-    __align__(8) unsigned char votes[4][8];  // by warp, a bit for each part
-    int stopped;  // number of the last row tile of this block that stopped
+    int stopped[2];  // number of the last row tile of this block that stopped, by consumer warpgroup
     int lowest[4], highest[4], ticket;
 };
 
@@ -79,16 +87,21 @@ struct Launch {
     int tile_start, tile_stop, row_tiles, block_q, block_k, log2_pool, kv_heads;
     int* ticket;
     __device__ __forceinline__ int group() const { return heads_q / heads_kv; }
-    __device__ __forceinline__ int tiles() const { return (tile_stop - tile_start) * group() * kv_heads; }
+    // Row tiles of up to 64 queries go two to a block: those of two query heads of a K/V head, a consumer warpgroup each.
+    __device__ __forceinline__ bool pairs() const { return block_q <= 64; }
+    __device__ __forceinline__ int places() const { return pairs() ? (group() + 1) / 2 : group(); }
+    __device__ __forceinline__ int tiles() const { return (tile_stop - tile_start) * places() * kv_heads; }
 };
 
-// One row tile: the longest walks of a K/V head first, the query heads of a K/V head side by side.
+// One row tile, or two: the longest walks of a K/V head first, the query heads of a K/V head side by side.
 struct RowTile {
     int kv, batch, head, member, tile, segment, first_row, rows, history, pool_blocks;
+    int second;  // heads from the first row tile's to the second one's; 0: there is none
     long long flat_head;
     __device__ __forceinline__ RowTile(const Launch& x, int id) {
-        const int group = x.group(), each = (x.tile_stop - x.tile_start) * group, place = id % each;
-        kv = x.kv_start + id / each, batch = kv / x.heads_kv, member = place % group, tile = x.tile_stop - 1 - place / group;
+        const int group = x.group(), places = x.places(), each = (x.tile_stop - x.tile_start) * places, place = id % each;
+        kv = x.kv_start + id / each, batch = kv / x.heads_kv, tile = x.tile_stop - 1 - place / places;
+        member = place % places * (x.pairs() ? 2 : 1), second = x.pairs() && member + 1 < group;
         head = kv % x.heads_kv * group + member;
         flat_head = (long long)batch * x.heads_q + head;
         segment = tile / x.tiles_per_segment;

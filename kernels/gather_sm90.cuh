@@ -13,7 +13,7 @@ struct Producer {
     __device__ __forceinline__ int first() const { return (threadIdx.x & 127) / 8; }
     __device__ __forceinline__ int column() const { return threadIdx.x % 8; }
 
-    template <int ROWS, int COLUMN_PANELS>
+    template <int ROWS, int COLUMN_PANELS, int PANEL_ROWS = ROWS>
     __device__ __forceinline__ void copy(unsigned int to, const half_t* from, long long stride, const int (&rows)[ROWS / 16]) {
         to += swizzled(first(), column());
         const half_t* const data = from + 8 * column();
@@ -22,7 +22,7 @@ struct Producer {
         for (int i = 0; i < ROWS / 16; ++i) {
             const half_t* const row = data + (long long)rows[i] * row_stride;
 #pragma unroll
-            for (int p = 0; p < COLUMN_PANELS; ++p) copy16_async(to + p * ROWS * 128 + 2048 * i, row + 64 * p);
+            for (int p = 0; p < COLUMN_PANELS; ++p) copy16_async(to + p * PANEL_ROWS * 128 + 2048 * i, row + 64 * p);
         }
     }
 
@@ -79,8 +79,9 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         const bool dense = x.kv_order == nullptr;
         const int shift = x.causal ? x.n_k - x.n_q : 0;
         auto query_row = [&]() {
-            const int place = tile.first_row + min(thread, tile.rows - 1);  // rows past the end repeat the last one
-            return x.query_order != nullptr ? x.query_order[tile.flat_head * x.n_q + place] : place;
+            const int r = x.pairs() ? thread % 64 : thread;
+            const int place = tile.first_row + min(r, tile.rows - 1);  // rows past the end repeat the last one
+            return x.query_order != nullptr ? x.query_order[(tile.flat_head + thread / 64 * tile.second) * x.n_q + place] : place;
         };
         if (thread == 0) ring.ticket = gridDim.x + atomicAdd(x.ticket, 1);
 
@@ -114,17 +115,28 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         TileFacts& facts = ring.facts[number & 1];
         facts.row[thread] = query_row();
         if (thread == 0) {
-            facts.id = id, facts.rows = tile.rows, facts.history = tile.history, facts.pool_blocks = tile.pool_blocks;
+            facts.id = id, facts.history = tile.history, facts.pool_blocks = tile.pool_blocks;
             facts.all_from = highest + shift + 1 - x.window, facts.all_until = lowest + shift + 1, facts.end = walk.masked_stop;
-            facts.tau = x.taus != nullptr ? x.taus[tile.head] : x.tau;
-            facts.out_at = tile.batch * x.out_batch + tile.head * x.out_head, facts.row_at = tile.flat_head * x.n_q;
-            facts.tile_at = tile.flat_head * x.row_tiles + tile.tile;
+        }
+        if (thread < 2) {  // a warpgroup with nothing to do repeats the first one's head and keeps no row of it
+            auto& part = facts.part[thread];
+            const int further = thread * tile.second;
+            const bool own = thread == 0 || tile.second;
+            part.rows = x.pairs() ? (own ? tile.rows : 0) : max(min(tile.rows - 64 * thread, 64), 0);
+            part.tau = x.taus != nullptr ? x.taus[tile.head + further] : x.tau;
+            part.out_at = tile.batch * x.out_batch + (tile.head + further) * x.out_head;
+            part.row_at = (tile.flat_head + further) * x.n_q;
+            part.tile_at = own ? (tile.flat_head + further) * x.row_tiles + tile.tile : -1;
         }
         producers_sync();
-        int query_rows[BLOCK_M / 16];
+#pragma unroll 1
+        for (int w = 0; w < 2; ++w) {
+            int query_rows[4];
 #pragma unroll
-        for (int i = 0; i < BLOCK_M / 16; ++i) query_rows[i] = facts.row[first + 16 * i];
-        producer.copy<BLOCK_M, PANELS>(queries, x.q + tile.batch * x.q_batch + tile.head * x.q_head, x.q_row, query_rows);
+            for (int i = 0; i < 4; ++i) query_rows[i] = facts.row[64 * w + first + 16 * i];
+            const half_t* const from = x.q + tile.batch * x.q_batch + (tile.head + w * tile.second) * x.q_head;
+            producer.copy<64, PANELS, BLOCK_M>(queries + 64 * 128 * w, from, x.q_row, query_rows);
+        }
         producer.with_queries = producer.place.unit;
 
         const int kv_head = tile.kv % x.heads_kv;
@@ -150,7 +162,10 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             return HISTORY | (step.count == BLOCK_N ? PLAIN : 0) | parts << CLOSES;
         };
         // All of the warpgroup must see a stop at the same step.
-        auto stopped = [&]() { return any_producer(*(volatile int*)&ring.stopped == number + 1); };
+        auto stopped = [&]() {
+            const volatile int* const of = ring.stopped;
+            return any_producer(of[0] == number + 1 && of[x.pairs()] == number + 1);
+        };
 
         Step step = first_step(walk, SEEN_WINDOW, BLOCK_N), late = {DONE, 0, 0, 0};  // `late`: its values are still to come
         int key = look_up(step), late_slot = 0;

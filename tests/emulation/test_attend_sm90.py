@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 LOG2_E = 1.4426950408889634
 
 
-def attend(p, q, k, v, order, offsets, reverse, blocks=2, edit=None):
+def attend(p, q, k, v, order, offsets, reverse, blocks=2, query_order=None, edit=None):
     """The kernel's answer: along the lists, or where `order` is None dense; few blocks: each takes several tiles."""
     s = p.settings
     heads, row_tiles = p.batch * p.heads_q, len(p.tile_start)
@@ -35,7 +35,8 @@ def attend(p, q, k, v, order, offsets, reverse, blocks=2, edit=None):
     strides = [(run.half_bits(x), *(n // x.itemsize for n in x.strides[:3])) for x in (q, k, v, out)]
     arguments = [a for x in strides for a in x]
     pools = [x if x is None else run.half_bits(x) for x in pools]
-    arguments += [15, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, None, None, s.tau]
+    taus = (np.array(s.tau, np.float32), 0) if isinstance(s.tau, tuple) else (None, s.tau)
+    arguments += [15, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, query_order, *taus]
     arguments += [lse, *stats, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
     arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
     arguments += [
@@ -118,9 +119,45 @@ def test_a_slow_producer_still_brings_the_values_of_the_step_that_stopped():
     agree(want, *attend(p, q, k, v, order, offsets, False, edit=slower))
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize(
+    ("group", "dims", "settings"),
+    [
+        (2, (64, 64), {"tau": 2.0}),
+        (3, (64, 64), {"tau": 2.0}),  # the last one alone
+        (2, (64, 64), {"tau": (0.0, 3.0)}),  # one walks to the end, and then the other one
+        (2, (64, 64), {"tau": (3.0, 0.0), "causal": False}),
+        (2, (64, 64), {"tau": (0.6, 2.0), "causal": False, "tail": None}),
+        (3, (64, 64), {"tau": 2.0, "block_k": 128, "query_order": "guide"}),
+        (2, (64, 64), {"tau": (2.0, 1.0), "block_k": 192, "block_q": 24}),  # several ragged tiles of a segment
+        (2, (128, 128), {"tau": (3.0, 1.0), "cap": 0.8}),
+        (2, (192, 128), {"tau": (1.0, 3.0), "causal": False}),  # steps of 64 keys
+    ],
+)
+def test_two_row_tiles_of_a_list_are_the_reference(group, dims, settings, reverse):
+    chosen = {"segment": 50, "block_q": 64, "pool": 32, "rank": "mean", "block_k": 64, "share_order": True, **settings}
+    if isinstance(chosen["tau"], tuple):
+        chosen["tau"] *= 2
+    s = Settings(**chosen)
+    p = Problem(1, 2 * group, 2, 130, 700, *dims, "bfloat16", s)  # segments of 50, 50 and 30 queries
+    q, k, v = arrays(p, 1)
+    q[0, 1, 40, 2], v[0, 0, 690, 3] = np.nan, np.inf
+    q[0, group, 50:100, 5] = np.inf  # a whole row tile without a vote
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    order, offsets, query_order = reference.plan(p, *wide[:2])
+    with np.errstate(invalid="ignore"):
+        want = reference.attend(p, *wide, order, offsets, query_order)
+    beside = want.tiles.reshape(2, group, -1)
+    assert (beside[:, 0] < beside[:, 1]).any() or (beside[:, 0] > beside[:, 1]).any(), "none stops before the other one"
+    answers = attend(p, q, k, v, order, offsets, reverse, query_order=query_order)
+    agree(want, *answers)
+
+
+@pytest.mark.parametrize("block_q", [40, 128])
 @pytest.mark.parametrize("window", [None, 33, 129])
-def test_dense_attention_is_the_reference(window):
-    p = Problem(1, 2, 1, 200, 300, 64, 64, "bfloat16", Settings(window=window, segment=200, block_k=128))
+def test_dense_attention_is_the_reference(window, block_q):
+    s = Settings(window=window, segment=200, block_k=128, block_q=block_q)
+    p = Problem(1, 2, 1, 200, 300, 64, 64, "bfloat16", s)
     q, k, v = arrays(p, 1)
     q[0, 1, 40, 2], v[0, 0, 160, 3] = np.nan, np.inf
     with np.errstate(invalid="ignore"):
