@@ -186,7 +186,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             barrier_wait(vote, (ballots - 1) & 1);
             const uint2 votes = *(const uint2*)box.votes[(ballots - 1) & 3];
             const unsigned int both = votes.x | votes.y, all = both | both >> 16;
-            return uniform((all | all >> 8) & WANTED);
+            int wanted = (all | all >> 8) & WANTED;
+            if (wanted != WANTED && facts.part[warpgroup].tau == 0.f) wanted = WANTED;  // no row may vote, and tau 0 never stops
+            return uniform(wanted);
         };
         // Once the last step's vote is known: counts what was walked, and drops what lies past the stop.
         auto resolve = [&]() {

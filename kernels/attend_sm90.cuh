@@ -40,7 +40,7 @@ struct TileFacts {
     struct {                  // of the rows of each consumer warpgroup
         int rows;
         float tau;
-        long long out_at, row_at, tile_at;  // where their head starts in out, in lse, and they in tiles; -1: nowhere
+        long long q_at, out_at, row_at, tile_at;  // where their head starts in q, out, lse, and they in tiles; -1: nowhere
     } part[2];
     int row[BLOCK_M];
 };
@@ -88,7 +88,12 @@ struct Launch {
     int* ticket;
     __device__ __forceinline__ int group() const { return heads_q / heads_kv; }
     // Row tiles of up to 64 queries go two to a block: those of two query heads of a K/V head, a consumer warpgroup each.
-    __device__ __forceinline__ bool pairs() const { return block_q <= 64; }
+    // Read anew: what follows from it must not be kept in registers that the producer lacks.
+    __device__ __forceinline__ bool pairs() const {
+        int size = block_q;
+        asm volatile("" : "+r"(size));
+        return size <= 64;
+    }
     __device__ __forceinline__ int places() const { return pairs() ? (group() + 1) / 2 : group(); }
     __device__ __forceinline__ int tiles() const { return (tile_stop - tile_start) * places() * kv_heads; }
 };

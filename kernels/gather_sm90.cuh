@@ -124,6 +124,7 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             const bool own = thread == 0 || tile.second;
             part.rows = x.pairs() ? (own ? tile.rows : 0) : max(min(tile.rows - 64 * thread, 64), 0);
             part.tau = x.taus != nullptr ? x.taus[tile.head + further] : x.tau;
+            part.q_at = tile.batch * x.q_batch + (tile.head + further) * x.q_head;
             part.out_at = tile.batch * x.out_batch + (tile.head + further) * x.out_head;
             part.row_at = (tile.flat_head + further) * x.n_q;
             part.tile_at = own ? (tile.flat_head + further) * x.row_tiles + tile.tile : -1;
@@ -134,8 +135,7 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             int query_rows[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) query_rows[i] = facts.row[64 * w + first + 16 * i];
-            const half_t* const from = x.q + tile.batch * x.q_batch + (tile.head + w * tile.second) * x.q_head;
-            producer.copy<64, PANELS, BLOCK_M>(queries + 64 * 128 * w, from, x.q_row, query_rows);
+            producer.copy<64, PANELS, BLOCK_M>(queries + 64 * 128 * w, x.q + facts.part[w].q_at, x.q_row, query_rows);
         }
         producer.with_queries = producer.place.unit;
 
