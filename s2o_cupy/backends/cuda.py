@@ -349,7 +349,8 @@ def _attend(
     if block_q > 128:
         raise ValueError(f"block_q is {block_q}; the CUDA backend supports 1 to 128")
     aligned = sum(x.aligned << bit for bit, x in enumerate((q, k, v, out)))
-    served = aligned == 15 and kernels.sm90_serves(arch, p.dtype, p.dim_qk, p.dim_v, block_q, s.pool)
+    beside = walk and p.group > p.orders == 1 and (query_order is None or tiles_per_segment == 1)
+    served = aligned == 15 and kernels.sm90_serves(arch, p.dtype, p.dim_qk, p.dim_v, block_q, s.pool, beside)
     if served:
         kernel, macros = _kernel("attend_sm90", p.dtype, p.dim_qk, None, p.dim_v, s.block_k if walk else 128)
         shared, threads = kernels.sm90_shared_bytes(macros, blocks), 384
@@ -375,9 +376,11 @@ def _attend(
     arguments += [np.int32(aligned), k_mean, v_mean, *map(np.int32, rows), *order, query_order, *taus]
     arguments += [lse or tape.room((p.batch, p.heads_q, p.n_q), p.compute_dtype), tiles, tail_blocks, tail_mass]
     arguments += [*map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E)]
-    if served:  # blocks stay, and draw row tiles by a counter
+    if served:  # blocks stay, and draw row tiles, or two side by side, by a counter
         arguments += [np.int32(grid[1]), tape.room(1, np.int32, zeroed=True)]
-        grid = (min(grid[0] * grid[1], _processors(cp.cuda.runtime.getDevice())),)
+        places = p.group if block_q > 64 else -(-p.group // 2)
+        blocks_of_rows = (tile_stop - tile_start) * places * grid[1]
+        grid = (min(blocks_of_rows, _processors(cp.cuda.runtime.getDevice())),)
     tape.launch(kernel, grid, threads, arguments, shared)
 
 

@@ -158,6 +158,27 @@ def test_a_whole_call_is_six_launches_and_one_workspace(cuda, monkeypatch):
     assert cuda._recorded.cache_info().misses == 2
 
 
+@pytest.mark.parametrize(
+    ("settings", "kernel"),
+    [
+        ({"share_order": True}, "attend_sm90"),
+        ({"share_order": True, "query_order": "guide"}, "attend_sm90"),
+        ({"share_order": True, "block_q": 16}, "attend_sm90"),
+        ({"share_order": True, "block_q": 16, "query_order": "guide"}, "attend"),  # tiles of other queries in each head
+        ({}, "attend"),
+        ({"block_q": 65, "segment": 65}, "attend_sm90"),
+    ],
+)
+def test_small_row_tiles_of_shared_lists_are_hoppers(cuda, monkeypatch, settings, kernel):
+    guided = settings.get("query_order") == "guide"
+    monkeypatch.setattr(planning, "query_order", lambda p, q, k: Array(q.shape[:3], np.int32) if guided else None)
+    for heads, served in ((4, kernel), (2, "attend" if settings.get("block_q") != 65 else kernel)):
+        Kernel.launched.clear()
+        arrays = call_arrays() | {"q": Array((1, heads, 8192, 128), ml_dtypes.bfloat16)}
+        s2o.attention(**arrays, **{"segment": 64, "block_q": 64, **settings})
+        assert Kernel.launched[-1] == served
+
+
 def test_each_call_asks_for_stream_variants_and_saved_files(cuda, tmp_path, monkeypatch):
     seen, stream = [], sys.modules["cupy"].cuda.get_current_stream()
 

@@ -1,5 +1,6 @@
 """Whole calls by the CUDA backend's own launches, emulated: one tape gives what the stages give one by one."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -41,3 +42,31 @@ def test_a_whole_call_is_its_stages(monkeypatch, workspace):
     assert engine.guards.broken() == []
     want = reference.attend(p, q, k, v, engine.host(order), p.offsets(p.whole).reshape(2, 4, -1))
     np.testing.assert_allclose(alone.out, want.out, atol=3e-5)
+
+
+@pytest.mark.parametrize("workspace", [2500, 2**30])
+def test_row_tiles_side_by_side_on_hopper(monkeypatch, workspace):
+    """Groups of three query heads, two and then one in a block; a slab starts where it starts."""
+    chosen = {"segment": 32, "pool": 16, "block_q": 32, "block_k": 64, "rank": "mean", "share_order": True}
+    s = Settings(**chosen, tau=(1.0, 0.3, 0.0, 0.5, 2.0, 0.5))
+    p = Problem(2, 6, 2, 90, 300, 64, 64, "bfloat16", s)
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.standard_normal((2, h, n, 64)).astype(ml_dtypes.bfloat16) for h, n in ((6, 90), (2, 300), (2, 300)))
+    engine = emulated(monkeypatch, arch="sm_90a")
+    device, cuda, launched = [engine.place(x) for x in (q, k, v)], engine.backend, []
+    monkeypatch.setattr(cuda, "_processors", lambda device: 3)
+    monkeypatch.setattr(cuda, "get_kernel", lambda name, *a, **m: launched.append(name) or engine.kernel(name, *a, **m))
+    order, offsets = engine.guards.empty(int(p.offsets(p.whole)[-1, -1]), np.int32), engine.place(p.offsets(p.whole))
+    cuda.rank(p, *device[:2], p.whole, offsets, order)
+    whole = engine.answer(p)
+    cuda.ranked(p, *device, None, whole, workspace)
+    assert len(p.split(p.whole, workspace, "listed")) == (1 if workspace == 2**30 else launched.count("attend_sm90"))
+    assert "attend" not in launched
+    assert (workspace < 2**30) == (launched.count("attend_sm90") > 1)
+    assert engine.guards.broken() == []
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    want = reference.attend(p, *wide, engine.host(order), p.offsets(p.whole).reshape(2, 2, -1))
+    np.testing.assert_array_equal(engine.host(whole.tiles), want.tiles)
+    np.testing.assert_array_equal(engine.host(whole.tail_blocks), want.tail_blocks)
+    np.testing.assert_allclose(engine.host(whole.out).astype(np.float64), want.out, atol=2e-2)
+    np.testing.assert_allclose(engine.host(whole.lse), want.lse, atol=1e-3)
