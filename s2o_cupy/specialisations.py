@@ -66,9 +66,7 @@ def attend_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
     return tiles + rows + 4 * pool_blocks + 64
 
 
-def sm90_serves(
-    arch: str, dtype: str, dim_qk: int, dim_v: int, block_q: int, pool: int, beside: bool = False
-) -> bool:
+def sm90_serves(arch: str, dtype: str, dim_qk: int, dim_v: int, block_q: int, pool: int, beside: bool = False) -> bool:
     """Whether attend_sm90.cu serves a call whose rows all start on 16 bytes; attend.cu serves the others.
 
     `beside`: two query heads have row tiles of one list and of the same queries, which go side by side up to 64.

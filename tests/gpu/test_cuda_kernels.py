@@ -111,6 +111,37 @@ def test_stages(dtype, dims, settings):
     check_stages(Problem(1, 4, 2, 600, 800, *dims, dtype, chosen))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("dims", "heads"), [((64, 64), 4), ((128, 128), 6), ((192, 128), 4), ((256, 256), 4)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tau": 0.2},
+        {"tau": 0.05, "block_k": 128, "tail": None},
+        {"tau": 0.3, "causal": False, "block_q": 40},
+        {"tau": 0.0, "cap": 0.5},
+    ],
+)
+def test_row_tiles_of_one_list_side_by_side(dtype, dims, heads, settings):
+    """Row tiles of up to 64 queries, on Hopper those of two query heads in one block; groups of two and of three."""
+    chosen = {"segment": 64, "block_q": 64, "pool": 64, "block_k": 64, "rank": "mean", "share_order": True, **settings}
+    if settings["tau"] == 0.2:
+        chosen["tau"] = tuple(0.05 * 3**h for h in range(heads))  # each head stops at a depth of its own
+    check_stages(Problem(1, heads, 2, 600, 2000, *dims, dtype, Settings(**chosen)))
+
+
+def test_row_tiles_side_by_side_repeat_bitwise():
+    q, k, v = call(n=20_000, heads=(6, 2), dim=128)
+    settings = s2o.Settings(segment=64, block_q=64, rank="mean", share_order=True, tau=0.02)
+    first = s2o.attention(q, k, v, settings, full_output=True, backend="cuda")
+    for _ in range(20):
+        again = s2o.attention(q, k, v, settings, full_output=True, backend="cuda")
+        assert (again.out == first.out).all()
+        assert (again.stats.tiles == first.stats.tiles).all()
+    guided = s2o.attention(q, k, v, settings.replace(query_order="guide"), backend="cuda")
+    assert np.linalg.norm(wide(guided) - wide(first.out)) <= ERROR["float16"] * np.linalg.norm(wide(first.out))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     ("dims", "settings"),
