@@ -1,6 +1,6 @@
 // score_sm90.cu: stage 1, last part, on Hopper: score.cu's products by `wgmma`, where mma.sync reaches two thirds of the
 // rate. Mean queries alone, or with covariance factors 8, 16, 32 or 64 rows a list, and the mixture's centres; head dims to
-// 128. score.cu does the rest.
+// 256. score.cu does the rest.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
 //   rows     [order heads of the slab, chunks of 64, WIDTH]  T  mean query, then covariance factors, dealt out; or
 //            centres in order: as tiled.cuh says
@@ -9,14 +9,15 @@
 //   history, starts, score: as in score.cu; a list's scores start on the multiple of 64 where those before it end
 // A block keeps TILE_KEYS keys in registers as the left operand, 64 a warpgroup; one more warp streams the rows past
 // them. A warpgroup waits for its product before it adds up the squares: the tensor cores meanwhile have the other
-// warpgroups of this block and of its neighbour.
+// warpgroups of this block and of its neighbour. At WIDTH 256 keys and stages fill a multiprocessor's shared memory and a
+// block is alone there; its two warpgroups take turns, since a product lasts twice as long as at 128 and its sums do not.
 // grid (order heads of a K/V head, key tiles of the longest history, K/V heads of the slab)   block TILE_KEYS * 2 + 32
 //   normalise: (for each part of the longest history, tiles of 128 rows of a head; order heads; K/V heads)
 //   score_mixture: (key tiles; order heads; K/V heads)
 //   tile_keys: (chunks of the longest history, K/V heads of the slab)   block 256
 // shared memory 1024 + TILE_KEYS * WIDTH * 2 + STAGES * (64 * WIDTH * 2 + 256 + 16) bytes
 // kernels score_1_64 .. score_64_128, by rows of a list and WIDTH; normalise_64, score_mixture_64, tile_keys_64 and
-// their like of 128   macros IS_BF16
+// their like of 128 and 256   macros IS_BF16
 #include "gather.cuh"
 #include "scores.cuh"
 #include "tiled.cuh"
@@ -26,6 +27,7 @@ constexpr int THREADS = 2 * TILE_KEYS;  // that multiply
 constexpr int STAGES = 4;
 constexpr int CHUNK_ROWS = 64;
 constexpr int HALF_BYTES = CHUNK_ROWS * 128;  // 64 columns of a chunk, in rows of 128 bytes
+constexpr int blocks_at(int width) { return width <= 128 ? 2 : 1; }  // of a multiprocessor
 
 #ifdef S2O_EMULATION
 #include "emulated_wgmma.h"
@@ -365,7 +367,7 @@ __device__ __forceinline__ void mixture_tile(
 }
 
 #define SCORE(NAME, PER_LIST, WIDTH)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) NAME(                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS + 32, blocks_at(WIDTH)) NAME(                                  \
         const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
         const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,         \
         unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments) {           \
@@ -382,9 +384,14 @@ SCORE(score_8_128, 8, 128)
 SCORE(score_16_128, 16, 128)
 SCORE(score_32_128, 32, 128)
 SCORE(score_64_128, 64, 128)
+SCORE(score_1_256, 1, 256)
+SCORE(score_8_256, 8, 256)
+SCORE(score_16_256, 16, 256)
+SCORE(score_32_256, 32, 256)
+SCORE(score_64_256, 64, 256)
 
 #define NORMALISE(NAME, WIDTH)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) NAME(                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS + 32, blocks_at(WIDTH)) NAME(                                  \
         const half_t* __restrict__ tiles, const half_t* __restrict__ rows, float2* __restrict__ partial,                \
         const int* __restrict__ history, const long long* __restrict__ starts,                                          \
         const unsigned short* __restrict__ scores, int key_chunks, int segments, int per_list, float unit,              \
@@ -394,9 +401,10 @@ SCORE(score_64_128, 64, 128)
     }
 NORMALISE(normalise_64, 64)
 NORMALISE(normalise_128, 128)
+NORMALISE(normalise_256, 256)
 
 #define MIXTURE(NAME, WIDTH)                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS + 32, 2) NAME(                                                 \
+    extern "C" __global__ void __launch_bounds__(THREADS + 32, blocks_at(WIDTH)) NAME(                                  \
         const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
         const half_t* __restrict__ rows, const float* __restrict__ offset, const int* __restrict__ history,             \
         const long long* __restrict__ starts, unsigned short* __restrict__ scores, int heads_kv, int kv_start,          \
@@ -406,6 +414,7 @@ NORMALISE(normalise_128, 128)
     }
 MIXTURE(score_mixture_64, 64)
 MIXTURE(score_mixture_128, 128)
+MIXTURE(score_mixture_256, 256)
 
 extern "C" __global__ void __launch_bounds__(256) tile_keys(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,

@@ -175,7 +175,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     history, starts, _, longest = _lists(p, slab)
     history, starts = tape.keep(history), tape.keep(starts)
 
-    hopper = halves and device_target() == "sm_90a" and width <= 128 and not full
+    hopper = halves and device_target() == "sm_90a" and not full
     head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
     rows = tape.room((heads, head_rows, width), _type(p))
     members, order_start = p.group // p.orders, slab.kv_start * p.orders
@@ -237,7 +237,7 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     per_list = p.terms if not halves else 32 if p.terms <= 32 else -(-p.terms // 64) * 64
     history, starts, _, longest = _lists(p, slab)
     history, starts = tape.keep(history), tape.keep(starts)
-    hopper = halves and device_target() == "sm_90a" and width <= 128
+    hopper = halves and device_target() == "sm_90a"
     head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
     kind = _type(p)
     rows, variance = tape.room((heads, head_rows, width), kind), tape.room((lists, width), kind)

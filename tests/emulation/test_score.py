@@ -67,12 +67,13 @@ def test_scores_are_the_reference(monkeypatch, settings, dtype, reverse):
     check(emulated(monkeypatch, reverse), p, q, k)
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("dim", [64, 100, 256])
 @pytest.mark.parametrize("rank", ["gaussian", "mixture"])
-def test_wide_heads(monkeypatch, rank, dim):
+def test_wide_heads(monkeypatch, rank, dim, arch):
     """Each compiled width, several key tiles, two K/V heads and batches."""
     p = Problem(2, 2, 2, 40, 300, dim, dim, "bfloat16", Settings(segment=32, pool=32, rank=rank, rank_terms=15))
-    check(emulated(monkeypatch), p, *inputs(p))
+    check(emulated(monkeypatch, arch=arch), p, *inputs(p))
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,10 @@ def test_wide_heads(monkeypatch, rank, dim):
         ("bfloat16", 70, 60, 16),
         ("bfloat16", 128, 0, 4),
         ("float16", 40, 0, 100),
+        ("float16", 256, 15, 16),
+        ("bfloat16", 200, 7, 16),
+        ("float16", 130, 60, 16),
+        ("float16", 256, 0, 4),
     ],
 )
 def test_hopper_scores_are_the_reference(monkeypatch, dtype, dim, terms, segment):
@@ -116,7 +121,7 @@ def test_more_lists_than_threads(monkeypatch, arch):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize(("dim", "terms"), [(64, 31), (100, 70)])
+@pytest.mark.parametrize(("dim", "terms"), [(64, 31), (100, 70), (256, 31)])
 def test_sums_in_parts(monkeypatch, dim, terms, arch):
     """The mixture's sums over histories of several parts, some of them of one part only."""
     p = Problem(1, 2, 1, 150, 300, dim, dim, "float16", Settings(segment=50, pool=2, rank="mixture", rank_terms=terms))
