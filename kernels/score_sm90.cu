@@ -17,7 +17,7 @@
 //   tile_keys: (chunks of the longest history, K/V heads of the slab)   block 256
 // shared memory 1024 + TILE_KEYS * WIDTH * 2 + STAGES * (64 * WIDTH * 2 + 256 + 16) bytes
 // kernels score_1_64 .. score_64_128, by rows of a list and WIDTH; normalise_64, score_mixture_64, tile_keys_64 and
-// their like of 128 and 256   macros IS_BF16
+// their like of 128; where WIDEST is 256, those of 256 alone   macros IS_BF16, WIDEST (128, 256)
 #include "gather.cuh"
 #include "scores.cuh"
 #include "tiled.cuh"
@@ -374,6 +374,13 @@ __device__ __forceinline__ void mixture_tile(
         score_tile<PER_LIST, WIDTH>(k, k_batch, k_head, k_row, aligned, rows, history, starts, scores, heads_kv,        \
                                     kv_start, n_keys, dim, segments);                                                   \
     }
+#if WIDEST == 256
+SCORE(score_1_256, 1, 256)
+SCORE(score_8_256, 8, 256)
+SCORE(score_16_256, 16, 256)
+SCORE(score_32_256, 32, 256)
+SCORE(score_64_256, 64, 256)
+#else
 SCORE(score_1_64, 1, 64)
 SCORE(score_8_64, 8, 64)
 SCORE(score_16_64, 16, 64)
@@ -384,11 +391,7 @@ SCORE(score_8_128, 8, 128)
 SCORE(score_16_128, 16, 128)
 SCORE(score_32_128, 32, 128)
 SCORE(score_64_128, 64, 128)
-SCORE(score_1_256, 1, 256)
-SCORE(score_8_256, 8, 256)
-SCORE(score_16_256, 16, 256)
-SCORE(score_32_256, 32, 256)
-SCORE(score_64_256, 64, 256)
+#endif
 
 #define NORMALISE(NAME, WIDTH)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS + 32, blocks_at(WIDTH)) NAME(                                  \
@@ -399,9 +402,12 @@ SCORE(score_64_256, 64, 256)
         normalise_tile<WIDTH>(tiles, rows, partial, history, starts, scores, key_chunks, segments, per_list, unit,      \
                               part_keys);                                                                               \
     }
+#if WIDEST == 256
+NORMALISE(normalise_256, 256)
+#else
 NORMALISE(normalise_64, 64)
 NORMALISE(normalise_128, 128)
-NORMALISE(normalise_256, 256)
+#endif
 
 #define MIXTURE(NAME, WIDTH)                                                                                           \
     extern "C" __global__ void __launch_bounds__(THREADS + 32, blocks_at(WIDTH)) NAME(                                  \
@@ -412,9 +418,12 @@ NORMALISE(normalise_256, 256)
         mixture_tile<WIDTH>(k, k_batch, k_head, k_row, aligned, rows, offset, history, starts, scores, heads_kv,        \
                             kv_start, n_keys, dim, segments, per_list, unit);                                           \
     }
+#if WIDEST == 256
+MIXTURE(score_mixture_256, 256)
+#else
 MIXTURE(score_mixture_64, 64)
 MIXTURE(score_mixture_128, 128)
-MIXTURE(score_mixture_256, 256)
+#endif
 
 extern "C" __global__ void __launch_bounds__(256) tile_keys(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,

@@ -142,6 +142,11 @@ def score_shared_bytes(macros: dict) -> int:
     return (macros["WARPS"] * 32 + 128) * macros["WIDTH"] * 2 + 512
 
 
+def score_sm90_macros(dtype: str, dim: int) -> dict:
+    """Macros of score_sm90.cu: its widest kernels take as long to compile as the others together."""
+    return DTYPE_MACROS[dtype] | {"WIDEST": max(rank_width(dim), 128)}
+
+
 def score_sm90_shared_bytes(width: int) -> int:
     """Dynamic shared memory of score_sm90.cu: 128 keys, and four chunks of 64 rows with their offsets and barriers."""
     return 1024 + (128 + 4 * 64) * width * 2 + 4 * (256 + 16)
@@ -179,6 +184,8 @@ def launch_macros(name: str, dtype: str, dim: int | None, dim_v: int | None, blo
         return sm90_macros(dtype, dim, dim_v, block)
     if name == "score":
         return score_macros(dtype, dim, arch)
+    if name == "score_sm90":
+        return score_sm90_macros(dtype, dim)
     return remap_macros(dtype) if name == "remap" else DTYPE_MACROS[dtype]
 
 
@@ -209,9 +216,9 @@ def shipped(arch: str) -> list[Specialisation]:
             else:
                 add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
             add("score", score_macros(dtype, dim, arch))
+            if arch == "sm_90a":
+                add("score_sm90", score_sm90_macros(dtype, dim))
         add("moments", DTYPE_MACROS[dtype])
-        if arch == "sm_90a":
-            add("score_sm90", DTYPE_MACROS[dtype])
     for dtype in ("float32", "float64"):
         add("score_simt", DTYPE_MACROS[dtype])
         for dim_v in (128, 256):

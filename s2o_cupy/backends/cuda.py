@@ -219,7 +219,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
         return
     sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
     if hopper:
-        kernel, _ = _kernel("score_sm90", p.dtype, entry=f"score_{per_list}_{width}")
+        kernel, _ = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_{per_list}_{width}")
         grid = (p.orders, -(-longest // 128), heads // p.orders)
         tape.launch(kernel, grid, 288, (*keys, *lengths, *sizes), kernels.score_sm90_shared_bytes(width))
     else:
@@ -274,11 +274,11 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     if hopper:
         chunks, block, threads, shared = -(-longest // 64), 128, 288, kernels.score_sm90_shared_bytes(width)
         tiles = tape.room((kv_heads, chunks, 64, width), np.uint16)
-        kernel, _ = _kernel("score_sm90", p.dtype, entry="tile_keys")
+        kernel, _ = _kernel("score_sm90", p.dtype, p.dim_qk, "tile_keys")
         tape.launch(kernel, (chunks, kv_heads), 256, (*keys, tiles, *sizes[:4], np.int32(width)))
-        kernel, _ = _kernel("score_sm90", p.dtype, entry=f"normalise_{width}")
+        kernel, _ = _kernel("score_sm90", p.dtype, p.dim_qk, f"normalise_{width}")
         arguments = (tiles, rows, partial, *lengths, np.int32(chunks), sizes[4], *last, part_keys)
-        final, _ = _kernel("score_sm90", p.dtype, entry=f"score_mixture_{width}")
+        final, _ = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_mixture_{width}")
     else:
         threads = block
         kernel, _ = _kernel("score", p.dtype, p.dim_qk, "normalise")

@@ -47,7 +47,7 @@ class Focus:
 
 def focus(name: str, macros: dict) -> Focus:
     """The arrays that a kernel under these ``-D`` macros is for; bfloat16 and head dim 128 where they do not say."""
-    for macro in ("HEAD_DIM", "HEAD_DIM_V", "WIDTH", "BLOCK_M", "BLOCK_N"):
+    for macro in ("HEAD_DIM", "HEAD_DIM_V", "WIDTH", "WIDEST", "BLOCK_M", "BLOCK_N"):
         if macro in macros and not (isinstance(macros[macro], int) and 1 <= macros[macro] <= 256):
             raise ValueError(f"-D {macro}={macros[macro]}: allowed: 1 to 256")
     dtype = "float32" if name.endswith("_simt") else "bfloat16"
@@ -57,7 +57,7 @@ def focus(name: str, macros: dict) -> Focus:
         dtype = "bfloat16" if macros["IS_BF16"] else "float16"
     elif not macros.get("SCORE_HALF", 1):
         dtype = "float32"
-    dim = macros.get("HEAD_DIM", macros.get("WIDTH", 128))
+    dim = macros.get("HEAD_DIM", macros.get("WIDTH", macros.get("WIDEST", 128)))
     block_k = macros.get("BLOCK_N", 64) // macros.get("PARTS", 1) if name == "attend_sm90" else 64
     block_q = min(macros.get("BLOCK_M", 128), 128)
     dense = name != "attend_sm90" or block_k == 128
