@@ -33,12 +33,14 @@ __device__ int list_finite(RowAt row_at, int total, int dim, int* kept, int* cou
     int found = 0;
     for (int start = 0; start < total; start += CENTRE_THREADS) {
         unsigned int good = 0;  // bit r: row r of the warp's 32
+        const int there = min(32, total - start - warp * 32);
 #pragma unroll 4
-        for (int r = 0; r < 32; ++r) {
-            const int row = start + warp * 32 + r;
-            bool fine = row < total;
-            if (fine)
-                for (int d = lane; d < dim; d += 32) fine = fine && is_finite(to_real(row_at(row)[d]));
+        for (int r = 0; r < there; ++r) {
+            const element_t* x = row_at(start + warp * 32 + r);
+            bool fine = true;
+#pragma unroll
+            for (int j = 0; j < MOST_COLUMNS; ++j)  // no load waits for what another one found
+                if (lane + 32 * j < dim) fine &= is_finite(to_real(x[lane + 32 * j]));
             if (__all_sync(0xffffffffu, fine)) good |= 1u << r;
         }
         if (lane == 0) counts[warp] = __popc(good);
@@ -54,7 +56,7 @@ __device__ int list_finite(RowAt row_at, int total, int dim, int* kept, int* cou
     return found;
 }
 
-extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
+extern "C" __global__ void __launch_bounds__(CENTRE_THREADS, sizeof(real_t) == 4 ? 4 : 2) centres(
     const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     element_t* __restrict__ rows, real_t* __restrict__ share, element_t* __restrict__ variance, int* __restrict__ place,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
@@ -90,9 +92,9 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
             }
             for (int column = 0; column < dim; column += COLUMNS) {
                 __syncthreads();
-#pragma unroll 4
-                for (int i = threadIdx.x; i < (QUERIES + CENTRES) * COLUMNS; i += CENTRE_THREADS) {
-                    const int r = i / COLUMNS, d = column + i % COLUMNS;
+#pragma unroll
+                for (int start = 0; start < (QUERIES + CENTRES) * COLUMNS; start += CENTRE_THREADS) {
+                    const int i = start + threadIdx.x, r = i / COLUMNS, d = column + i % COLUMNS;
                     const real_t value = source[r] != nullptr && d < dim ? to_real(source[r][d]) : 0;
                     if (r < QUERIES) queries[r][i % COLUMNS] = value;
                     else centre[r - QUERIES][i % COLUMNS] = value;
@@ -136,18 +138,27 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS) centres(
     for (int c = warp; c < per_list; c += CENTRE_WARPS) {
         real_t mean[MOST_COLUMNS] = {};
         int size = 0;
+#pragma unroll 1
         for (int pass = 0; pass < 2 && (pass == 0 || size); ++pass) {
             for (int start = 0; start < n && c < present; start += 32) {
                 unsigned int mine = __ballot_sync(0xffffffffu, start + lane < n && group[min(start + lane, n - 1)] == c);
                 if (pass == 0) size += __popc(mine);
-                for (; mine; mine &= mine - 1) {
-                    const element_t* x = row_at(kept[start + __ffs(mine) - 1]);
+                while (mine) {  // two members' numbers in flight
+                    real_t value[2][MOST_COLUMNS];
+                    bool there[2];
 #pragma unroll
-                    for (int j = 0; j < MOST_COLUMNS; ++j)
-                        if (lane + 32 * j < dim) {
-                            const real_t value = to_real(x[lane + 32 * j]);
-                            if (pass == 0) mean[j] += value;
-                            else around[j] += (value - mean[j]) * (value - mean[j]);
+                    for (int i = 0; i < 2; ++i, mine &= mine - 1) {
+                        there[i] = mine != 0;
+                        const element_t* x = row_at(kept[start + (there[i] ? __ffs(mine) - 1 : 0)]);
+#pragma unroll
+                        for (int j = 0; j < MOST_COLUMNS; ++j) value[i][j] = there[i] && lane + 32 * j < dim ? to_real(x[lane + 32 * j]) : 0;
+                    }
+#pragma unroll
+                    for (int i = 0; i < 2; ++i)
+#pragma unroll
+                        for (int j = 0; j < MOST_COLUMNS; ++j) {
+                            if (pass == 0) mean[j] += value[i][j];
+                            else if (there[i]) around[j] += (value[i][j] - mean[j]) * (value[i][j] - mean[j]);
                         }
                 }
             }

@@ -19,7 +19,7 @@
 #include "tiled.cuh"
 #include "elements.cuh"
 
-constexpr int FACTOR_THREADS = 256;  // of `factor` alone
+constexpr int FACTOR_THREADS = 512;  // of `factor` alone
 constexpr int BLOCK = 8;  // terms that go through registers together
 
 #ifndef S2O_EMULATION
@@ -63,9 +63,9 @@ __device__ __forceinline__ void make_factors(
     float* image = (float*)gram;                         // [width][group + 4], once those two are done with
     float* basis = image + max(4 * all_pairs, width * (group + 4));  // [width][stride]
     float* ritz = basis + width * stride;                // [all_pairs], then its elimination
-    float* mean = ritz + all_pairs;                      // [width]
-    float* variance = mean + width;                      // [width]
-    float* shift = variance + width;                     // [padded]: a column's scale; then the mean times a basis row
+    float* variance = ritz + all_pairs;                  // [width], read four at a time
+    float* mean = variance + width;                      // [width]
+    float* shift = mean + width;                         // [padded]: a column's scale; then the mean times a basis row
     float* root = shift + padded;                        // [padded]
     int* axes = (int*)(root + padded);                   // [terms]
     unsigned short* place = (unsigned short*)(axes + terms);  // [pairs]: row and column of a place in a triangle
@@ -105,8 +105,13 @@ __device__ __forceinline__ void make_factors(
         const int d = min((start + (int)threadIdx.x) / 2, dim - 1);
         const float mine = variance[d];
         int before = 0;
-#pragma unroll 8
-        for (int e = threadIdx.x % 2; e < dim; e += 2) before += variance[e] > mine || (variance[e] == mine && e < d);
+#pragma unroll 4
+        for (int first = threadIdx.x % 2 * 4; first < dim; first += 8) {
+            const float4 x = *(const float4*)(variance + first);
+            const float other[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) before += first + i < dim && (other[i] > mine || (other[i] == mine && first + i < d));
+        }
         before += __shfl_xor_sync(0xffffffffu, before, 1);
         if (threadIdx.x % 2 == 0 && start + threadIdx.x < 2 * dim && before < terms) axes[before] = d;
     }
@@ -175,7 +180,7 @@ __device__ __forceinline__ void make_factors(
         double x[BLOCK] = {};
         if (mine)
             for (int first = 0; first <= last; first += BLOCK) {
-#pragma unroll 4
+#pragma unroll(THREADS > 256 ? 2 : 4)  // two blocks of 512 threads a multiprocessor have 64 registers each
                 for (int u = 0; u < BLOCK; ++u) {
                     const double y = (double)basis[d * stride + first + u] * shift[first + u];
 #pragma unroll
@@ -261,7 +266,7 @@ __device__ __forceinline__ void make_factors(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 3) factor(
+extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 2) factor(
     const float* __restrict__ sum, const int* __restrict__ count, const float* __restrict__ moment,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
     int centred, int full, int tiled, float scale) {

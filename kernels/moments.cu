@@ -9,7 +9,9 @@
 // the moment and half its columns, and sums of columns are products with a row of ones. A row that is not finite shows
 // in them at the end; only then the block starts again and looks at every number.
 // factors_64, _128: the same, and what factor.cuh makes of it, in one block, where moment and factors fit its shared memory.
-// grid (segments of the slab, order heads of the slab, WIDTH / 128, 1 when moment is null)   block min(WIDTH, 128) * 2
+// grid (segments of the slab, order heads of the slab)   block min(WIDTH, 128) * 2
+//   moments_256: two blocks a segment, one for each half of the moment's rows, side by side so that queries are read from
+//   DRAM once; one when moment is null
 // shared memory 64 * WIDTH * 2 bytes a stage: 4 stages, 3 at WIDTH 256; factors: specialisations.factors_shared_bytes
 // factor, and centres for the mixture rank: see factor.cuh, centres.cuh   macros IS_BF16
 #include "centres.cuh"
@@ -65,11 +67,11 @@ struct Moments {
     }
 };
 
-// Adds up a list's queries, and their moment if `squares`.
+// Adds up a list's queries, and their moment (a half of its rows, where it has 256) if `squares`.
 template <int WIDTH>
 __device__ __forceinline__ void add_moments(
     Moments<WIDTH>& sums, bool squares, const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
-    int aligned, int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {
+    int aligned, int heads_order, int members, int order_start, int n_q, int dim, int segment, int own_segment, int half) {
     typedef SharedTile<WIDTH> Tile;
     constexpr int THREADS = Moments<WIDTH>::THREADS, N_TILES = Moments<WIDTH>::N_TILES, SUM_TILES = Moments<WIDTH>::SUM_TILES;
     constexpr int STAGES = WIDTH < 256 ? 4 : 3, CHUNK_BYTES = CHUNK_ROWS * WIDTH * 2;
@@ -79,7 +81,7 @@ __device__ __forceinline__ void add_moments(
     const unsigned int chunks = shared_address(shared_memory);
     const int lane = threadIdx.x & 31, down = sums.down(), right = sums.right();
     const int order_head = order_start + blockIdx.y, batch = order_head / heads_order;
-    const int first = (segment_start + blockIdx.x) * segment, rows = min(segment, n_q - first);
+    const int first = own_segment * segment, rows = min(segment, n_q - first);
     const int per_head = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS, total = per_head * members;
 
     // Rows of a chunk count from its first; the last chunk of a head repeats its last row.
@@ -128,7 +130,7 @@ __device__ __forceinline__ void add_moments(
                 if (squares)
 #pragma unroll
                     for (int m = 0; m < 2; ++m)
-                        load_matrices_transposed(a[m], Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, blockIdx.z * 16 + down * 4 + 2 * m + ((lane >> 3) & 1)));
+                        load_matrices_transposed(a[m], Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, half * 16 + down * 4 + 2 * m + ((lane >> 3) & 1)));
 #pragma unroll
                 for (int n = 0; n < N_TILES; n += 2) {
                     const bool mine = n / SUM_TILES == down;
@@ -154,15 +156,16 @@ __device__ __forceinline__ void add_moments(
         const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,                \
         float* __restrict__ sum, int* __restrict__ count, float* __restrict__ moment,                                   \
         int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {              \
-        Moments<WIDTH> sums;                                                                                            \
-        add_moments(sums, moment != nullptr, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, \
-                    dim, segment, segment_start);                                                                       \
-        const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;                                          \
-        if (blockIdx.z == 0) {                                                                                          \
-            sums.write_sums(sum + list * WIDTH);                                                                        \
-            if (threadIdx.x == 0) count[list] = sums.count;                                                             \
-        }                                                                                                               \
-        if (moment != nullptr) sums.write_moment(moment + (list * WIDTH + blockIdx.z * 128) * WIDTH, WIDTH);            \
+        Moments<WIDTH> sums;                                                                                           \
+        const int halves = moment != nullptr && WIDTH > 128 ? WIDTH / 128 : 1, half = blockIdx.x % halves;             \
+        add_moments(sums, moment != nullptr, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q,\
+                    dim, segment, segment_start + blockIdx.x / halves, half);                                          \
+        const long long list = (long long)blockIdx.y * (gridDim.x / halves) + blockIdx.x / halves;                     \
+        if (half == 0) {                                                                                               \
+            sums.write_sums(sum + list * WIDTH);                                                                       \
+            if (threadIdx.x == 0) count[list] = sums.count;                                                            \
+        }                                                                                                              \
+        if (moment != nullptr) sums.write_moment(moment + (list * WIDTH + half * 128) * WIDTH, WIDTH);                 \
     }
 MOMENTS(moments_64, 64)
 MOMENTS(moments_128, 128)
@@ -182,7 +185,7 @@ __device__ __forceinline__ void factors_of_queries(
     int count;
     {
         Moments<WIDTH> sums;
-        add_moments(sums, terms > 0, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, dim, segment, segment_start);
+        add_moments(sums, terms > 0, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, dim, segment, segment_start + blockIdx.x, 0);
         sums.write_sums(total);
         if (terms > 0) sums.write_moment(moment, PITCH);
         count = sums.count;

@@ -197,7 +197,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
         mean = tape.room((lists, width), np.float32) if full else None
         arguments = (*queries, totals, counts, moment, *map(np.int32, sizes))
         if halves:
-            grid, block = (segments, heads, max(width // 128, 1) if terms else 1), 2 * min(width, 128)
+            grid, block = (segments * (2 if width == 256 and terms else 1), heads), 2 * min(width, 128)
             kernel, _ = _kernel("moments", p.dtype, entry=f"moments_{width}")
             tape.launch(kernel, grid, block, arguments, kernels.moments_shared_bytes(width))
         else:
@@ -206,7 +206,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
         sizes = (width, p.dim_qk, terms, per_list, not halves, full, tiled)
         arguments = (totals, counts, moment, rows, mean, *map(np.int32, sizes), np.float32(p.scale))
         kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="factor")
-        tape.launch(kernel, (lists,), 256, arguments, shared)
+        tape.launch(kernel, (lists,), 512, arguments, shared)
 
     keys = (k, *k.strides, *([np.int32(k.aligned)] if halves else []), rows)
     lengths = history, starts, scores
