@@ -14,7 +14,7 @@
 // with one barrier a step, and all else is a number a thread.
 // moment, the block's own list's, may lie at the start of its shared memory: `held` bytes of that are not to be used.
 // T is float16 or bfloat16 (IS_BF16), or REAL.
-// grid lists, in one or two axes   block THREADS   shared memory: layout below; specialisations.factor_shared_bytes
+// grid lists, the last one first   block THREADS   shared memory: layout below; specialisations.factor_shared_bytes
 #pragma once
 #include "tiled.cuh"
 #include "elements.cuh"
@@ -53,7 +53,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 template <int THREADS>
 __device__ __forceinline__ void make_factors(
-    char* shared_memory, int held, const float* sum, int n, const float* moment, int pitch,
+    char* shared_memory, int held, long long list, const float* sum, int n, const float* moment, int pitch,
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
     int centred, int full, int tiled, float scale) {
     const int group = terms <= 8 ? 8 : 16, stride = (terms + group - 1) / group * group + 4;
@@ -69,7 +69,6 @@ __device__ __forceinline__ void make_factors(
     float* root = shift + padded;                        // [padded]
     int* axes = (int*)(root + padded);                   // [terms]
     unsigned short* place = (unsigned short*)(axes + terms);  // [pairs]: row and column of a place in a triangle
-    const long long list = (long long)blockIdx.y * gridDim.x + blockIdx.x;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const float share = n ? 1.f / n : 0.f;
     if (full || terms == 0) mean = (float*)(shared_memory + held);
@@ -271,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(FACTOR_THREADS, 2) factor(
     element_t* __restrict__ rows, float* __restrict__ mean_out, int width, int dim, int terms, int terms_rows,
     int centred, int full, int tiled, float scale) {
     extern __shared__ double factor_memory[];
-    make_factors<FACTOR_THREADS>((char*)factor_memory, 0, sum + (long long)blockIdx.x * width, count[blockIdx.x],
-                                 moment + (long long)blockIdx.x * width * width, width, rows, mean_out, width, dim, terms,
-                                 terms_rows, centred, full, tiled, scale);
+    const long long list = gridDim.x - 1 - blockIdx.x;  // the last moments that were written are still in the second cache
+    make_factors<FACTOR_THREADS>((char*)factor_memory, 0, list, sum + list * width, count[list], moment + list * width * width, width,
+                                 rows, mean_out, width, dim, terms, terms_rows, centred, full, tiled, scale);
 }

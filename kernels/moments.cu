@@ -191,8 +191,8 @@ __device__ __forceinline__ void factors_of_queries(
         count = sums.count;
     }
     __syncthreads();
-    make_factors<Moments<WIDTH>::THREADS>(shared_memory, terms > 0 ? WIDTH * PITCH * 4 : 0, total, count, moment, PITCH, rows,
-                                          nullptr, WIDTH, dim, terms, terms_rows, 0, 0, tiled, scale);
+    make_factors<Moments<WIDTH>::THREADS>(shared_memory, terms > 0 ? WIDTH * PITCH * 4 : 0, (long long)blockIdx.y * gridDim.x + blockIdx.x,
+                                          total, count, moment, PITCH, rows, nullptr, WIDTH, dim, terms, terms_rows, 0, 0, tiled, scale);
 }
 
 #define FACTORS(NAME, WIDTH)                                                                                           \
