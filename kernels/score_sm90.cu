@@ -12,17 +12,17 @@
 // warpgroups of this block and of its neighbour. At WIDTH 256 keys and stages fill a multiprocessor's shared memory and a
 // block is alone there; its two warpgroups take turns, since a product lasts twice as long as at 128 and its sums do not.
 // grid (order heads of a K/V head, key tiles of the longest history, K/V heads of the slab)   block TILE_KEYS * 2 + 32
-//   normalise: (for each part of the longest history, tiles of 128 rows of a head; order heads; K/V heads)
+//   normalise: (for each part of the longest history, tiles of TILE_KEYS rows of a head; order heads; K/V heads)
 //   score_mixture: (key tiles; order heads; K/V heads)
 //   tile_keys: (chunks of the longest history, K/V heads of the slab)   block 256
 // shared memory 1024 + TILE_KEYS * WIDTH * 2 + STAGES * (64 * WIDTH * 2 + 256 + 16) bytes
 // kernels score_1_64 .. score_64_128, by rows of a list and WIDTH; normalise_64, score_mixture_64, tile_keys_64 and
-// their like of 128; where WIDEST is 256, those of 256 alone   macros IS_BF16, WIDEST (128, 256)
+// their like of 128; where WIDEST is 256, those of 256 alone   macros IS_BF16, WIDEST (128, 256), TILE_KEYS
+// (a multiple of 64)
 #include "gather.cuh"
 #include "scores.cuh"
 #include "tiled.cuh"
 
-constexpr int TILE_KEYS = 128;
 constexpr int THREADS = 2 * TILE_KEYS;  // that multiply
 constexpr int STAGES = 4;
 constexpr int CHUNK_ROWS = 64;
@@ -204,7 +204,7 @@ __device__ __forceinline__ void normalise_tile(
     const half_t* __restrict__ tiles, const half_t* __restrict__ rows, float2* __restrict__ partial, const int* __restrict__ history,
     const long long* __restrict__ starts, const unsigned short* __restrict__ scores, int key_chunks, int segments, int per_list,
     float unit, int part_keys) {
-    constexpr int CHUNK = CHUNK_ROWS * WIDTH, TILE_ROWS = THREADS / 2;
+    constexpr int CHUNK = CHUNK_ROWS * WIDTH, TILE_ROWS = TILE_KEYS;
     extern __shared__ __align__(128) char shared_memory[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
     const int order_head = blockIdx.z * gridDim.y + blockIdx.y, head_rows = tiled_rows(segments, per_list);

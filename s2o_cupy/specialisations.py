@@ -144,12 +144,12 @@ def score_shared_bytes(macros: dict) -> int:
 
 def score_sm90_macros(dtype: str, dim: int) -> dict:
     """Macros of score_sm90.cu: its widest kernels take as long to compile as the others together."""
-    return DTYPE_MACROS[dtype] | {"WIDEST": max(rank_width(dim), 128)}
+    return DTYPE_MACROS[dtype] | {"WIDEST": max(rank_width(dim), 128), "TILE_KEYS": 128}
 
 
-def score_sm90_shared_bytes(width: int) -> int:
-    """Dynamic shared memory of score_sm90.cu: 128 keys, and four chunks of 64 rows with their offsets and barriers."""
-    return 1024 + (128 + 4 * 64) * width * 2 + 4 * (256 + 16)
+def score_sm90_shared_bytes(macros: dict, width: int) -> int:
+    """Dynamic shared memory of score_sm90.cu: its keys, and four chunks of 64 rows with their offsets and barriers."""
+    return 1024 + (macros["TILE_KEYS"] + 4 * 64) * width * 2 + 4 * (256 + 16)
 
 
 def remap_macros(dtype: str) -> dict:

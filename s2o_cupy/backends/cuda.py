@@ -219,9 +219,10 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
         return
     sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
     if hopper:
-        kernel, _ = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_{per_list}_{width}")
-        grid = (p.orders, -(-longest // 128), heads // p.orders)
-        tape.launch(kernel, grid, 288, (*keys, *lengths, *sizes), kernels.score_sm90_shared_bytes(width))
+        kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_{per_list}_{width}")
+        block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
+        grid = (p.orders, -(-longest // block), heads // p.orders)
+        tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes), shared)
     else:
         kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_full" if full else f"score_{per_list}")
         block = 32 * macros["WARPS"]
@@ -272,9 +273,11 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     last, parts, part_keys = (np.int32(per_list), unit), -(-longest // PART_KEYS), np.int32(PART_KEYS)
     partial = tape.room((heads, parts, head_rows, 2), np.float32)
     if hopper:
-        chunks, block, threads, shared = -(-longest // 64), 128, 288, kernels.score_sm90_shared_bytes(width)
+        chunks = -(-longest // 64)
         tiles = tape.room((kv_heads, chunks, 64, width), np.uint16)
-        kernel, _ = _kernel("score_sm90", p.dtype, p.dim_qk, "tile_keys")
+        kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, "tile_keys")
+        block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
+        threads = 2 * block + 32
         tape.launch(kernel, (chunks, kv_heads), 256, (*keys, tiles, *sizes[:4], np.int32(width)))
         kernel, _ = _kernel("score_sm90", p.dtype, p.dim_qk, f"normalise_{width}")
         arguments = (tiles, rows, partial, *lengths, np.int32(chunks), sizes[4], *last, part_keys)

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from s2o_cupy import reference
+from s2o_cupy import reference, specialisations
 from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
@@ -98,6 +98,15 @@ def test_hopper_scores_are_the_reference(monkeypatch, dtype, dim, terms, segment
     q, k = inputs(p)
     q[0, 1, 50, 3] = np.nan
     check(emulated(monkeypatch, arch="sm_90a"), p, q, k)
+
+
+@pytest.mark.parametrize("rank", ["gaussian", "mixture"])
+def test_hopper_key_tiles_of_another_size(monkeypatch, rank):
+    """The backend's launches follow TILE_KEYS."""
+    p = Problem(1, 2, 1, 280, 300, 64, 64, "float16", Settings(segment=40, pool=16, rank=rank, rank_terms=15))
+    macros = specialisations.score_sm90_macros("float16", 64) | {"TILE_KEYS": 192}
+    monkeypatch.setattr(specialisations, "score_sm90_macros", lambda dtype, dim: macros)
+    check(emulated(monkeypatch, arch="sm_90a"), p, *inputs(p))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
