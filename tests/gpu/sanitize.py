@@ -1,7 +1,7 @@
 """`python tests/gpu/sanitize.py [--twins] [FILE]`: compute-sanitizer over the CUDA kernels or Numba twins, to a file.
 
-memcheck over a small run of every stage, racecheck over the kernels that share memory between warps. The kernels
-are called on small shapes: the sanitizer slows them a hundredfold.
+memcheck and racecheck over a small run of every stage. The kernels are called on small shapes, since the sanitizer
+slows them a hundredfold, and each case runs in a process of its own, several at once.
 """
 
 from __future__ import annotations
@@ -9,13 +9,26 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TOOLS = {"memcheck": [], "racecheck": ["--racecheck-report", "all"]}
+CASES = (
+    ("bfloat16", (128, 128), {}),
+    ("bfloat16", (128, 128), {"rank": "mean", "segment": 64, "block_q": 64, "share_order": True}),
+    ("float16", (64, 64), {"rank": "mean", "tail": None, "causal": False}),
+    ("float16", (40, 33), {"rank_terms": None, "rank_levels": None}),
+    ("bfloat16", (256, 256), {"rank_terms": 7}),
+    ("bfloat16", (64, 64), {"rank": "mixture"}),
+    ("float16", (256, 256), {"rank": "mixture"}),
+    ("float32", (20, 12), {}),
+    ("float32", (20, 12), {"rank": "mixture"}),
+    ("float64", (20, 12), {"rank_levels": None}),
+)
 
 
-def small_run(twins: bool) -> None:
-    """Every stage once, in each dtype, on ragged shapes."""
+def small_run(case: int, twins: bool) -> None:
+    """Every stage once, on ragged shapes."""
     import cupy
     import ml_dtypes
     import numpy as np
@@ -28,46 +41,43 @@ def small_run(twins: bool) -> None:
 
     assert ml_dtypes
     backend = importlib.import_module(f"s2o_cupy.backends.{'numba_cuda' if twins else 'cuda'}")
-    base = Settings(segment=128, pool=32, block_k=64, tau=0.2)
-    for dtype, dims, settings in (
-        ("bfloat16", (128, 128), base),
-        ("float16", (64, 64), base.replace(rank="mean", tail=None, causal=False)),
-        ("float16", (40, 33), base.replace(rank_terms=None, rank_levels=None)),
-        ("bfloat16", (256, 256), base.replace(rank_terms=7)),
-        ("bfloat16", (64, 64), base.replace(rank="mixture")),
-        ("float32", (20, 12), base),
-        ("float32", (20, 12), base.replace(rank="mixture")),
-        ("float64", (20, 12), base.replace(rank_levels=None)),
-    ):
-        p = Problem(1, 2, 1, 250, 330, *dims, dtype, settings)
-        q, k, v = map(cupy.asarray, arrays(p))
-        offsets = cupy.asarray(p.offsets(p.whole))
-        order, result = cupy.full(int(offsets[-1, -1]), 0, np.int32), empty(p)
-        backend.remap(p, backend.score(p, q, k, p.whole), p.whole, offsets, order)
-        backend.attend(p, q, k, v, p.whole, order, offsets, None, backend.pool(p, k, v), result)
-        backend.dense(p, q, k, v, result)
-        cupy.cuda.runtime.deviceSynchronize()
-        print(dtype, dims, "ran", flush=True)
+    dtype, dims, settings = CASES[case]
+    settings = Settings(**{"segment": 128, "pool": 32, "block_k": 64, "tau": 0.2, **settings})
+    p = Problem(1, 2, 1, 250, 330, *dims, dtype, settings)
+    q, k, v = map(cupy.asarray, arrays(p))
+    offsets = cupy.asarray(p.offsets(p.whole))
+    order, result = cupy.full(int(offsets[-1, -1]), 0, np.int32), empty(p)
+    backend.remap(p, backend.score(p, q, k, p.whole), p.whole, offsets, order)
+    backend.attend(p, q, k, v, p.whole, order, offsets, None, backend.pool(p, k, v), result)
+    backend.dense(p, q, k, v, result)
+    cupy.cuda.runtime.deviceSynchronize()
+    print(dtype, dims, settings, "ran", flush=True)
+
+
+def sanitize(tool: str, case: int, twins: bool) -> tuple[bool, str]:
+    """Whether the tool found nothing, and what it printed."""
+    run = [__file__, f"--case={case}", *["--twins"] * twins]
+    command = ["compute-sanitizer", "--tool", tool, *TOOLS[tool], "--error-exitcode", "9"]
+    done = subprocess.run([*command, sys.executable, *run], capture_output=True, text=True)
+    clean = done.returncode == 0
+    print(tool, *CASES[case], "clean" if clean else f"exit {done.returncode}", flush=True)
+    return clean, "\n".join([f"$ {' '.join(command)} python {' '.join(run)}", done.stdout, done.stderr])
 
 
 def main(twins: bool, path: str | None) -> int:
-    """Run every tool; returns the number that found something."""
-    failed, lines, run = 0, [], [__file__, "--small-run", *["--twins"] * twins]
-    for tool, options in TOOLS.items():
-        command = ["compute-sanitizer", "--tool", tool, *options, "--error-exitcode", "9"]
-        done = subprocess.run([*command, sys.executable, *run], capture_output=True, text=True)
-        failed += done.returncode != 0
-        lines += [f"$ {' '.join(command)} python {' '.join(run)}", done.stdout, done.stderr]
-        print(tool, "clean" if done.returncode == 0 else f"exit {done.returncode}", flush=True)
+    """Run every tool over every case; returns the number of runs that found something."""
+    with ThreadPoolExecutor(10) as pool:
+        runs = list(pool.map(lambda run: sanitize(*run, twins), [(t, c) for t in TOOLS for c in range(len(CASES))]))
     if path:
-        Path(path).write_text("\n".join(lines))
-    return failed
+        Path(path).write_text("\n".join(text for _, text in runs))
+    return sum(not clean for clean, _ in runs)
 
 
 if __name__ == "__main__":
     given = [x for x in sys.argv[1:] if not x.startswith("--")]
-    if "--small-run" in sys.argv:
+    case = [int(x.removeprefix("--case=")) for x in sys.argv[1:] if x.startswith("--case=")]
+    if case:
         sys.path.insert(0, str(Path(__file__).parents[2]))
-        small_run("--twins" in sys.argv)
+        small_run(case[0], "--twins" in sys.argv)
     else:
         sys.exit(main("--twins" in sys.argv, given[0] if given else None))
