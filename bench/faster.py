@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 
+from bench.workloads import PRESETS
+
 SLOW = 0.85  # a walk below this share of its kernel's own dense rate is said to be
 
 
-def faster(cases: list[dict], n: int) -> dict[str, dict[float, float]]:
-    """For each method and wanted error at length `n`: its time over that of our fastest variant there.
+def heads_of(case: dict) -> int | str | None:
+    """What heads a case of `peers` is of: the length of synthetic ones, the file's name of real ones."""
+    return case.get("n") if case.get("preset") in (None, *PRESETS) else case["preset"]
+
+
+def faster(cases: list[dict], heads: int | str) -> dict[str, dict[float, float]]:
+    """For each method and wanted error on some heads (`heads_of`): its time over that of our fastest variant there.
 
     Block methods stand a second time with their selection as measured and their walk at cuDNN's dense rate.
     """
-    timed = [case for case in cases if case.get("n") == n and case.get("time")]
+    timed = [case for case in cases if heads_of(case) == heads and case.get("time")]
     best: dict[float, float] = {}
     for case in timed:
         if case["kind"] == "ours":

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from bench.faster import fastest
+from bench.faster import fastest, heads_of
 from s2o_cupy import plots
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -40,7 +40,7 @@ def of(report: dict) -> list:
     """The figures that a report's kind has; none for the kinds that are tables."""
     timed = [case for case in report["cases"] if case.get("time")]
     if report["bench"] == "peers" and timed:
-        return [matched(report, n) for n in sorted({case["n"] for case in timed})]
+        return [matched(report, heads) for heads in dict.fromkeys(map(heads_of, sorted(timed, key=lambda x: x["n"])))]
     if report["bench"] == "scaling" and any("wanted" in case for case in timed):
         return [scaling(report)]
     if report["bench"] == "kernels" and any(case.get("floor_ms") for case in timed):
@@ -48,14 +48,15 @@ def of(report: dict) -> list:
     return []
 
 
-def matched(report: dict, n: int):
-    """Time of every method against the error it meets, at one length; dense kernels are lines across.
+def matched(report: dict, heads: int | str):
+    """Time of every method against the error it meets, on some heads (`heads_of`); dense kernels are lines across.
 
     Of a report with one error it is bars.
     """
     figure, axes = _figure()
-    cases = [case for case in report["cases"] if case.get("time") and case.get("n") == n]
-    title = f"N={n}, {_heads(cases)}, causal, on {report['machine'].get('gpu', '?')}"
+    cases = [case for case in report["cases"] if case.get("time") and heads_of(case) == heads]
+    which = f"N={heads}" if isinstance(heads, int) else heads
+    title = f"{which}, {_heads(cases)}, causal, on {report['machine'].get('gpu', '?')}"
     wanted = {case["wanted"] for case in cases if "wanted" in case}
     if len(wanted) == 1:
         axes.set_title(f"{title}; relative error {wanted.pop():g}", loc="right")

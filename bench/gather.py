@@ -14,7 +14,6 @@ from bench.baselines import BLOCK
 
 BLOCK_M = BLOCK_N = BLOCK
 TIERS, BINS = 16, 512
-LAUNCH = {"num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -107,7 +106,7 @@ def _attend(
     tl.store(out + place, (acc / mass[:, None]).to(queries.dtype))
 
 
-def attend(q, k, v, lists, starts, depths, scale, *, segment, tau=None, chunk=0, own=None, blocks=False, launch=LAUNCH):
+def attend(q, k, v, lists, starts, depths, scale, *, segment, tau=None, chunk=0, own=None, blocks=False):
     """Causal attention of q (Hq, N, D) over its own segment and, in the order of its list, earlier keys.
 
     ``chunk`` key tiles lie between two looks at the gain against ``tau``; 0 walks ``depths`` tiles of each row tile.
@@ -118,6 +117,7 @@ def attend(q, k, v, lists, starts, depths, scale, *, segment, tau=None, chunk=0,
     if segment % (max(chunk, 1) * BLOCK_N):  # a walk would go on past the end of its list
         raise ValueError(f"chunk is {chunk} at segment {segment}; allowed: whole chunks of {BLOCK_N} keys in a segment")
     own_k, own_v = own or (k, v)
+    launch = {"num_warps": 8, "num_stages": 2 if dim <= 128 else 1}  # shared memory holds one stage of 256
     out = torch.empty_like(q)
     walked = torch.empty(heads, n // BLOCK_M, dtype=torch.int32, device=q.device)
     _attend[(n // BLOCK_M, heads)](

@@ -8,8 +8,7 @@ is our dense attention's time over the case's.
 from __future__ import annotations
 
 from functools import partial
-
-import numpy as np
+from pathlib import Path
 
 import s2o_cupy as s2o
 from bench import building, ours, twins, workloads
@@ -48,10 +47,8 @@ def main(options, record: Record) -> None:
                 sets = 1 if n > 40_000 else 2  # two sets of inputs: no call finds its own in L2
                 Case(preset, [ours.inputs(preset, n, seed) for seed in range(sets)], record).all(options.torch)
     for path in options.files:
-        with np.load(path) as file:
-            arrays = [_cupy().asarray(file[name]) for name in ("q", "k", "v")]
-        arrays = [x.reshape((1,) * (4 - x.ndim) + x.shape) for x in arrays]
-        Case(path.rsplit("/", 1)[-1].removesuffix(".npz"), [arrays], record).all(options.torch)
+        with record.section(path), record.attempt(path):
+            Case(Path(path).stem, [ours.read(path)], record).all(options.torch)
     with record.section("crossover, host times"):
         for n in CROSSOVER:
             for preset in ("diffuse", "randn"):

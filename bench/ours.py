@@ -43,6 +43,15 @@ def inputs(preset: str, n: int, seed: int = 0) -> list:
     return [x[None] for x in arrays]
 
 
+def read(path: str) -> list:
+    """q, k, v of a file as `s2o run` takes them, as CuPy arrays of four axes."""
+    import cupy
+
+    with np.load(path) as file:
+        arrays = [cupy.asarray(file[name]) for name in ("q", "k", "v")]
+    return [x.reshape((1,) * (4 - x.ndim) + x.shape) for x in arrays]
+
+
 def lists(problem: Problem) -> tuple:
     """Offsets of a whole plan's lists, and room for their keys."""
     import cupy

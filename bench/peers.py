@@ -12,12 +12,13 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 import s2o_cupy as s2o
 from bench import building, ours
-from bench.faster import SLOW, faster
+from bench.faster import SLOW, faster, heads_of
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import Timing, on_device
@@ -33,6 +34,7 @@ OURS = ours.VARIANTS
 
 def arguments(parser) -> None:
     """Adds the options that `main` reads."""
+    parser.add_argument("files", nargs="*", metavar="FILE.npz", help="real heads in place of synthetic ones: q, k, v")
     parser.add_argument("--length", type=_lengths, default=LENGTHS, metavar="N,N", help="sequence lengths")
     parser.add_argument("--preset", default="diffuse", choices=("sparse", "diffuse"), help="synthetic heads")
     parser.add_argument("--rows", type=int, default=1024, metavar="N", help="query rows a head, for errors")
@@ -50,10 +52,12 @@ def arguments(parser) -> None:
 
 
 def main(options, record: Record) -> None:
-    """Dense kernels of every length, then error by error every method, and who is how much faster."""
-    lengths, errors = options.length, options.errors
+    """Dense kernels of every set of heads, then error by error every method, and who is how much faster."""
+    errors = options.errors
+    sets = {path: partial(real_heads, path) for path in options.files}
+    sets = sets or {f"all of N={n}": partial(synthetic_heads, options.preset, n) for n in options.length}
     if options.quick:
-        lengths, errors = lengths[:1], errors[:2]
+        sets, errors = dict(list(sets.items())[:1]), errors[:2]
     chosen = {name: settings for name, settings in OURS.items() if _wanted(options, name)}
     if options.quick:
         chosen = dict(list(chosen.items())[:2])
@@ -65,22 +69,40 @@ def main(options, record: Record) -> None:
         with record.section("imports, arrays, exact rows"):
             built.start(building.of_ours(chosen.values()) if options.build else [])
             rivals = rivals_or_none()
+            lengths = [] if options.files else options.length
             built.start(_peers_tasks(rivals, lengths, options) if options.build else [])
-            for n in lengths:
-                with record.attempt(f"all of N={n}"):
-                    runs.append(Run(options, n, rivals, chosen, knobs, record))
+            for name, make in sets.items():
+                with record.attempt(name):
+                    runs.append(Run(options, *make(), rivals, chosen, knobs, record))
         with record.section("waiting for kernels to be built"):
             built.wait()
     for run in runs:
-        with record.section(f"N={run.n}, dense"), record.attempt(f"dense, N={run.n}"):
+        with record.section(f"{run}, dense"), record.attempt(f"dense, {run}"):
             run.dense_kernels()
     turns = [(wanted, run) for wanted in errors[:2] for run in runs]
     turns += [(wanted, run) for run in sorted(runs, key=lambda run: run.n) for wanted in errors[2:]]
     for wanted, run in turns:
-        with record.section(f"N={run.n}, error {wanted}"):
+        with record.section(f"{run}, error {wanted}"):
             run.meet(wanted)
-    for n in lengths:
-        print_faster(n, faster(record.report["cases"], n))
+    for run in runs:
+        print_faster(run, faster(record.report["cases"], heads_of(run.same)))
+
+
+def synthetic_heads(preset: str, n: int) -> tuple:
+    """A preset's name and its q, k, v."""
+    return preset, ours.inputs(preset, n)
+
+
+def real_heads(path: str) -> tuple:
+    """A file's name and its q, k, v, of a shape that every peer takes."""
+    q, k, v = ours.read(path)
+    n = q.shape[2]
+    if len(q) != 1 or k.shape[2] != n or n < 2048 or n % 1024:
+        raise ValueError(
+            f"{path} has q {q.shape}, k {k.shape}; allowed: one batch entry and as many queries as keys, "
+            "a multiple of 1024 from 2048 on"
+        )
+    return Path(path).stem, [q, k, v]
 
 
 class Ours:
@@ -124,17 +146,18 @@ def whole_call(method, arrays, scale: float, x: float) -> Callable[[], object]:
 
 
 class Run:
-    """One length: its arrays, the exact rows, the dense time that ratios are against, and the methods' sweeps."""
+    """One set of heads: the exact rows, the dense time that ratios are against, and the methods' sweeps."""
 
-    def __init__(self, options, n: int, rivals, chosen: dict[str, Settings], knobs: dict, record: Record):
-        self.record, self.n, self.rivals, self.knobs, self.options = record, n, rivals, knobs, options
-        self.arrays = ours.inputs(options.preset, n)
+    def __init__(self, options, preset: str, arrays, rivals, chosen: dict[str, Settings], knobs: dict, record: Record):
+        self.record, self.rivals, self.knobs, self.options = record, rivals, knobs, options
+        self.preset, self.arrays = preset, arrays
         problem = make_problem(*self.arrays, Settings())
-        self.scale, self.pairs, self.flop = problem.scale, ours.causal_pairs(n), 4 * ours.DIM
-        self.rows = sample_rows(n, options.rows, 0)
+        self.n, self.scale, self.flop = problem.n_q, problem.scale, 2 * (problem.dim_qk + problem.dim_v)
+        self.pairs = ours.causal_pairs(self.n, problem.heads_q)
+        self.rows = sample_rows(self.n, options.rows, 0)
         self.exact = exact_rows(problem, *self.arrays, self.rows).out[0].astype(np.float64)
-        self.where = (ours.shape_text(n), problem.dtype)
-        self.same = {"n": n, "preset": options.preset}
+        self.where = (ours.shape_text(self.n, problem.heads_q, problem.heads_kv, problem.dim_qk), problem.dtype)
+        self.same = {"n": self.n, "preset": preset}
         self.baseline = self.cudnn_rate = self.tensors = None
         self.makers = {name: partial(Ours, name, settings) for name, settings in chosen.items()}
         self.entries: dict[str, Entry] = {}
@@ -144,6 +167,9 @@ class Run:
 
             self.tensors = [torch.from_dlpack(x[0]) for x in self.arrays]
             self.makers |= {name: make for name, make in rivals.sparse_peers(options.quick) if _wanted(options, name)}
+
+    def __str__(self) -> str:
+        return f"{self.preset}, N={self.n}"
 
     def dense_kernels(self) -> None:
         """Each dense kernel there is, checked and timed; the first is what ratios are against."""
@@ -285,10 +311,10 @@ class Entry:
         return self.error(out), pairs()
 
 
-def print_faster(n: int, found: dict) -> None:
+def print_faster(run: Run, found: dict) -> None:
     errors = sorted({wanted for row in found.values() for wanted in row}, reverse=True)
     if errors:
-        print(f"\nN={n}: time of each over that of our fastest variant at the same error")
+        print(f"\n{run}: time of each over that of our fastest variant at the same error")
         print(f"{'error':42}" + "".join(f"{wanted:8.2f}" for wanted in errors))
     for name, row in found.items():
         print(f"{name:42}" + "".join(f"{row[w]:8.2f}" if w in row else f"{'-':>8}" for w in errors))

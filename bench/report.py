@@ -15,7 +15,7 @@ import re
 import shlex
 from pathlib import Path
 
-from bench.faster import SLOW, faster, fastest
+from bench.faster import SLOW, faster, fastest, heads_of
 from s2o_cupy.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ WHAT = {
     "kernels": "every kernel alone beside its floor",
 }
 COLUMNS = ("case", "dtype", "shape", "density", "error", "ms", "p10", "p90", "TFLOP/s", "ratio", "note")
-_MARKED = re.compile(r"(<!-- bench (\S+) (\w+)(?: (\d+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- bench (\S+) (\w+)(?: (\w+))? -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _STYLE = "body{font:15px sans-serif;margin:2em;max-width:80em}table{border-collapse:collapse;font-size:13px}"
 _STYLE += "td,th{padding:2px 8px;text-align:right;border-bottom:1px solid #ddd}"
 _STYLE += "td:first-child,td:last-child{text-align:left}"
@@ -156,7 +156,7 @@ def updated(text: str) -> str:
             raise ValueError(f"table {kind!r} of {name!r}; allowed: a report under {RESULTS}")
         if report is None:
             return head + f"Not measured yet: no `{name}`.\n" + foot
-        lines = TABLES[kind](report, int(n) if n else None)
+        lines = TABLES[kind](report, int(n) if n and n.isdigit() else n or None)
         if "*" in name:
             lines = [*lines, "", f"From `bench/results/{path.name}`: {origin(report)}."]
         return head + "\n".join(lines) + "\n" + foot
@@ -180,20 +180,24 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def table_faster(report: dict, n: int | None) -> list[str]:
-    """Each method's time over ours at each error, at one length."""
+def table_faster(report: dict, n: int | str | None) -> list[str]:
+    """Each method's time over ours at each error, at one length or of one file's heads."""
     found = faster(report["cases"], n)
     errors = sorted({wanted for row in found.values() for wanted in row}, reverse=True)
     ours = {case["wanted"]: case for case in sorted(_ours(report, n), key=lambda case: -case["time"]["median"])}
     rows = [["our fastest, ms", *(_ms(ours[e]) for e in errors)]] if errors else []
     rows += [[name, *(_number(row.get(e), 2) for e in errors)] for name, row in found.items()]
-    return markdown([f"N={n}, time over ours at error", *(f"{e:g}" for e in errors)], rows)
+    return markdown([f"{_heads(n)}, time over ours at error", *(f"{e:g}" for e in errors)], rows)
 
 
-def _ours(report: dict, n: int | None) -> list[dict]:
-    """Our timed cases at one length."""
+def _heads(n: int | str | None) -> str:
+    return f"N={n}" if isinstance(n, int) else str(n)
+
+
+def _ours(report: dict, n: int | str | None) -> list[dict]:
+    """Our timed cases at one length, or of one file's heads."""
     cases = report["cases"]
-    return [case for case in cases if case.get("kind") == "ours" and case.get("time") and case["n"] == n]
+    return [case for case in cases if case.get("kind") == "ours" and case.get("time") and heads_of(case) == n]
 
 
 def table_cases(report: dict, n: int | None) -> list[str]:
@@ -203,12 +207,12 @@ def table_cases(report: dict, n: int | None) -> list[str]:
     return markdown([COLUMNS[i] for i in keep], [[row[i] for i in keep] for row in rows])
 
 
-def table_matched(report: dict, n: int | None) -> list[str]:
+def table_matched(report: dict, n: int | str | None) -> list[str]:
     """Milliseconds and density of each sparse method at each error, dense kernels in the first rows.
 
     In brackets: milliseconds at the kernel's own dense rate, where its walk is slower than `SLOW` of that.
     """
-    cases = [case for case in report["cases"] if case.get("time") and case.get("n") == n]
+    cases = [case for case in report["cases"] if case.get("time") and heads_of(case) == n]
     errors = sorted({case["wanted"] for case in cases if "wanted" in case}, reverse=True)
     dense = [case for case in cases if case.get("kind") == "dense"]
     rows = [[case["name"], _ms(case), *([""] * len(errors))] for case in dense]
@@ -221,7 +225,7 @@ def table_matched(report: dict, n: int | None) -> list[str]:
     for name in dict.fromkeys(case["name"] for case in cases if "wanted" in case):
         by_error = {case["wanted"]: case for case in cases if case["name"] == name and "wanted" in case}
         rows.append([name, "", *(cell(by_error[e]) if e in by_error else "-" for e in errors)])
-    return markdown([f"N={n}", "dense, ms", *(f"error {e:g}: ms, density" for e in errors)], rows)
+    return markdown([_heads(n), "dense, ms", *(f"error {e:g}: ms, density" for e in errors)], rows)
 
 
 def table_lengths(report: dict, n: int | None) -> list[str]:

@@ -316,6 +316,27 @@ def test_peers_takes_two_errors_at_all_lengths_first_and_leaves_out_what_is_slow
     assert sum("--patience 0" in case["note"] for case in cases) == 2
 
 
+def test_peers_takes_real_heads_from_files(small, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(peers, "rivals_or_none", lambda: None)
+    monkeypatch.setattr(peers, "OURS", {"s2o_cupy": Settings()})
+    rng = np.random.default_rng(0)
+    for name, n in (("good", 2048), ("short", 1000)):
+        arrays = {x: rng.standard_normal((h, n, 40)).astype(np.float16) for x, h in (("q", 3), ("k", 1), ("v", 1))}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    out = tmp_path / "heads.json"
+    assert run("peers", tmp_path / "good.npz", "--errors", "0.1", "--rows", "64", "--json", out) == 0
+    assert "good, N=2048: time of each over that of our fastest" in capsys.readouterr().out
+    report_ = json.loads(out.read_text())
+    mine = [case for case in report_["cases"] if case.get("kind") == "ours"]
+    assert [(case["preset"], case["shape"], case["dtype"]) for case in mine] == [
+        ("good", "Hq3 Hkv1 N2048 D40", "float16")
+    ]
+    assert mine[0]["error"] <= 0.1
+    assert "| s2o_cupy |" in "\n".join(report.table_matched(report_, "good"))
+    assert len(figures.of(report_)) == 1
+    assert "allowed: one batch entry and as many queries as keys" in run("peers", tmp_path / "short.npz")
+
+
 def test_without_torch_peers_measures_ours(small, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "bench.rivals", None)
     monkeypatch.delattr("bench.rivals", raising=False)
