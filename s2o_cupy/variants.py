@@ -263,10 +263,30 @@ def only(text: str, entry: str) -> str:
 
 
 # --- signatures -----------------------------------------------------------------------------------
-def entries(text: str) -> list[str]:
-    """The kernels that a text defines, by name; score.cu and others make theirs by a macro of NAME."""
+def entries(text: str, macros: dict | None = None) -> list[str]:
+    """The kernels that a text defines, by name; score.cu and others make theirs by a macro of NAME.
+
+    With `macros` those alone that it defines under them: where it says ``#if MACRO == NUMBER``.
+    """
+    text = _under(text, macros or {})
     by_macro = [name for macro in _macros(text) for name in re.findall(rf"^{macro}\((\w+)", text, re.MULTILINE)]
     return [*by_macro, *(d.name for d in definitions(text) if d.kernel)]
+
+
+def _under(text: str, macros: dict) -> str:
+    """The text without the lines that ``#if MACRO == NUMBER`` leaves out under these macros."""
+    kept, open_ifs = [], []  # for each #if around a line, whether its lines count: None where that is not known
+    for line in text.splitlines(keepends=True):
+        word = re.match(r"\s*#\s*(if|else|elif|endif)", line)
+        asked = re.match(r"\s*#\s*if\s+(\w+)\s*==\s*(\d+)\s*$", line)
+        if word and word[1] == "if":
+            open_ifs.append(macros[asked[1]] == int(asked[2]) if asked and asked[1] in macros else None)
+        elif word and word[1] == "endif" and open_ifs:
+            open_ifs.pop()
+        elif word and open_ifs and open_ifs[-1] is not None:
+            open_ifs[-1] = None if word[1] == "elif" else not open_ifs[-1]
+        kept.append("\n" if not word and False in open_ifs else line)
+    return "".join(kept)
 
 
 def parameters(text: str, entry: str) -> list[str] | None:

@@ -132,6 +132,10 @@ def test_functions_and_kernels_are_found():
     assert entries(current("pool").text) == ["pool"]
     assert {"moments", "score"} < set(entries(current("score_simt").text))
     assert {"score_full", "score_1", "normalise"} <= set(entries(current("score").text))
+    by_width = [set(entries(current("score_sm90").text, {"WIDEST": widest})) for widest in (128, 256)]
+    assert by_width[0] & by_width[1] == {"tile_keys"}
+    assert "score_16_128" in by_width[0]
+    assert "score_16_256" in by_width[1]
     assert parameters(POOL, "pool")[:5] == ["element_t*", "long long", "long long", "long long", "element_t*"]
     text = (
         '// f(int) {\n"g() {"; struct S { int m() { return 1; } };\ntemplate <int N> int h(int a[N]) { return {}; }\n'

@@ -33,7 +33,7 @@ def launched(engine, source: Source, todo: list, timed, stage: str) -> dict[tupl
 
 def compile_all(engine, source: Source, macros: dict, arch: str, wanted: dict, todo: list, on_gpu: bool, say) -> None:
     """Compile what is wanted and every kernel of the variant, at the same time, and meanwhile ask the reference."""
-    own = [(source.name, entry, source, tuple(sorted(macros.items()))) for entry in entries(source.text)]
+    own = [(source.name, entry, source, tuple(sorted(macros.items()))) for entry in entries(source.text, macros)]
 
     def build(file, entry, one, defined):
         return engine.kernel(file, entry, one, **dict(defined))
@@ -102,18 +102,20 @@ def serve_resources(job: dict, gpu: bool, say) -> None:
     arch = device_target() if gpu else "sm_90a"
     specs = [spec for spec in specialisations.shipped(arch) if spec.name == job["name"]]
     source = current(job["name"])
-    names = entries(source.text)
+
+    def names(spec):
+        return entries(source.text, dict(spec.macros))
 
     def there(spec):
         found, _ = resources(arch, spec)
-        return [{**found[name], "kernel": name, "local_bytes": found[name]["stack_bytes"]} for name in names]
+        return [{**found[name], "kernel": name, "local_bytes": found[name]["stack_bytes"]} for name in names(spec)]
 
     def here(spec, name):
         return _resources(name, get_kernel(spec.name, name, engines.part(source, name), **dict(spec.macros)))
 
     if gpu:
-        _, made = at_once(here, [(spec, name) for spec in specs for name in names], [])
-        found = {spec: [made[spec, name] for name in names] for spec in specs}
+        _, made = at_once(here, [(spec, name) for spec in specs for name in names(spec)], [])
+        found = {spec: [made[spec, name] for name in names(spec)] for spec in specs}
     else:
         _, made = at_once(there, [(spec,) for spec in specs], [])
         found = {spec: made[spec,] for spec in specs}
