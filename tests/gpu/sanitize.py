@@ -16,7 +16,7 @@ from pathlib import Path
 
 TOOLS = {
     "memcheck": [],
-    "racecheck": ["--racecheck-report", "all", "--kernel-regex-exclude", "kernel_substring=attend_sm90"],
+    "racecheck": ["--racecheck-report", "all", "--kernel-regex-exclude", "kns=attend_sm90"],
 }
 CASES = (
     ("bfloat16", (128, 128), {}),
