@@ -11,6 +11,7 @@
 //   lse           [batch * heads_q, n_q]                  float  natural log
 //   tiles, tail_blocks [batch * heads_q, row_tiles]       int32  or null
 //   tail_mass     [batch * heads_q, n_q]                  float  share of the softmax sum; or null
+//   lift          [batch * heads_q, n_q]                  float  added to a row's products with pooled keys; or null
 // T is float16 or bfloat16 (IS_BF16). `unit` is scale * log2 e.
 // grid (row tiles of the slab * group, K/V heads of the slab)   block NUM_WARPS * 32
 // shared memory: see the layout below; compile.attend_shared_bytes computes it
@@ -100,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
     const half_t* __restrict__ k_pool, const half_t* __restrict__ v_pool, int pool_stride, int k_pool_row, int v_pool_row,
     const int* __restrict__ kv_order, const long long* __restrict__ kv_offsets, long long offsets_stride,
     const int* __restrict__ query_order, const float* __restrict__ taus, float tau,
-    float* __restrict__ lse, int* __restrict__ tiles, int* __restrict__ tail_blocks, float* __restrict__ tail_mass,
+    float* __restrict__ lse, int* __restrict__ tiles, int* __restrict__ tail_blocks, float* __restrict__ tail_mass, const float* __restrict__ lift,
     int heads_q, int heads_kv, int orders, int kv_start, int n_q, int n_k, int dim_qk, int dim_v,
     int causal, int window, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
     int block_q, int block_k, int log2_pool, float unit) {
@@ -316,6 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                         floor = end - agreed.window, limit = min(limit, end);
                     }
                     const float ceiling = step.phase == TAIL ? sm.ceiling[r] : -NEGATIVE_INFINITY;
+                    const float lifted = step.phase == TAIL && lift != nullptr ? lift[agreed.flat_head * n_q + sm.row[r]] : 0.f;
 #pragma unroll
                     for (int n = 0; n < N_TILES; ++n)
 #pragma unroll
@@ -323,7 +325,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                             float& x = p[m][n][2 * h + i];
                             const int column = 8 * n + 2 * (lane % 4) + i;
                             const float bias = step.phase >= TAIL ? *(volatile float*)(sm.bias + column) : 0.f;
-                            x = column >= floor && column < limit ? fminf(x, ceiling) + bias : NEGATIVE_INFINITY;
+                            x = column >= floor && column < limit ? fminf(x + lifted, ceiling) + bias : NEGATIVE_INFINITY;
                         }
                 }
         }

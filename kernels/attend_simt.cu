@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
     const real_t* __restrict__ k_pool, const real_t* __restrict__ v_pool, int pool_stride, int k_pool_row, int v_pool_row,
     const int* __restrict__ kv_order, const long long* __restrict__ kv_offsets, long long offsets_stride,
     const int* __restrict__ query_order, const float* __restrict__ taus, float tau,
-    real_t* __restrict__ lse, int* __restrict__ tiles, int* __restrict__ tail_blocks, float* __restrict__ tail_mass,
+    real_t* __restrict__ lse, int* __restrict__ tiles, int* __restrict__ tail_blocks, float* __restrict__ tail_mass, const real_t* __restrict__ lift,
     int heads_q, int heads_kv, int orders, int kv_start, int n_q, int n_k, int dim_qk, int dim_v,
     int causal, int window, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
     int block_q, int block_k, int log2_pool, real_t unit) {
@@ -178,9 +178,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
                 floor = end - window, limit = min(limit, end);
             }
             real_t greatest = -infinity();
+            const real_t lifted = step.phase == TAIL && lift != nullptr && row < rows ? lift[flat_head * n_q + row_of[row]] : (real_t)0;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int column = tx + 8 * j;
+                p[r][j] += lifted;
                 if (step.phase == TAIL && p[r][j] > ceiling[r]) p[r][j] = ceiling[r];
                 p[r][j] = column >= floor && column < limit ? p[r][j] + bias[column] : -infinity();
                 greatest = p[r][j] > greatest ? p[r][j] : greatest;

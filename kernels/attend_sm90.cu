@@ -21,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     const half_t* __restrict__ k_pool, const half_t* __restrict__ v_pool, int pool_stride, int k_pool_row, int v_pool_row,
     const int* __restrict__ kv_order, const long long* __restrict__ kv_offsets, long long offsets_stride,
     const int* __restrict__ query_order, const float* __restrict__ taus, float one_tau,
-    float* __restrict__ lse, int* __restrict__ tiles, int* __restrict__ tail_blocks, float* __restrict__ tail_mass,
+    float* __restrict__ lse, int* __restrict__ tiles, int* __restrict__ tail_blocks, float* __restrict__ tail_mass, const float* __restrict__ lift,
     int heads_q, int heads_kv, int orders, int kv_start, int n_q, int n_k, int dim_qk, int dim_v,
     int causal, int window, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
     int block_q, int block_k, int log2_pool, float unit, int kv_heads, int* ticket) {
@@ -229,8 +229,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                     const int r = warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4;
                     ring.tail[r] = make_float2(soft[h].closed, soft[h].frame());
                     // A key behind the last tile in the ranking is not credited with more than that tile's mean weight.
-                    float& x = ring.state[r].y;
-                    x = ring.walked_tiles[warpgroup] ? soft[h].frame() + log2f(x / ((ring.walked_keys[warpgroup] - 1) % block_k + 1)) / unit : -NEGATIVE_INFINITY;
+                    const float added = ring.state[r].y / ((ring.walked_keys[warpgroup] - 1) % block_k + 1);
+                    const float most = ring.walked_tiles[warpgroup] ? soft[h].frame() + log2f(added) / unit : -NEGATIVE_INFINITY;
+                    ring.state[r] = make_float2(lift != nullptr ? lift[facts.part[warpgroup].row_at + facts.row[r]] : 0.f, most);
                 }
             }
             in_tail = true;
@@ -307,9 +308,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 const int thread = thread_here();
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    const float most = ring.state[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4].y;
+                    const float2 tail = ring.state[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4];
 #pragma unroll
-                    for (int i = 0; i < N_TILES * 2; ++i) p[4 * (i / 2) + 2 * h + i % 2] = fminf(p[4 * (i / 2) + 2 * h + i % 2], most);
+                    for (int i = 0; i < N_TILES * 2; ++i) p[4 * (i / 2) + 2 * h + i % 2] = fminf(p[4 * (i / 2) + 2 * h + i % 2] + tail.x, tail.y);
                 }
                 const unsigned int bias_at = shared_address(ring.bias[warpgroup]) + 8 * (thread % 4);
 #pragma unroll

@@ -60,8 +60,8 @@ struct Ring {
     bool hidden[BLOCK_N];                          // which of them are not
     __align__(8) float bias[2][BLOCK_N];  // tail: added to a step's dot products, by consumer warpgroup
     float2 tail[BLOCK_M];        // sum and maximum at the tail's start, then the tail's sum and maximum
-    // Of a row: its tau, negative if it has no vote; and what the last key tile added, then the most a tail key's product
-    // may be.
+    // Of a row: its tau, negative if it has no vote, and what the last key tile added; from the tail on what is added to its
+    // products with pooled keys, and the most that they may be.
     float2 state[BLOCK_M];
     float4 first[BLOCK_M];  // of two parts, after the first: the sum, what it added, the maximum, what the second shrank
     bool poisoned[BLOCK_M];      // whether a query is not finite

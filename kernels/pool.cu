@@ -17,6 +17,7 @@ typedef float sum_t;
 __device__ __forceinline__ sum_t to_sum(element_t x) { return half_to_float(x); }
 __device__ __forceinline__ element_t from_sum(sum_t x) { return float_to_half(x); }
 #endif
+#include "spread.cuh"
 
 constexpr int THREADS = 256;
 

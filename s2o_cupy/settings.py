@@ -18,7 +18,7 @@ MAX_HEAD_DIM = 256
 MAX_SCALE = 1e38  # float32 holds it, times log2(e) too: scores are float32 whatever the inputs are
 _CHOICES = {
     "rank": ("mean", "gaussian", "mixture"),
-    "tail": ("pooled", None),
+    "tail": ("pooled", "spread", None),
     "query_order": ("position", "guide"),
 }
 # The settings that only stage 3 reads: `attend` may change them after a plan was made.

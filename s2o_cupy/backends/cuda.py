@@ -69,24 +69,28 @@ def remap(problem: Problem, scores: Scores, slab: Slab, kv_offsets, kv_order) ->
 
 
 def pool(problem: Problem, k, v):
-    """Means of K and V over pool blocks, (B * Hkv, blocks, dim padded to 8), the inputs' dtype; None without a tail."""
+    """Means of K and V over pool blocks, (B * Hkv, blocks, dim padded to 8), the inputs' dtype; None without a tail.
+
+    With tail "spread" also the running sums over blocks of K's squared departures from them, (B * Hkv, blocks, D).
+    """
     if problem.settings.tail is None or not problem.pool_blocks:
         return None
-    means = tuple([cp.empty(_mean_shape(problem, x.shape[3]), x.dtype) for x in (k, v)])
-    _run(_pool, problem, None, (k, v), means)
-    return means
+    made = [cp.empty(_mean_shape(problem, x.shape[3]), x.dtype) for x in (k, v)]
+    made.append(cp.empty(_sums_shape(problem), problem.compute_dtype) if problem.settings.tail == "spread" else None)
+    _run(_pool, problem, None, (k, v), tuple(made))
+    return tuple(made)
 
 
 def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, result) -> None:
     """Stage 3 for the slab's heads and segments: fills out, lse, tiles, tail_blocks and tail_mass."""
     stats = (result.tiles, result.tail_blocks, result.tail_mass)
-    plain = (kv_order, query_order, *(pooled or (None, None)), result.lse, *stats)
+    plain = (kv_order, query_order, *(pooled or (None,) * 3), result.lse, *stats)
     _run(_attend, problem, slab, (q, k, v, result.out, kv_offsets), plain)
 
 
 def dense(problem: Problem, q, k, v, result) -> None:
     """Exact attention, the same walk with no history: fills out and lse."""
-    _run(_attend, problem, None, (q, k, v, result.out, None), (*(None,) * 4, result.lse, *(None,) * 3))
+    _run(_attend, problem, None, (q, k, v, result.out, None), (*(None,) * 5, result.lse, *(None,) * 3))
 
 
 # --- recorded stages ------------------------------------------------------------------------------
@@ -134,17 +138,18 @@ def _kept(tape: Tape, x) -> Place:
 
 
 def _ranked(tape: Tape, p: Problem, _, q, k, v, out, query_order, lse, tiles, tail_blocks, tail_mass, nbytes) -> None:
-    means = (None, None)
+    pooled = (None,) * 3
     if p.settings.tail is not None and p.pool_blocks:
-        means = tuple([tape.room(_mean_shape(p, dim), _type(p)) for dim in (p.dim_qk, p.dim_v)])
-        _pool(tape, p, None, k, v, *means)
+        means = [tape.room(_mean_shape(p, dim), _type(p)) for dim in (p.dim_qk, p.dim_v)]
+        pooled = (*means, tape.room(_sums_shape(p), p.compute_dtype) if p.settings.tail == "spread" else None)
+        _pool(tape, p, None, k, v, *pooled)
     before = tape.top
     for slab in p.split(p.whole, nbytes, "listed"):
         offsets = p.offsets(slab)
         kv_offsets, kv_order = _kept(tape, offsets), tape.room(int(offsets[-1, -1]), np.int32)
         _rank(tape, p, slab, q, k, kv_offsets, kv_order)
         stats = (lse, tiles, tail_blocks, tail_mass)
-        _attend(tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, *means, *stats)
+        _attend(tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, *pooled, *stats)
         tape.end_step()
         tape.top = before
 
@@ -313,12 +318,18 @@ def _remap(tape: Tape, p: Problem, slab: Slab, kv_offsets, scores, starts, histo
     tape.launch(kernel, (segments, heads), 32 * warps, arguments, shared)
 
 
-def _pool(tape: Tape, p: Problem, _, k, v, k_mean, v_mean) -> None:
+def _pool(tape: Tape, p: Problem, _, k, v, k_mean, v_mean, sums) -> None:
     kernel, _ = _kernel("pool", p.dtype)
     for x, dim, mean in ((k, p.dim_qk, k_mean), (v, p.dim_v, v_mean)):
         sizes = (p.heads_kv, p.n_k, dim, _pool_row(dim), p.pool_blocks, p.settings.pool)
         arguments = (x, *x.strides, mean, *map(np.int32, sizes))
         tape.launch(kernel, (p.pool_blocks, p.batch * p.heads_kv), 256, arguments)
+    if sums:
+        sizes = tuple(map(np.int32, (p.heads_kv, p.n_k, p.dim_qk, p.pool_blocks, p.settings.pool)))
+        kernel, _ = _kernel("pool", p.dtype, entry="departures")
+        tape.launch(kernel, (p.pool_blocks, p.batch * p.heads_kv), 256, (k, *k.strides, sums, *sizes))
+        kernel, _ = _kernel("pool", p.dtype, entry="running_sums")
+        tape.launch(kernel, (-(-p.dim_qk // 32), p.batch * p.heads_kv), 32, (sums, sizes[2], sizes[3]))
 
 
 def _pool_row(dim: int) -> int:
@@ -329,8 +340,12 @@ def _mean_shape(p: Problem, dim: int) -> tuple[int, ...]:
     return p.batch * p.heads_kv, p.pool_blocks, _pool_row(dim)
 
 
+def _sums_shape(p: Problem) -> tuple[int, ...]:
+    return p.batch * p.heads_kv, p.pool_blocks, p.dim_qk
+
+
 def _attend(
-    tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, k_mean, v_mean, lse, tiles, tail_blocks, tail_mass
+    tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, k_mean, v_mean, sums, lse, tiles, tail_blocks, mass
 ) -> None:
     """Stage 3 along the slab's lists; without a slab dense."""
     s, arch, walk, blocks = p.settings, device_target(), slab is not None, p.pool_blocks if k_mean else 0
@@ -377,7 +392,15 @@ def _attend(
     steps = (block_q, s.block_k, s.pool.bit_length() - 1)
     arguments = [y for x in (q, k, v, out) for y in (x, *x.strides)]
     arguments += [np.int32(aligned), k_mean, v_mean, *map(np.int32, rows), *order, query_order, *taus]
-    arguments += [lse or tape.room((p.batch, p.heads_q, p.n_q), p.compute_dtype), tiles, tail_blocks, tail_mass]
+    rows_of_q = (p.batch, p.heads_q, p.n_q)
+    lift = tape.room(rows_of_q, p.compute_dtype) if sums else None
+    if lift:
+        kernel_of_lifts, _ = _kernel("pool", p.dtype, entry="lifts")
+        numbers = (p.heads_q, p.heads_kv, slab.kv_start, p.n_q, p.n_k, p.dim_qk, s.causal, segment, tiles_per_segment)
+        numbers = *numbers, tile_start, block_q, blocks, s.pool.bit_length() - 1
+        given = (q, *q.strides, query_order, sums, lift, *map(np.int32, numbers), p.compute_dtype.type(p.scale / 2))
+        tape.launch(kernel_of_lifts, grid, 256, given)
+    arguments += [lse or tape.room(rows_of_q, p.compute_dtype), tiles, tail_blocks, mass, lift]
     arguments += [*map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E)]
     if served:  # blocks stay, and draw row tiles, or two side by side, by a counter
         arguments += [np.int32(grid[1]), tape.room(1, np.int32, zeroed=True)]

@@ -31,7 +31,7 @@ def attend(p, q, k, v, order, offsets, query_order, reverse):
     strides = [(x, *(n // x.itemsize for n in x.strides[:3])) for x in (q, k, v, out)]
     arguments = [a for x in strides for a in x]
     arguments += [0, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, query_order, None, s.tau]
-    arguments += [lse, *stats, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
+    arguments += [lse, *stats, None, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
     arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
     arguments += [s.block_q, s.block_k, s.pool.bit_length() - 1, p.scale * LOG2_E]
     run.launch(

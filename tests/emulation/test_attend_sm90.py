@@ -37,7 +37,7 @@ def attend(p, q, k, v, order, offsets, reverse, blocks=2, query_order=None, edit
     pools = [x if x is None else run.half_bits(x) for x in pools]
     taus = (np.array(s.tau, np.float32), 0) if isinstance(s.tau, tuple) else (None, s.tau)
     arguments += [15, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, query_order, *taus]
-    arguments += [lse, *stats, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
+    arguments += [lse, *stats, None, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
     arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
     arguments += [
         s.block_q,

@@ -114,6 +114,7 @@ def cuda(monkeypatch):
         {"rank": "mixture", "rank_terms": None, "causal": False},
         {"causal": False, "tail": None},
         {"tau": (0.1, 0.2, 0.0, 0.3), "block_q": 32},
+        {"tail": "spread", "query_order": "guide", "causal": False},
     ],
 )
 def test_launches_match_their_kernels(cuda, dtype, settings):

@@ -1,0 +1,110 @@
+// spread.cuh: what tail="spread" adds to a row's pooled logits. The exponential of a mean is less than the mean of
+// exponentials: half the variance that a query's departure from its row tile's mean sees inside the blocks makes up for it.
+//   departures    [batch * heads_kv, blocks, dim]   real_t   a block's squared departures of K from its mean, then their running sums
+//   lift          [batch * heads_q, n_q]            real_t   scale / 2 * sum over columns of (q - mean of the tile)^2 * variance
+// Sums run in one order: two runs agree bitwise. element_t, sum_t and to_sum are pool.cu's.
+#pragma once
+
+typedef sum_t real_t;
+
+constexpr int MOST_COLUMNS = 256, SPREAD_WARPS = 8;
+
+// grid (blocks, batch * heads_kv)   block 256
+extern "C" __global__ void __launch_bounds__(256) departures(
+    const element_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, real_t* __restrict__ squares,
+    int heads, int n_keys, int dim, int blocks, int pool_size) {
+    __shared__ real_t partial[MOST_COLUMNS];
+    const int first = blockIdx.x * pool_size, count = min(pool_size, n_keys - first);
+    const int columns = (dim + 31) / 32 * 32, strands = 256 / columns, strand = threadIdx.x / columns, c = threadIdx.x % columns;
+    const bool mine = strand < strands && c < dim;
+    k += blockIdx.y / heads * k_batch + blockIdx.y % heads * k_head + first * k_row + c;
+    real_t mean = 0, total = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+        real_t sum = 0;
+        if (mine)
+#pragma unroll 8
+            for (int r = strand; r < count; r += strands) {
+                const real_t x = to_sum(k[r * k_row]) - mean;
+                sum += pass ? x * x : x;
+            }
+        __syncthreads();
+        partial[threadIdx.x] = sum;
+        __syncthreads();
+        total = 0;
+        for (int s = 0; s < strands; ++s) total += partial[s * columns + c];
+        mean = total / (real_t)count;
+    }
+    if (mine && strand == 0) squares[((long long)blockIdx.y * blocks + blockIdx.x) * dim + c] = total;
+}
+
+// Running sums over the blocks, in place.   grid (columns / 32, batch * heads_kv)   block 32
+extern "C" __global__ void __launch_bounds__(32) running_sums(real_t* __restrict__ squares, int dim, int blocks) {
+    const int c = blockIdx.x * 32 + threadIdx.x;
+    if (c >= dim) return;
+    squares += (long long)blockIdx.y * blocks * dim + c;
+    real_t sum = 0;
+#pragma unroll 8
+    for (int b = 0; b < blocks; ++b) sum += squares[(long long)b * dim], squares[(long long)b * dim] = sum;
+}
+
+// grid (row tiles of the slab * group, K/V heads of the slab)   block 256: a warp every eighth row of the tile
+extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
+    const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
+    const int* __restrict__ query_order, const real_t* __restrict__ sums, real_t* __restrict__ lift,
+    int heads_q, int heads_kv, int kv_start, int n_q, int n_k, int dim, int causal, int segment, int tiles_per_segment,
+    int tile_start, int block_q, int blocks, int log2_pool, real_t half_scale) {
+    __shared__ real_t partial[SPREAD_WARPS][MOST_COLUMNS], mean[MOST_COLUMNS], variance[MOST_COLUMNS];
+    __shared__ int finite_rows[SPREAD_WARPS];
+    const int group = heads_q / heads_kv, tile = tile_start + blockIdx.x / group, s = tile / tiles_per_segment;
+    const int kv = kv_start + blockIdx.y, batch = kv / heads_kv, head = kv % heads_kv * group + blockIdx.x % group;
+    const int first = s * segment + tile % tiles_per_segment * block_q, shift = causal ? n_k - n_q : 0;
+    const int rows = min(min(block_q, (s + 1) * segment - first), n_q - first);
+    const int history = causal ? (s * segment + shift) >> log2_pool << log2_pool : n_k;
+    if (history <= 0) return;  // no tail
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const long long row_at = ((long long)batch * heads_q + head) * n_q;
+    q += batch * q_batch + head * q_head;
+    auto row_of = [&](int r) { return query_order != nullptr ? query_order[row_at + first + r] : first + r; };
+
+    real_t x[MOST_COLUMNS / 32], sum[MOST_COLUMNS / 32] = {};
+    auto load = [&](int row) {
+#pragma unroll
+        for (int i = 0; i < MOST_COLUMNS / 32; ++i) x[i] = lane + 32 * i < dim ? to_sum(q[row * q_row + lane + 32 * i]) : (real_t)0;
+    };
+    int finite = 0;
+    for (int r = warp; r < rows; r += SPREAD_WARPS) {
+        load(row_of(r));
+        bool fine = true;
+#pragma unroll
+        for (int i = 0; i < MOST_COLUMNS / 32; ++i) fine &= x[i] - x[i] == 0;
+        if (!__all_sync(0xffffffffu, fine)) continue;
+        ++finite;
+#pragma unroll
+        for (int i = 0; i < MOST_COLUMNS / 32; ++i) sum[i] += x[i];
+    }
+#pragma unroll
+    for (int i = 0; i < MOST_COLUMNS / 32; ++i) partial[warp][lane + 32 * i] = sum[i];
+    if (lane == 0) finite_rows[warp] = finite;
+    __syncthreads();
+    const real_t* const walked = sums + ((long long)kv * blocks + (history + (1 << log2_pool) - 1 >> log2_pool) - 1) * dim;
+    for (int c = threadIdx.x; c < dim; c += 32 * SPREAD_WARPS) {
+        real_t total = 0;
+        int count = 0;
+        for (int w = 0; w < SPREAD_WARPS; ++w) total += partial[w][c], count += finite_rows[w];
+        mean[c] = total / (real_t)count, variance[c] = walked[c] / (real_t)history;
+    }
+    __syncthreads();
+    for (int r = warp; r < rows; r += SPREAD_WARPS) {
+        const int row = row_of(r);
+        load(row);
+        real_t spread = 0;
+#pragma unroll
+        for (int i = 0; i < MOST_COLUMNS / 32; ++i) {
+            const int c = lane + 32 * i;
+            if (c < dim) spread += (x[i] - mean[c]) * (x[i] - mean[c]) * variance[c];
+        }
+        for (int step = 16; step; step /= 2) spread += __shfl_xor_sync(0xffffffffu, spread, step);
+        spread *= half_scale;
+        if (lane == 0) lift[row_at + row] = spread == spread ? spread : (real_t)0;
+    }
+}
