@@ -21,6 +21,8 @@ from s2o_cupy.settings import Settings
 ERRORS = (0.05, 0.02)
 ROWS = 512
 SETTINGS = ours.VARIANTS | {
+    "s2o_cupy, S=512": ours.S512,
+    "s2o_cupy precise": Settings.precise(),
     "s2o_cupy, S=64": ours.S128.replace(segment=64, block_q=64),
     "S2O Triton's: S=1024": Settings(segment=1024, block_k=128, rank="mean", tail=None),
     "S2O Triton's: S=256": Settings(segment=256, block_k=128, rank="mean", tail=None),
