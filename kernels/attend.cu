@@ -317,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                         floor = end - agreed.window, limit = min(limit, end);
                     }
                     const float ceiling = step.phase == TAIL ? sm.ceiling[r] : -NEGATIVE_INFINITY;
-                    const float lifted = step.phase == TAIL && lift != nullptr ? lift[agreed.flat_head * n_q + sm.row[r]] : 0.f;
+                    const float lifted = step.phase == TAIL && lift != nullptr && agreed.walked_tiles ? lift[agreed.flat_head * n_q + sm.row[r]] : 0.f;
 #pragma unroll
                     for (int n = 0; n < N_TILES; ++n)
 #pragma unroll

@@ -178,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
                 floor = end - window, limit = min(limit, end);
             }
             real_t greatest = -infinity();
-            const real_t lifted = step.phase == TAIL && lift != nullptr && row < rows ? lift[flat_head * n_q + row_of[row]] : (real_t)0;
+            const real_t lifted = step.phase == TAIL && lift != nullptr && walked_tiles && row < rows ? lift[flat_head * n_q + row_of[row]] : (real_t)0;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int column = tx + 8 * j;

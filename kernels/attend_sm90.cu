@@ -229,9 +229,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                     const int r = warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4;
                     ring.tail[r] = make_float2(soft[h].closed, soft[h].frame());
                     // A key behind the last tile in the ranking is not credited with more than that tile's mean weight.
+                    const bool some = ring.walked_tiles[warpgroup];
                     const float added = ring.state[r].y / ((ring.walked_keys[warpgroup] - 1) % block_k + 1);
-                    const float most = ring.walked_tiles[warpgroup] ? soft[h].frame() + log2f(added) / unit : -NEGATIVE_INFINITY;
-                    ring.state[r] = make_float2(lift != nullptr ? lift[facts.part[warpgroup].row_at + facts.row[r]] : 0.f, most);
+                    const float lifted = lift != nullptr && some ? lift[facts.part[warpgroup].row_at + facts.row[r]] : 0.f;
+                    ring.state[r] = make_float2(lifted, some ? soft[h].frame() + log2f(added) / unit : -NEGATIVE_INFINITY);
                 }
             }
             in_tail = true;

@@ -1,7 +1,8 @@
 // spread.cuh: what tail="spread" adds to a row's pooled logits. The exponential of a mean is less than the mean of
 // exponentials: half the variance that a query's departure from its row tile's mean sees inside the blocks makes up for it.
 //   departures    [batch * heads_kv, blocks, dim]   real_t   a block's squared departures of K from its mean, then their running sums
-//   lift          [batch * heads_q, n_q]            real_t   scale / 2 * sum over columns of (q - mean of the tile)^2 * variance
+//   lift          [batch * heads_q, n_q]            real_t   scale / 2 * sum over columns of (q - mean of the tile)^2 * variance,
+//                                                           at most `most`; 0 behind a key that is not finite
 // Sums run in one order: two runs agree bitwise. element_t, sum_t and to_sum are pool.cu's.
 #pragma once
 
@@ -52,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
     const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     const int* __restrict__ query_order, const real_t* __restrict__ sums, real_t* __restrict__ lift,
     int heads_q, int heads_kv, int kv_start, int n_q, int n_k, int dim, int causal, int segment, int tiles_per_segment,
-    int tile_start, int block_q, int blocks, int log2_pool, real_t half_scale) {
+    int tile_start, int block_q, int blocks, int log2_pool, real_t half_scale, real_t most) {
     __shared__ real_t partial[SPREAD_WARPS][MOST_COLUMNS], mean[MOST_COLUMNS], variance[MOST_COLUMNS];
     __shared__ int finite_rows[SPREAD_WARPS];
     const int group = heads_q / heads_kv, tile = tile_start + blockIdx.x / group, s = tile / tiles_per_segment;
@@ -105,6 +106,6 @@ extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
         }
         for (int step = 16; step; step /= 2) spread += __shfl_xor_sync(0xffffffffu, spread, step);
         spread *= half_scale;
-        if (lane == 0) lift[row_at + row] = spread == spread ? spread : (real_t)0;
+        if (lane == 0) lift[row_at + row] = spread != spread ? (real_t)0 : spread < most ? spread : most;
     }
 }

@@ -39,7 +39,7 @@ _SETTINGS_HELP = {
     "rank": "gaussian, mixture (the best order, at more work) or mean (the paper's)",
     "rank_terms": "rank of the covariance factor, or centres of the mixture; none: all",
     "rank_levels": "steps that scores are quantised to before ordering, or none",
-    "tail": "pooled, or none (the paper's)",
+    "tail": "pooled, spread, or none (the paper's)",
     "tau": "stop after a key tile that adds less than this share to every row; 0 never stops; T,T,...: one a head",
     "query_order": "position, or guide (the paper's)",
     "share_order": "one ranking for all the query heads of a K/V head",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from s2o_cupy.problem import Problem
+from s2o_cupy.settings import MOST_LIFT
 
 
 def dense(problem: Problem, q, k, v):
@@ -139,6 +140,34 @@ def pool(problem: Problem, x) -> np.ndarray:
     return out
 
 
+def pool_spread(problem: Problem, k) -> np.ndarray:
+    """Variances (B, Hkv, blocks, D) of the keys around their own pool block's mean, over all blocks up to each."""
+    size, out = problem.settings.pool, np.zeros((*k.shape[:2], problem.pool_blocks, k.shape[-1]))
+    total = np.zeros((*k.shape[:2], k.shape[-1]))
+    for block in range(problem.pool_blocks):
+        with np.errstate(all="ignore"):
+            keys = k[:, :, block * size : (block + 1) * size]
+            total = total + ((keys - keys.mean(axis=2, keepdims=True)) ** 2).sum(axis=2)
+            out[:, :, block] = total / min((block + 1) * size, k.shape[2])
+    return out
+
+
+def row_lift(q: np.ndarray, variance: np.ndarray, scale: float) -> np.ndarray:
+    """What `tail="spread"` adds to the pooled logits of one row tile, q (rows, D), variance (D,): at most MOST_LIFT.
+
+    For a key k around its block's mean, with `variance`, it is the second cumulant of ``scale (q - q̄)·k``; q̄ is the
+    mean of the finite rows. A row that is not finite has 0, as all have behind a key that is not.
+    """
+    finite = np.isfinite(q).all(axis=1)
+    lift = np.zeros(len(q))
+    if not finite.any():
+        return lift
+    with np.errstate(all="ignore"):
+        away = q[finite] - q[finite].mean(axis=0)
+        lift[finite] = np.minimum(scale**2 / 2 * (away**2 * variance).sum(axis=1), MOST_LIFT)
+    return np.where(np.isnan(lift), 0, lift)
+
+
 def attend(problem: Problem, q, k, v, kv_order, kv_offsets, query_order=None):
     """Stage 3 over a plan. Returns out, lse, tiles, tail_blocks, tail_mass and walked pairs by row tile."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -151,6 +180,7 @@ def attend(problem: Problem, q, k, v, kv_order, kv_offsets, query_order=None):
         tail_mass=np.zeros((*heads, problem.n_q)),
     )
     pooled = pool(problem, k), pool(problem, v)
+    spread = pool_spread(problem, k) if problem.settings.tail == "spread" else None
     for b, h, tile in np.ndindex(answer.tiles.shape):
         s, kv = problem.tile_segment[tile], h // problem.group
         start, stop = kv_offsets[b, h // (problem.group // problem.orders), s : s + 2]
@@ -158,6 +188,7 @@ def attend(problem: Problem, q, k, v, kv_order, kv_offsets, query_order=None):
         if query_order is not None:
             rows = query_order[b, h, rows]
         head = SimpleNamespace(k=k[b, kv], v=v[b, kv], k_pool=pooled[0][b, kv], v_pool=pooled[1][b, kv])
+        head.spread = None if spread is None else spread[b, kv]
         softmax, tiles, blocks, tail = _row_tile(problem, q[b, h], head, rows, s, kv_order[start:stop], problem.tau[h])
         answer.out[b, h, rows], answer.lse[b, h, rows] = softmax.out, softmax.lse
         answer.tiles[b, h, tile], answer.tail_blocks[b, h, tile] = tiles, blocks
@@ -192,10 +223,13 @@ def _row_tile(problem, q, head, rows, s, ranked, tau):
     #    most as heavy as the mean key of the last tile walked: the ranking put them behind it.
     size = np.bincount(np.arange(history) // settings.pool, minlength=len(head.k_pool))
     left = size - np.bincount(ranked[: tiles * settings.block_k] // settings.pool, minlength=len(size))
-    blocks = np.flatnonzero((4 * left >= size) & (size > 0)) if settings.tail == "pooled" else np.zeros(0, np.int64)
+    blocks = np.flatnonzero((4 * left >= size) & (size > 0)) if settings.tail else np.zeros(0, np.int64)
     before = softmax.mass.copy()
     frame = softmax.max.copy()
-    softmax.add(head.k_pool[blocks], head.v_pool[blocks], bias=np.log(left[blocks]), ceiling=ceiling)
+    lift = None
+    if settings.tail == "spread" and tiles:
+        lift = row_lift(q[rows], head.spread[-(-history // settings.pool) - 1], problem.scale)
+    softmax.add(head.k_pool[blocks], head.v_pool[blocks], bias=np.log(left[blocks]), ceiling=ceiling, lift=lift)
     with np.errstate(all="ignore"):
         tail = np.where(softmax.mass > 0, softmax.mass - before * np.exp(frame - softmax.safe_max), 0)
 
@@ -225,12 +259,14 @@ class _Softmax:
         """A frame that can be subtracted from -inf."""
         return np.where(self.max == -np.inf, 0, self.max)
 
-    def add(self, k, v, bias=None, ceiling=None, seen=None) -> float:
+    def add(self, k, v, bias=None, ceiling=None, lift=None, seen=None) -> float:
         """Add keys; returns the gain: the greatest share that they add to a voting row's mass."""
         if not len(k):
             return 0.0
         with np.errstate(all="ignore"):
             logit = self.scale * (self.q @ k.T)
+            if lift is not None:
+                logit = logit + lift[:, None]
             if ceiling is not None:
                 logit = np.minimum(logit, ceiling[:, None])
             if bias is not None:

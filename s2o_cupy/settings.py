@@ -16,6 +16,7 @@ from s2o_cupy.files import save_json
 
 MAX_HEAD_DIM = 256
 MAX_SCALE = 1e38  # float32 holds it, times log2(e) too: scores are float32 whatever the inputs are
+MOST_LIFT = 64.0  # nats that tail="spread" adds to a row's pooled logits at most
 _CHOICES = {
     "rank": ("mean", "gaussian", "mixture"),
     "tail": ("pooled", "spread", None),
@@ -72,8 +73,9 @@ class Settings:
         are wanted), ``None`` every query. 7, 15, 31 or 63 fit tensor cores; the mean rank does not read it.
     rank_levels : int or None
         Equal steps a list's scores are quantised to before ordering; ``None`` orders exactly.
-    tail : {"pooled", None}
-        Keys never walked enter as one pooled key a block, or not at all (paper).
+    tail : {"pooled", "spread", None}
+        Keys never walked enter as one pooled key a block, or not at all (paper). A block's mean key is lighter than
+        its keys are on average; ``"spread"`` makes up for it row by row (not on the Numba backend, so far).
     tau : float or sequence of float
         Stop after the first key tile that adds less than this share to every row's softmax sum;
         0 never stops. One number, or one for each query head.

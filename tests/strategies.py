@@ -81,7 +81,7 @@ def all_settings(draw, heads_q: int, **fixed) -> Settings:
         "rank": st.sampled_from(["mean", "gaussian", "mixture"]),
         "rank_terms": st.one_of(st.none(), st.integers(1, 32)),
         "rank_levels": st.one_of(st.none(), st.sampled_from([2, 3, 16, 256, 1024, 65536])),
-        "tail": st.sampled_from(["pooled", None]),
+        "tail": st.sampled_from(["pooled", "spread", None]),
         "tau": st.one_of(tau, st.tuples(*[tau] * heads_q)),
         "query_order": st.sampled_from(["position", "guide"]),
         "share_order": st.booleans(),

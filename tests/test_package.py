@@ -105,7 +105,7 @@ def test_samples_are_small():
         ("share_order", "no", TypeError, "share_order is 'no'; allowed: True or False"),
         ("rank", "median", ValueError, "rank is 'median'; allowed: 'mean', 'gaussian'"),
         ("rank", None, ValueError, "rank is None; allowed"),
-        ("tail", "mean", ValueError, "tail is 'mean'; allowed: 'pooled', None"),
+        ("tail", "mean", ValueError, "tail is 'mean'; allowed: 'pooled', 'spread', None"),
         ("query_order", ["guide"], ValueError, r"query_order is \['guide'\]; allowed: 'position', 'guide'"),
         ("segment", 0, ValueError, "segment is 0; allowed: an integer from 1 to"),
         ("block_q", -4, ValueError, "block_q is -4; allowed"),

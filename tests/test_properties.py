@@ -77,7 +77,7 @@ def test_reaches_the_reference(backend, case):
     properties.reaches_the_reference(backend, case)
 
 
-@given(cases(dtypes=("float64",), tail="pooled", min_keys=60))
+@given(cases(dtypes=("float64",), tail="pooled", min_keys=60) | cases(dtypes=("float64",), tail="spread", min_keys=60))
 def test_reaches_the_reference_in_float64(backend, case):
     properties.reaches_the_reference(backend, case)
 

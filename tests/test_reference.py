@@ -11,6 +11,7 @@ from strategies import cases
 
 from s2o_cupy import Settings, reference
 from s2o_cupy.problem import Problem, make_problem
+from s2o_cupy.settings import MOST_LIFT
 
 F64 = {"dtypes": ("float64",), "contents": ("randn", "ties", "dominant", "equal", "constant")}
 
@@ -159,6 +160,32 @@ def test_no_tail_renormalises_over_what_was_walked():
     assert answer.out.item() == pytest.approx(4 * 3 / 12)
     assert answer.lse.item() == pytest.approx(log(12))
     assert answer.tail_blocks.item() == answer.tail_mass.item() == 0
+
+
+def test_spread_lifts_a_rows_pooled_logits_by_its_distance_from_the_mean_query():
+    # Queries 1 and 3: 1 from their mean, 2. Keys of blocks (0, log 4, 0, 0) and (-1, 1, -1, 1) - log 16, so that the
+    # variances inside the blocks are 3 (log 4 / 4)^2 and 1, the history's their mean. Walked: key 1 alone.
+    a = log(4)
+    keys = np.array([0, a, 0, 0, -1 - 2 * a, 1 - 2 * a, -1 - 2 * a, 1 - 2 * a])
+    lift = ((3 * (a / 4) ** 2) + 1) / 2 / 2
+    settings = ONE_ROW.replace(segment=2, block_q=2, cap=1 / 8, tail="spread")
+    answer = walk(settings, column(1, 3), column(*keys), column(*[0] * 4, *[1] * 4), [1])
+    for row, query in enumerate((1, 3)):
+        first = 3 * np.exp(min(query * a / 4 + lift, query * a))  # three keys of block 0 are left
+        second = 4 * np.exp(query * -2 * a + lift)
+        assert answer.out.ravel()[row] == pytest.approx(second / (np.exp(query * a) + first + second))
+    assert answer.tiles.tolist() == [[[1]]]
+
+
+def test_spread_never_lifts_above_the_last_tile_nor_where_nothing_was_walked():
+    q, v = column(-30, 30), column(6, 6, 6, 6)
+    k = column(0.1, 0.2, -0.3, 0.0)
+    settings = ONE_ROW.replace(segment=2, block_q=2, cap=1 / 4, tail="spread")
+    lifted = walk(settings, q, k, v, [0])
+    assert lifted.lse.ravel() == pytest.approx(np.array([-3, 3]) + log(4))  # each key left as heavy as key 0
+    problem = make_problem(q, k, v, settings)
+    nothing = reference.attend(problem, q, k, v, np.empty(0, np.int32), np.zeros((1, 1, 2), np.int64))
+    assert nothing.lse.ravel() == pytest.approx(log(4))  # the mean key is 0
 
 
 def test_partial_last_block_is_pooled_over_the_keys_it_has():
@@ -323,10 +350,18 @@ def brute_row_tile(p, q, k, v, rows, history, ranked, tau):
     logits, values = logits[:, seen], v[seen]
     left = np.setdiff1d(keys[:history], walked)
     blocks, counts = np.unique(left // s.pool, return_counts=True) if s.tail else (left[:0], left[:0])
+    lift = 0
+    if s.tail == "spread" and tiles:
+        block = keys[:history] // s.pool
+        apart = [
+            np.sum((k[:history][block == b] - k[:history][block == b].mean(axis=0)) ** 2, axis=0) for b in set(block)
+        ]
+        lift = p.scale**2 / 2 * ((q[rows] - q[rows].mean(axis=0)) ** 2 @ (np.sum(apart, axis=0) / history))
     entering = counts >= np.minimum(s.pool, history - blocks * s.pool) / 4
     for block, count in zip(blocks[entering], counts[entering]):
         whole = slice(block * s.pool, (block + 1) * s.pool)
-        pooled = np.minimum(p.scale * q[rows] @ k[whole].mean(axis=0), ceiling) + np.log(count)
+        mean_logit = p.scale * q[rows] @ k[whole].mean(axis=0) + np.minimum(lift, MOST_LIFT)
+        pooled = np.minimum(mean_logit, ceiling) + np.log(count)
         logits, values = np.column_stack([logits, pooled]), np.vstack([values, v[whole].mean(axis=0)])
     return *softmax_over(logits, values), tiles, entering.sum()
 

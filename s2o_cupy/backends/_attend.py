@@ -20,6 +20,7 @@ from s2o_cupy.backends._tiles import (
     load_queries,
     make_work,
 )
+from s2o_cupy.settings import MOST_LIFT
 
 # Columns of `tiles` [row tiles of a work item] int64: its panels, least and greatest position, state,
 # key tiles walked, pooled keys taken.
@@ -30,7 +31,7 @@ STOPPED, WALKING, STOPPING = np.int64([0, 1, 2])
 @kernel
 def attend_tiles(
     step, pack, pack_pooled, q, k, v, out, lse, tiles_out, blocks_out, mass_out,
-    kv_order, query_order, k_pool, v_pool, tau,
+    kv_order, query_order, k_pool, v_pool, spread, tau,
     segment_size, block_q, block_k, pool, tiles_a_segment, shift, causal, tail, guide,
     b, h, first_head, segment, first_tile, last_tile, start, listed, history, factor,
 ):  # fmt: skip
@@ -39,7 +40,8 @@ def attend_tiles(
     q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv], out [B, Hq, Nq, Dv]: storage types;
     lse [B, Hq, Nq] compute type; tiles_out, blocks_out [B, Hq, row tiles] int32; mass_out
     [B, Hq, Nq] float32; kv_order [.] int32, the list at `start`; query_order [B, Hq, Nq] int32,
-    read if `guide`; k_pool, v_pool [B, Hkv, blocks, .] compute type; tau [Hq] float64.
+    read if `guide`; k_pool, v_pool [B, Hkv, blocks, .] compute type; spread like k_pool, or empty: no row is lifted;
+    tau [Hq] float64.
     The tiles count through the heads that share the list, from first_head. step, pack, pack_pooled: addresses
     of `absorb_step` and of the `pack_step` of k and of k_pool.
     """
@@ -60,7 +62,10 @@ def attend_tiles(
     if causal:
         _window(work, pack, tiles, k, v, b, h, history, _extreme(tiles, LOW, 1), PLAIN)
     ranked = kv_order[start : start + listed]
-    _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, pool, k_pool, v_pool, tail, tau)
+    lift = np.zeros(work.seat.shape[0])
+    if tail and spread.size and listed:
+        _lift(work, tiles, spread[b, h, -(-history // pool) - 1], lift)
+    _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, pool, k_pool, v_pool, tail, tau, lift)
     if causal:
         _window(work, pack, tiles, k, v, b, h, _extreme(tiles, LOW, -1), _extreme(tiles, HIGH, 1) + 1, MASKED)
     finish(work, out, lse, b)
@@ -122,7 +127,33 @@ def _window(work, pack, tiles, k, v, b, h, start, stop, mode):
 
 
 @inner
-def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, pool, k_pool, v_pool, tail, tau):
+def _lift(work, tiles, variance, lift):
+    """lift [lanes], base 2: what the spread of keys inside blocks adds to a row's pooled logits; see `row_lift`."""
+    lean()
+    x, width = work.x, work.width
+    mean = np.empty(work.dim)
+    for t in range(tiles.shape[0]):
+        mean[:] = 0
+        rows = 0
+        for lane in range(tiles[t, BEGIN] * width, tiles[t, END] * width):
+            if work.seat[lane, ROW] >= 0 and x[work.live + lane]:
+                rows += 1
+                at = work.q + lane // width * work.dim * width + lane % width
+                for d in range(work.dim):
+                    mean[d] += x[at + d * width]
+        for lane in range(tiles[t, BEGIN] * width, tiles[t, END] * width):
+            if work.seat[lane, ROW] >= 0 and x[work.live + lane]:
+                at, total = work.q + lane // width * work.dim * width + lane % width, 0.0
+                for d in range(work.dim):
+                    away = x[at + d * width] - mean[d] / rows
+                    total += away * away * variance[d]
+                # The queries carry scale * log2 e, so the square carries log2 e once too often.
+                if total == total:
+                    lift[lane] = min(np.log(2.0) / 2 * total, MOST_LIFT / np.log(2.0))
+
+
+@inner
+def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, pool, k_pool, v_pool, tail, tau, lift):
     """History keys in ranked order until each tile stops; its tail as soon as it does.
 
     A tail's `gained` stays: the pooled keys' share of l.
@@ -153,7 +184,7 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
             _set_ceiling(work, tiles, keys)
             _restart_sums(work, tiles, STOPPING)
             if tail:
-                _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool)
+                _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool, lift)
             for t in range(tiles.shape[0]):
                 if tiles[t, STATE] == STOPPING:
                     tiles[t, STATE] = STOPPED
@@ -215,10 +246,21 @@ def _vote(work, tiles, tau, keys, last):
 
 
 @inner
-def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool):
+def _shift(work, tiles, lift, sign):
+    """Raise the stopping tiles' maxima and ceilings by sign * lift: pooled logits are then lower by as much."""
+    lean()
+    for t in range(tiles.shape[0]):
+        if tiles[t, STATE] == STOPPING:
+            for lane in range(tiles[t, BEGIN] * work.width, tiles[t, END] * work.width):
+                work.x[work.m + lane] += sign * lift[lane]
+                work.x[work.ceiling + lane] += sign * lift[lane]
+
+
+@inner
+def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool, lift):
     """The stopping tiles take each block with a quarter of its keys left as one pooled key, at most `ceiling` a key."""
     lean()
-    index, n = np.empty(TILE, np.int32), 0
+    index, n, entered = np.empty(TILE, np.int32), 0, 0
     for block in range(skipped.size):
         if 4 * skipped[block] >= min(pool, history - block * pool):
             index[n] = block
@@ -227,8 +269,13 @@ def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool
         if n == TILE or (n and block == skipped.size - 1):
             pack_rows(pack_pooled, k_pool, b, h, index, 0, n, work.x, work.k, work.dim)
             pack_rows(pack_pooled, v_pool, b, h, index, 0, n, work.x, work.v, work.v_row)
+            if not entered:
+                _shift(work, tiles, lift, -1)
+            entered += n
             _absorb_in(work, tiles, STOPPING, n, BIASED + COUNTED)
             for t in range(tiles.shape[0]):
                 if tiles[t, STATE] == STOPPING:
                     tiles[t, POOLED] += n
             n = 0
+    if entered:
+        _shift(work, tiles, lift, 1)

@@ -37,6 +37,26 @@ def pool_blocks(pack, x, mean, b, h, size):
 
 
 @kernel
+def pool_spread(pack, x, mean, spread, b, h, size):
+    """spread[b, h, block]: the variance of the keys around their own block's `mean`, over all blocks up to this one.
+
+    x [B, H, N, D] storage type; mean, spread [B, H, blocks, D] compute type.
+    """
+    lean()
+    nothing, dim = np.empty(0, np.int32), x.shape[3]
+    row, total = np.zeros(dim, mean.dtype), np.zeros(dim)
+    for block in range(mean.shape[2]):
+        stop = min((block + 1) * size, x.shape[2])
+        for key in range(block * size, stop):
+            pack_rows(pack, x, b, h, nothing, key, 1, row, 0, dim)
+            for d in range(dim):
+                away = np.float64(row[d]) - mean[b, h, block, d]
+                total[d] += away * away
+        for d in range(dim):
+            spread[b, h, block, d] = total[d] / stop
+
+
+@kernel
 def dense_rows(step, pack, q, k, v, out, lse, b, h, first, n, shift, causal, window, factor):
     """Exact attention of rows first .. first + n of all the query heads of one K/V head; arrays as above.
 

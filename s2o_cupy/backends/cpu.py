@@ -120,15 +120,23 @@ def remap(problem: Problem, scores: np.ndarray, slab: Slab, kv_offsets: np.ndarr
     _run(entry, items, max(1, SCORE_BYTES // max(scratch, 1)))
 
 
-def pool(problem: Problem, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of K and V over whole pool blocks: (B, Hkv, pool blocks, D) and (..., Dv), compute type."""
+def pool(problem: Problem, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Means of K and V over whole pool blocks: (B, Hkv, pool blocks, D) and (..., Dv), compute type.
+
+    With `tail="spread"` also the variances (B, Hkv, pool blocks, D) of K inside its blocks, over the blocks up to each.
+    """
     size, means = problem.settings.pool, []
     for x in (_storage(k), _storage(v)):
         mean = np.empty((*x.shape[:2], problem.pool_blocks, x.shape[3]), problem.compute_dtype)
         entry = _entry(_dense.pool_blocks, _INT, _type(x), _type(mean), _INT, _INT, _INT)
         _run(entry, [(0, (_pack(x), x, mean, b, h, size)) for b in range(x.shape[0]) for h in range(x.shape[1])])
         means.append(mean)
-    return means[0], means[1]
+    if problem.settings.tail != "spread":
+        return tuple(means)
+    x, mean, spread = _storage(k), means[0], np.empty_like(means[0])
+    entry = _entry(_dense.pool_spread, _INT, _type(x), _type(mean), _type(spread), _INT, _INT, _INT)
+    _run(entry, [(0, (_pack(x), x, mean, spread, b, h, size)) for b in range(x.shape[0]) for h in range(x.shape[1])])
+    return *means, spread
 
 
 def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, answer) -> None:
@@ -136,9 +144,20 @@ def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_or
     s, tau = problem.settings, problem.tau
     guide = query_order is not None
     query_order = query_order if guide else np.empty((0, 0, 0), np.int32)
-    k_pool, v_pool = pooled if pooled is not None else (np.empty((0, 0, 0, 0), problem.compute_dtype),) * 2
+    nothing = np.empty((0, 0, 0, 0), problem.compute_dtype)
+    k_pool, v_pool, spread = (*(pooled or (nothing, nothing)), nothing)[:3]
     arrays = [_storage(x) for x in (q, k, v, answer.out)]
-    arrays += [answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass, kv_order, query_order, k_pool, v_pool]
+    arrays += [
+        answer.lse,
+        answer.tiles,
+        answer.tail_blocks,
+        answer.tail_mass,
+        kv_order,
+        query_order,
+        k_pool,
+        v_pool,
+        spread,
+    ]
     sizes = (s.segment, s.block_q, s.block_k, s.pool, problem.tiles_per_segment, problem.shift)
     steps = (absorb_step(problem.compute_dtype).address, _pack(arrays[1]), _pack(k_pool))
     flags = (int(s.causal), int(s.tail is not None), int(guide))

@@ -17,6 +17,7 @@ from s2o_cupy import specialisations as kernels
 from s2o_cupy.backends._tape import Place, Tape
 from s2o_cupy.compile import device_target, get_kernel
 from s2o_cupy.problem import Problem, Slab
+from s2o_cupy.settings import MAX_SCALE, MOST_LIFT
 from s2o_cupy.sources import current, version
 from s2o_cupy.specialisations import shared_limit
 
@@ -398,7 +399,8 @@ def _attend(
         kernel_of_lifts, _ = _kernel("pool", p.dtype, entry="lifts")
         numbers = (p.heads_q, p.heads_kv, slab.kv_start, p.n_q, p.n_k, p.dim_qk, s.causal, segment, tiles_per_segment)
         numbers = *numbers, tile_start, block_q, blocks, s.pool.bit_length() - 1
-        given = (q, *q.strides, query_order, sums, lift, *map(np.int32, numbers), p.compute_dtype.type(p.scale / 2))
+        units = tuple(map(p.compute_dtype.type, (p.scale / 2, min(MOST_LIFT / p.scale, MAX_SCALE))))
+        given = (q, *q.strides, query_order, sums, lift, *map(np.int32, numbers), *units)
         tape.launch(kernel_of_lifts, grid, 256, given)
     arguments += [lse or tape.room(rows_of_q, p.compute_dtype), tiles, tail_blocks, mass, lift]
     arguments += [*map(np.int32, (*sizes, *shape, *steps)), p.compute_dtype.type(p.scale * _LOG2_E)]

@@ -153,6 +153,8 @@ def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
 def pool(problem: Problem, k, v):
     """Means of K and V over pool blocks, (B, Hkv, blocks, D) and (..., Dv), compute type; None without a tail."""
     p, means = problem, []
+    if p.settings.tail == "spread":
+        raise ValueError("tail is 'spread'; the Numba CUDA backend supports 'pooled' and None")
     if p.settings.tail is None or not p.pool_blocks:
         return None
     for x in (k, v):

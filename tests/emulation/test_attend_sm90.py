@@ -10,6 +10,8 @@ from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 from s2o_cupy.specialisations import sm90_macros, sm90_shared_bytes
 
+from .test_attend import lifts
+
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 LOG2_E = 1.4426950408889634
 
@@ -31,13 +33,15 @@ def attend(p, q, k, v, order, offsets, reverse, blocks=2, query_order=None, edit
             )
             for x in (k, v)
         ]
+    wide = [x.astype(np.float64) for x in (q, k)]
+    lift = lifts(p, *wide, query_order) if s.tail == "spread" and order is not None else None
     macros = sm90_macros(p.dtype, p.dim_qk, p.dim_v, s.block_k)
     strides = [(run.half_bits(x), *(n // x.itemsize for n in x.strides[:3])) for x in (q, k, v, out)]
     arguments = [a for x in strides for a in x]
     pools = [x if x is None else run.half_bits(x) for x in pools]
     taus = (np.array(s.tau, np.float32), 0) if isinstance(s.tau, tuple) else (None, s.tau)
     arguments += [15, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, query_order, *taus]
-    arguments += [lse, *stats, None, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
+    arguments += [lse, *stats, lift, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
     arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
     arguments += [
         s.block_q,
@@ -87,6 +91,7 @@ def agree(want, out, lse, tiles, blocks, mass):
         ((64, 64), 1, {"tau": 2.0, "block_k": 128}),
         ((128, 128), 4, {"tau": 2.0, "causal": False}),
         ((192, 128), 1, {"tau": 2.0}),  # steps of 64 keys
+        ((64, 64), 1, {"tau": 2.0, "tail": "spread"}),
     ],
 )
 def test_attend_is_the_reference(dims, scale, settings, reverse):
@@ -108,6 +113,7 @@ def test_attend_is_the_reference(dims, scale, settings, reverse):
     ("group", "dims", "settings"),
     [
         (2, (64, 64), {"tau": 2.0}),
+        (2, (64, 64), {"tau": (2.0, 1.0), "tail": "spread"}),
         (3, (64, 64), {"tau": 2.0}),  # the last one alone
         (2, (64, 64), {"tau": (0.0, 3.0)}),  # one walks to the end, and then the other one
         (2, (64, 64), {"tau": (3.0, 0.0), "causal": False}),

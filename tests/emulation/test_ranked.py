@@ -14,9 +14,9 @@ from .backend import emulated
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 
 
-@pytest.mark.parametrize("workspace", [1, 2500, 2**30])
-def test_a_whole_call_is_its_stages(monkeypatch, workspace):
-    s = Settings(segment=32, pool=16, block_q=16, block_k=16, rank_terms=3, tau=(0.3, 0.1, 0.2, 0.05))
+@pytest.mark.parametrize(("workspace", "tail"), [(1, "pooled"), (2500, "spread"), (2**30, "pooled")])
+def test_a_whole_call_is_its_stages(monkeypatch, workspace, tail):
+    s = Settings(segment=32, pool=16, block_q=16, block_k=16, rank_terms=3, tau=(0.3, 0.1, 0.2, 0.05), tail=tail)
     p = Problem(2, 4, 2, 90, 100, 12, 7, "float32", s)
     rng = np.random.default_rng(5)
     q, k, v = (
