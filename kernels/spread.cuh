@@ -8,7 +8,7 @@
 
 typedef sum_t real_t;
 
-constexpr int MOST_COLUMNS = 256, SPREAD_WARPS = 8;
+constexpr int MOST_COLUMNS = 256, SPREAD_WARPS = 8, TOGETHER = 4;  // rows that a warp has in flight
 
 // grid (blocks, batch * heads_kv)   block 256
 extern "C" __global__ void __launch_bounds__(256) departures(
@@ -38,14 +38,31 @@ extern "C" __global__ void __launch_bounds__(256) departures(
     if (mine && strand == 0) squares[((long long)blockIdx.y * blocks + blockIdx.x) * dim + c] = total;
 }
 
-// Running sums over the blocks, in place.   grid (columns / 32, batch * heads_kv)   block 32
-extern "C" __global__ void __launch_bounds__(32) running_sums(real_t* __restrict__ squares, int dim, int blocks) {
-    const int c = blockIdx.x * 32 + threadIdx.x;
-    if (c >= dim) return;
-    squares += (long long)blockIdx.y * blocks * dim + c;
+// Running sums over the blocks, in place: a warp a run of blocks, then each begins with what lies before its run.
+// grid (columns / 32, batch * heads_kv)   block 256
+extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) running_sums(real_t* __restrict__ squares, int dim, int blocks) {
+    __shared__ real_t runs[SPREAD_WARPS][32];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = min(blockIdx.x * 32 + lane, dim - 1);
+    const int run = (blocks + SPREAD_WARPS - 1) / SPREAD_WARPS, first = warp * run, last = min(first + run, blocks);
+    real_t* const at = squares + (long long)blockIdx.y * blocks * dim + c;
     real_t sum = 0;
 #pragma unroll 8
-    for (int b = 0; b < blocks; ++b) sum += squares[(long long)b * dim], squares[(long long)b * dim] = sum;
+    for (int b = first; b < last; ++b) sum += at[(long long)b * dim];
+    runs[warp][lane] = sum;
+    __syncthreads();
+    sum = 0;
+    for (int w = 0; w < warp; ++w) sum += runs[w][lane];
+    for (int b = first; b < last; b += 8) {
+        real_t x[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = b + i < last ? at[(long long)(b + i) * dim] : (real_t)0;
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            sum += x[i];
+            if (b + i < last) at[(long long)(b + i) * dim] = sum;
+        }
+    }
 }
 
 // grid (row tiles of the slab * group, K/V heads of the slab)   block 256: a warp every eighth row of the tile
@@ -67,21 +84,28 @@ extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
     q += batch * q_batch + head * q_head;
     auto row_of = [&](int r) { return query_order != nullptr ? query_order[row_at + first + r] : first + r; };
 
-    real_t x[MOST_COLUMNS / 32], sum[MOST_COLUMNS / 32] = {};
-    auto load = [&](int row) {
+    real_t x[TOGETHER][MOST_COLUMNS / 32], sum[MOST_COLUMNS / 32] = {};
+    auto load = [&](int r) {
 #pragma unroll
-        for (int i = 0; i < MOST_COLUMNS / 32; ++i) x[i] = lane + 32 * i < dim ? to_sum(q[row * q_row + lane + 32 * i]) : (real_t)0;
+        for (int t = 0; t < TOGETHER; ++t) {
+            const element_t* const from = q + row_of(min(r + t * SPREAD_WARPS, rows - 1)) * q_row + lane;
+#pragma unroll
+            for (int i = 0; i < MOST_COLUMNS / 32; ++i) x[t][i] = lane + 32 * i < dim ? to_sum(from[32 * i]) : (real_t)0;
+        }
     };
     int finite = 0;
-    for (int r = warp; r < rows; r += SPREAD_WARPS) {
-        load(row_of(r));
-        bool fine = true;
+    for (int r = warp; r < rows; r += TOGETHER * SPREAD_WARPS) {
+        load(r);
 #pragma unroll
-        for (int i = 0; i < MOST_COLUMNS / 32; ++i) fine &= x[i] - x[i] == 0;
-        if (!__all_sync(0xffffffffu, fine)) continue;
-        ++finite;
+        for (int t = 0; t < TOGETHER; ++t) {
+            bool fine = r + t * SPREAD_WARPS < rows;
 #pragma unroll
-        for (int i = 0; i < MOST_COLUMNS / 32; ++i) sum[i] += x[i];
+            for (int i = 0; i < MOST_COLUMNS / 32; ++i) fine &= x[t][i] - x[t][i] == 0;
+            const bool counts = __all_sync(0xffffffffu, fine);
+            finite += counts;
+#pragma unroll
+            for (int i = 0; i < MOST_COLUMNS / 32; ++i) sum[i] += counts ? x[t][i] : (real_t)0;
+        }
     }
 #pragma unroll
     for (int i = 0; i < MOST_COLUMNS / 32; ++i) partial[warp][lane + 32 * i] = sum[i];
@@ -95,17 +119,25 @@ extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
         mean[c] = total / (real_t)count, variance[c] = walked[c] / (real_t)history;
     }
     __syncthreads();
-    for (int r = warp; r < rows; r += SPREAD_WARPS) {
-        const int row = row_of(r);
-        load(row);
-        real_t spread = 0;
+    for (int r = warp; r < rows; r += TOGETHER * SPREAD_WARPS) {
+        load(r);
+        real_t spread[TOGETHER] = {};
 #pragma unroll
         for (int i = 0; i < MOST_COLUMNS / 32; ++i) {
             const int c = lane + 32 * i;
-            if (c < dim) spread += (x[i] - mean[c]) * (x[i] - mean[c]) * variance[c];
+            if (c >= dim) continue;
+#pragma unroll
+            for (int t = 0; t < TOGETHER; ++t) spread[t] += (x[t][i] - mean[c]) * (x[t][i] - mean[c]) * variance[c];
         }
-        for (int step = 16; step; step /= 2) spread += __shfl_xor_sync(0xffffffffu, spread, step);
-        spread *= half_scale;
-        if (lane == 0) lift[row_at + row] = spread != spread ? (real_t)0 : spread < most ? spread : most;
+#pragma unroll
+        for (int step = 16; step; step /= 2)
+#pragma unroll
+            for (int t = 0; t < TOGETHER; ++t) spread[t] += __shfl_xor_sync(0xffffffffu, spread[t], step);
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t) {
+            const real_t much = half_scale * spread[t];
+            if (lane == t && r + t * SPREAD_WARPS < rows)
+                lift[row_at + row_of(r + t * SPREAD_WARPS)] = much != much ? (real_t)0 : much < most ? much : most;
+        }
     }
 }

@@ -77,15 +77,16 @@ def pool(problem: Problem, k, v):
     if problem.settings.tail is None or not problem.pool_blocks:
         return None
     made = [cp.empty(_mean_shape(problem, x.shape[3]), x.dtype) for x in (k, v)]
-    made.append(cp.empty(_sums_shape(problem), problem.compute_dtype) if problem.settings.tail == "spread" else None)
-    _run(_pool, problem, None, (k, v), tuple(made))
+    if problem.settings.tail == "spread":
+        made.append(cp.empty(_sums_shape(problem), problem.compute_dtype))
+    _run(_pool, problem, None, (k, v), (*made, None)[:3])
     return tuple(made)
 
 
 def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, result) -> None:
     """Stage 3 for the slab's heads and segments: fills out, lse, tiles, tail_blocks and tail_mass."""
     stats = (result.tiles, result.tail_blocks, result.tail_mass)
-    plain = (kv_order, query_order, *(pooled or (None,) * 3), result.lse, *stats)
+    plain = (kv_order, query_order, *(*(pooled or (None, None)), None)[:3], result.lse, *stats)
     _run(_attend, problem, slab, (q, k, v, result.out, kv_offsets), plain)
 
 
@@ -330,7 +331,7 @@ def _pool(tape: Tape, p: Problem, _, k, v, k_mean, v_mean, sums) -> None:
         kernel, _ = _kernel("pool", p.dtype, entry="departures")
         tape.launch(kernel, (p.pool_blocks, p.batch * p.heads_kv), 256, (k, *k.strides, sums, *sizes))
         kernel, _ = _kernel("pool", p.dtype, entry="running_sums")
-        tape.launch(kernel, (-(-p.dim_qk // 32), p.batch * p.heads_kv), 32, (sums, sizes[2], sizes[3]))
+        tape.launch(kernel, (-(-p.dim_qk // 32), p.batch * p.heads_kv), 256, (sums, sizes[2], sizes[3]))
 
 
 def _pool_row(dim: int) -> int:
