@@ -21,7 +21,7 @@ KNOBS = {
     "rank_terms": (7, 31, None),
     "mixture of": (15, 31, 63),
     "rank_levels": (64, 256, 4096, None),
-    "tail": (None,),
+    "tail": ("spread", None),
     "query_order": ("guide",),
     "share_order": (True,),
     "cap": (0.5, 0.25),

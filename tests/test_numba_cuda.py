@@ -271,6 +271,8 @@ def test_what_it_does_not_support_is_refused_by_name():
     plan = s2o.plan(q, k, case.settings, backend="numba")
     with pytest.raises(ValueError, match="block_q is 257; the Numba CUDA backend supports 1 to 256"):
         s2o.attend(q, k, v, plan, block_q=257, backend="numba")
+    with pytest.raises(ValueError, match="tail is 'spread'; the Numba CUDA backend supports 'pooled' and None"):
+        s2o.attend(q, k, v, plan, tail="spread", backend="numba")
     k = v = np.ones((1, 1, 2049, 4), np.float32)
     problem = Problem(1, 2, 1, 1, 2049, 4, 4, "float32", Settings(causal=False, pool=1))
     engine = backends.get("numba", {"q": q})
