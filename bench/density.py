@@ -20,9 +20,10 @@ from s2o_cupy.settings import Settings
 
 ERRORS = (0.05, 0.02)
 ROWS = 512
-SPREAD = ("s2o_cupy", "s2o_cupy, S=128 shared", "s2o_cupy, S=128", "s2o_cupy, S=64 shared, mean rank")
 SETTINGS = ours.VARIANTS | {
-    **{f"{name}, spread tail": ours.VARIANTS[name].replace(tail="spread") for name in SPREAD},
+    "s2o_cupy, spread tail": Settings(tail="spread"),
+    "s2o_cupy, S=128 shared": ours.SHARED,
+    "s2o_cupy, S=128": ours.S128,
     "s2o_cupy, S=512": ours.S512,
     "s2o_cupy precise": Settings.precise(),
     "s2o_cupy, S=64": ours.S128.replace(segment=64, block_q=64),

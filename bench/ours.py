@@ -16,11 +16,13 @@ BASE = {"segment": 512, "block_k": 128, "pool": 256}  # fixed here, whatever the
 S512 = Settings(**BASE)
 S128 = Settings(segment=128, block_k=128, rank_terms=7)
 SHARED = S128.replace(share_order=True)
+S64 = SHARED.replace(segment=64, block_q=64, rank="mean", cap=0.25)
 VARIANTS = {  # which is the fastest depends on the error and on the length: smaller segments stop sooner, and rank more
     "s2o_cupy": Settings(),
-    "s2o_cupy, S=128 shared": SHARED,
-    "s2o_cupy, S=128": S128,
-    "s2o_cupy, S=64 shared, mean rank": SHARED.replace(segment=64, block_q=64, rank="mean", cap=0.25),
+    "s2o_cupy, S=128 shared, spread tail": SHARED.replace(tail="spread"),
+    "s2o_cupy, S=128, spread tail": S128.replace(tail="spread"),
+    "s2o_cupy, S=64 shared, mean rank": S64,
+    "s2o_cupy, S=64 shared, mean rank, spread tail": S64.replace(tail="spread"),
     "s2o_cupy precise, shared": Settings.precise(block_k=128, share_order=True),
 }
 

@@ -30,7 +30,11 @@ ERRORS = (0.05, 0.02)
 STAGES = ("rank", "pool", "attend", "dense")
 ROWS = 256
 CUDNN = "cuDNN (PyTorch SDPA)"
-SETTINGS = {"attention()": Settings(), "attention(), S=512": ours.S512, "attention(), S=128 shared": ours.SHARED}
+SETTINGS = {
+    "attention()": Settings(),
+    "attention(), S=128 shared, spread tail": ours.SHARED.replace(tail="spread"),
+    "attention(), S=64 shared, spread tail": ours.S64.replace(tail="spread"),
+}
 ALL_UPTO = 2**16  # keys; beyond, only the settings that were the fastest at the length before
 PART_FROM = 2**18  # keys from which the sweep begins on the heads of two K/V heads
 CALLS = 8  # whole calls that one error takes, about

@@ -421,16 +421,17 @@ def test_gpu_measures_every_stage(small, tmp_path):
 def test_density_meets_errors_on_synthetic_heads_and_on_files(tmp_path):
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2048, 64), np.float32)
     np.savez(tmp_path / "mine.npz", q=q, k=k, v=v)
-    only = ("--only", "S=128 shared;S=1024")
+    only = ("--only", "S=128 shared, spread;S=1024")
     assert run("density", "--length", "2048", "--heads", "2", *only, "--json", tmp_path / "x.json") == 0
     assert run("density", tmp_path / "mine.npz", *only, "--json", tmp_path / "y.json") == 0
     made, mine = (json.loads((tmp_path / name).read_text()) for name in ("x.json", "y.json"))
-    assert [case["name"] for case in made["cases"]] == ["s2o_cupy, S=128 shared"] * 2 + ["S2O Triton's: S=1024"] * 2
+    names = ["s2o_cupy, S=128 shared, spread tail", "S2O Triton's: S=1024"]
+    assert [case["name"] for case in made["cases"]] == [name for name in names for _ in range(2)]
     assert all(case["error"] <= case["wanted"] and 0 < case["density"] < 1 for case in made["cases"])
     assert {case["source"] for case in mine["cases"]} == {"mine"}
     head, _, first, _ = report.table_density(made, None)
     assert head == "| density | diffuse, N=2048, error 0.05 | diffuse, N=2048, error 0.02 |"
-    assert first.startswith(f"| s2o_cupy, S=128 shared | {made['cases'][0]['density']:.3f} |")
+    assert first.startswith(f"| s2o_cupy, S=128 shared, spread tail | {made['cases'][0]['density']:.3f} |")
 
 
 # --- kernels -----------------------------------------------------------------------------------------
