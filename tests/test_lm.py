@@ -349,9 +349,10 @@ def test_the_last_rows_of_a_prompt_may_be_dense(llama, story):
 def test_the_last_rows_are_exact(rows, keys, dtype):
     q, k, v = (np.random.default_rng(3).standard_normal((h, keys, 32)).astype(dtype) for h in (4, 2, 2))
     exact = s2o.dense_attention(*(x.astype(np.float64) for x in (q, k, v)))[:, -rows:]
-    found = last_rows(q[:, -rows:], k, v)
-    assert (found.dtype, found.shape) == (np.dtype(dtype), exact.shape)
-    np.testing.assert_allclose(found, exact, atol=1e-5 if dtype == np.float32 else 2e-3)
+    found = np.full(q.shape, np.nan, dtype)
+    last_rows(q[:, -rows:], k, v, found[:, -rows:])
+    assert np.isnan(found[:, :-rows]).all()
+    np.testing.assert_allclose(found[:, -rows:], exact, atol=1e-5 if dtype == np.float32 else 2e-3)
 
 
 def test_needles_that_cannot_be(llama):

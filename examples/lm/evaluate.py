@@ -40,41 +40,48 @@ class Calibration:
 
 @dataclass
 class Attention:
-    """An `attend` for `prefill` that keeps the seconds of each layer; sparse where it has settings.
+    """An `attend` for `prefill`, sparse where it has settings, that keeps each layer's time and stats.
+
+    Nothing waits for the device: on a GPU a layer's time lies between two events of the stream that the whole pass is
+    queued on, as in any prefill; on a CPU it is the host's clock.
 
     The last `dense_rows` rows are dense: of a prompt, those that the answer is read from, at a cost of N a row.
     """
 
     settings: dict[int, s2o.Settings] | None = None
     dense_rows: int = 0
-    seconds: dict[int, float] = field(default_factory=dict)
-    density: dict[int, list[float]] = field(default_factory=dict)
-    paths: set[str] = field(default_factory=set)
+    spans: dict[int, tuple] = field(default_factory=dict)
+    stats: dict[int, s2o.Stats] = field(default_factory=dict)
 
     def __call__(self, layer: int, q, k, v):
-        _wait(v)  # the last of the three that was queued
-        start = time.perf_counter()
-        if self.settings is None:
-            out = dense(layer, q, k, v)
-        else:
-            out, stats = self._sparse(q, k, v, self.settings[layer])
-        _wait(out)
-        self.seconds[layer] = time.perf_counter() - start
-        if self.settings is not None:
-            pairs, n = stats.problem.allowed_pairs, q.shape[1]
-            skipped = pairs * (1 - stats.head_density.reshape(-1))
-            self.density[layer] = (1 - skipped / (n * (n + 1) // 2)).tolist()
-            self.paths.add(stats.path)
+        start = _moment(q)
+        out = dense(layer, q, k, v) if self.settings is None else self._sparse(layer, q, k, v)
+        self.spans[layer] = start, _moment(q)
         return out
 
-    def _sparse(self, q, k, v, settings: s2o.Settings):
-        """The answer, and the stats of the rows before the dense ones."""
+    def _sparse(self, layer: int, q, k, v):
         check_dense_rows(self.dense_rows, q.shape[1])
-        rows = q.shape[1] - self.dense_rows
-        result = s2o.attention(q[:, :rows], k[:, :rows], v[:, :rows], settings, full_output=True)
-        if not self.dense_rows:
-            return result.out, result.stats
-        return namespace(q).concatenate([result.out, last_rows(q[:, rows:], k, v)], axis=1), result.stats
+        rows, out = q.shape[1] - self.dense_rows, namespace(q).empty_like(q)
+        few = q[:, :rows], k[:, :rows], v[:, :rows]
+        self.stats[layer] = s2o.attention(*few, self.settings[layer], out=out[:, :rows], full_output=True).stats
+        if self.dense_rows:
+            last_rows(q[:, rows:], k, v, out[:, rows:])
+        return out
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Of each layer; waits for the device."""
+        return {layer: _between(*span) for layer, span in self.spans.items()}
+
+    @property
+    def density(self) -> dict[int, list[float]]:
+        """Of each layer's heads, over all pairs; waits for the device."""
+        answer = {}
+        for layer, stats in self.stats.items():
+            pairs, n = stats.problem.allowed_pairs, stats.problem.n_q + self.dense_rows
+            skipped = pairs * (1 - stats.head_density.reshape(-1))
+            answer[layer] = (1 - skipped / (n * (n + 1) // 2)).tolist()
+        return answer
 
 
 def check_dense_rows(dense_rows: int, tokens: int) -> None:
@@ -83,8 +90,8 @@ def check_dense_rows(dense_rows: int, tokens: int) -> None:
         raise ValueError(f"dense_rows is {dense_rows}; allowed: 0 to {tokens - 1}")
 
 
-def last_rows(q, k, v):
-    """Exact causal attention of the last rows of a text: q (Hq, R, D), k and v (Hkv, N, D).
+def last_rows(q, k, v, out) -> None:
+    """Exact causal attention of the last rows of a text into `out`: q and out (Hq, R, D), k and v (Hkv, N, D).
 
     A row tile walks its keys one after the other, so that few rows would leave a GPU empty: the keys before the first
     row are walked in chunks, as a batch, and joined by their log-sum-exps.
@@ -92,15 +99,16 @@ def last_rows(q, k, v):
     xp, rows = namespace(q), q.shape[1]
     chunks = (k.shape[1] - rows) // _CHUNK
     if chunks < 2:
-        return s2o.dense_attention(q, k, v)
+        s2o.dense_attention(q, k, v, out=out)
+        return
     cut = chunks * _CHUNK
     before = (x[:, :cut].reshape(len(x), chunks, _CHUNK, -1).swapaxes(0, 1) for x in (k, v))
     parts = s2o.dense_attention(xp.broadcast_to(q, (chunks, *q.shape)), *before, causal=False, full_output=True)
     rest = s2o.dense_attention(q, k[:, cut:], v[:, cut:], full_output=True)
     lse = xp.concatenate([parts.lse, rest.lse[None]])
     weight = xp.exp(lse - lse.max(axis=0))
-    out = xp.concatenate([parts.out, rest.out[None]]).astype(lse.dtype)
-    return ((out * weight[..., None]).sum(axis=0) / weight.sum(axis=0)[..., None]).astype(q.dtype)
+    weight = (weight / weight.sum(axis=0))[..., None]
+    out[...] = (parts.out * weight[:-1]).sum(axis=0) + rest.out * weight[-1]
 
 
 def calibrate_layers(
@@ -146,8 +154,7 @@ def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int 
                 times.append((time.perf_counter() - start, attends[name].seconds))
     seconds = {name: min(t[0] for t in times) for name, times in passes.items()}
     by_layer = {
-        name: {str(layer): min(t[1][layer] for t in times) for layer in attends[name].seconds}
-        for name, times in passes.items()
+        name: {str(layer): min(t[1][layer] for t in times) for layer in times[0][1]} for name, times in passes.items()
     }
     losses, change, agree = compare(model, ids, hidden["dense"], hidden["sparse"])
     report = {"tokens": len(ids), "predictions": len(ids) - 1, "dense_rows": dense_rows}
@@ -163,7 +170,7 @@ def evaluate(model: Model, ids, settings: dict[int, s2o.Settings], repeats: int 
         "mean_density": float(np.mean(list(density.values()))) if density else None,
         "density": {str(layer): heads for layer, heads in density.items()},
         "tau": {str(layer): settings[layer].tau for layer in density},
-        "path": "ranked" if "ranked" in attends["sparse"].paths else "dense",
+        "path": "ranked" if any(x.path == "ranked" for x in attends["sparse"].stats.values()) else "dense",
         "repeats": repeats,
         "prefill_s": seconds,
         "global_attention_s": {name: sum(layers.values()) for name, layers in by_layer.items()},
@@ -190,3 +197,23 @@ def compare(model: Model, ids, dense_hidden, sparse_hidden) -> tuple[dict[str, n
 def _wait(x) -> None:
     """Until the device is done with x: its first number is read."""
     on_host(x.reshape(-1)[:1])
+
+
+def _moment(x):
+    """Now, where x is: on a GPU an event on its current stream, which the host does not wait for."""
+    xp = namespace(x)
+    if xp is np:
+        return time.perf_counter()
+    event = xp.cuda.Event()
+    event.record()
+    return event
+
+
+def _between(start, stop) -> float:
+    """Seconds from one `_moment` to another."""
+    if isinstance(start, float):
+        return stop - start
+    import cupy
+
+    stop.synchronize()
+    return cupy.cuda.get_elapsed_time(start, stop) / 1e3

@@ -50,7 +50,7 @@ def prefill(
     """
     if len(ids) > model.context:
         raise ValueError(f"the text has {len(ids)} tokens; allowed: {model.context}, the context of {model.name}")
-    xp, m = namespace(ids), model
+    xp, m, greatest = namespace(ids), model, []
     x = m.embed[ids]
     if m.gemma:
         x = x * np.float32(np.sqrt(m.hidden))
@@ -60,10 +60,15 @@ def prefill(
         if m.gemma:
             q, k = rms(q, w["attn_q_norm"], m.eps), rms(k, w["attn_k_norm"], m.eps)
         q, k = rotate(q, m.rope_base(layer)), rotate(k, m.rope_base(layer))
-        q, k, v = (_narrowed(m, layer, x) for x in (q, k, v))
+        if m.dtype == np.float16:
+            greatest.append([xp.abs(x).max() for x in (q, k, v)])
+        if xp is np:
+            _check_range(greatest)
+        q, k, v = (xp.ascontiguousarray(x, m.dtype) for x in (q, k, v))
         if watch is not None:
             watch(layer, q, k, v)
         if layer == stop:
+            _check_range(greatest)
             return None
         o = attend(layer, q, k, v) if m.is_global(layer) else s2o.dense_attention(q, k, v, window=m.window)
         o = xp.swapaxes(o, 0, 1).reshape(len(ids), -1).astype(np.float32, copy=False) @ w["attn_output"].T
@@ -72,6 +77,7 @@ def prefill(
             x[i : i + _ROWS] += _feed_forward(m, w, x[i : i + _ROWS])
         if step is not None:
             step()
+    _check_range(greatest)
     return rms(x, m.norm, m.eps)
 
 
@@ -95,16 +101,12 @@ def rotate(x, base: float):
     return xp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def _narrowed(m: Model, layer: int, x):
-    """x in the type that attention takes; what that type cannot hold is refused."""
-    xp = namespace(x)
-    with np.errstate(over="ignore"):
-        y = xp.ascontiguousarray(x, m.dtype)
-    if m.dtype == np.float16 and not bool(xp.isfinite(y).all()):
-        raise ValueError(
-            f"layer {layer} holds {float(xp.abs(x).max()):.4g}, beyond float16; allowed: bfloat16, float32"
-        )
-    return y
+def _check_range(greatest: list) -> None:
+    """Refuse a pass whose q, k or v float16 could not hold: of a GPU at its end only, so that no layer waits."""
+    for layer, arrays in enumerate(greatest):
+        for x in map(float, arrays):
+            if not x <= float(np.finfo(np.float16).max):
+                raise ValueError(f"layer {layer} holds {x:.4g}, beyond float16; allowed: bfloat16, float32")
 
 
 def _heads(x, dim: int):
