@@ -8,7 +8,7 @@
 // key. A list is one segment's queries of one query head, or of a K/V head's (share_order): `members` of them. The step
 // starts at the finite queries floor(c n / R) + floor(n / 2R); a query joins the nearest centre, the smaller at a tie.
 // tiled: rows lie as tiled.cuh says, and share follows them; then per_list counts for whole chunks of an order head.
-// grid (segments of the slab, order heads of the slab)   block 256
+// grid (segments of the slab, order heads of the slab)   block 512, where REAL is double 256
 #pragma once
 #include "tiled.cuh"
 #include "elements.cuh"
@@ -16,12 +16,15 @@
 #ifndef NEGATIVE_INFINITY
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 #endif
-constexpr int CENTRE_THREADS = 256;
+constexpr int CENTRE_THREADS = sizeof(real_t) == 4 ? 512 : 256;
 constexpr int CENTRE_WARPS = CENTRE_THREADS / 32;
-constexpr int QUERIES = 64;   // of a tile of products
+constexpr int QUERIES = CENTRE_THREADS / 4;  // of a tile of products
 constexpr int CENTRES = 32;
-constexpr int COLUMNS = 32;   // staged at a time
+constexpr int COLUMNS = 32;  // staged at a time
+constexpr int STAGED = (QUERIES + CENTRES) * COLUMNS / CENTRE_THREADS;  // numbers of a thread
 constexpr int MOST_COLUMNS = 8;  // of a lane: width up to 256
+constexpr int SUMS = 32768 / sizeof(real_t);  // of groups, held at a time
+constexpr int IN_FLIGHT = 8;  // members' numbers of a thread
 
 __device__ __forceinline__ real_t log_2(real_t x) { return sizeof(real_t) == 4 ? (real_t)log2f((float)x) : (real_t)log2((double)x); }
 __device__ __forceinline__ bool is_finite(real_t x) { return x - x == 0; }
@@ -56,16 +59,24 @@ __device__ int list_finite(RowAt row_at, int total, int dim, int* kept, int* cou
     return found;
 }
 
-extern "C" __global__ void __launch_bounds__(CENTRE_THREADS, sizeof(real_t) == 4 ? 4 : 2) centres(
+struct Tile {
+    real_t queries[QUERIES][COLUMNS + 1], centre[CENTRES][COLUMNS + 1];
+};
+
+extern "C" __global__ void __launch_bounds__(CENTRE_THREADS, 2) centres(
     const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     element_t* __restrict__ rows, real_t* __restrict__ share, element_t* __restrict__ variance, int* __restrict__ place,
     int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start,
     int width, int terms, int per_list, int capacity, int tiled, real_t scale) {
-    __shared__ real_t queries[QUERIES][COLUMNS + 1], centre[CENTRES][COLUMNS + 1];
+    __shared__ __align__(16) unsigned char shared[SUMS * sizeof(real_t)];
+    static_assert(sizeof(shared) >= sizeof(Tile), "the sums' place holds a tile");
+    Tile& tile = *(Tile*)shared;           // while the nearest centres are sought
+    real_t* const sums = (real_t*)shared;  // [a centre of those held][columns], afterwards
     __shared__ real_t near[QUERIES][9];
-    real_t(*const spread)[256] = (real_t(*)[256])queries;  // [CENTRE_WARPS][256], at the end
-    __shared__ int nearest[QUERIES][9], counts[CENTRE_WARPS];
-    __shared__ const element_t* source[QUERIES + CENTRES];
+    __shared__ int nearest[QUERIES][9], counts[CENTRE_WARPS], joined[CENTRE_THREADS];
+    int* const size = &nearest[0][0];  // of each group held
+    static_assert(sizeof(nearest) / sizeof(int) >= SUMS / 32, "a size for each group");
+    __shared__ const element_t* source[CENTRE_THREADS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, tx = threadIdx.x % 8, ty = threadIdx.x / 8;
     const int order_head = order_start + blockIdx.y, first = (segment_start + blockIdx.x) * segment;
     const int in_head = min(segment, n_q - first);
@@ -80,7 +91,8 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS, sizeof(real_t) == 4
     const int n = list_finite(row_at, in_head * members, dim, kept, counts), present = min(terms, n);
     auto start_of = [&](int c) { return row_at(kept[(int)((long long)c * n / present) + n / (2 * present)]); };
 
-    // The nearest centre of each query: the greatest x . c - |c|^2 / 2. A thread has two queries and four centres.
+    // The nearest centre of each query: the greatest x . c - |c|^2 / 2. A thread has two queries and four centres; the next
+    // columns are on their way while it multiplies.
     for (int first_query = 0; first_query < n; first_query += QUERIES) {
         real_t best[2];
         int best_centre[2] = {0, 0};
@@ -90,22 +102,31 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS, sizeof(real_t) == 4
                 const int r = threadIdx.x, c = first_centre + r - QUERIES;
                 source[r] = r < QUERIES ? (first_query + r < n ? row_at(kept[first_query + r]) : nullptr) : c < present ? start_of(c) : nullptr;
             }
+            __syncthreads();
+            real_t next[STAGED];
+            auto fetch = [&](int column) {
+#pragma unroll
+                for (int j = 0; j < STAGED; ++j) {
+                    const element_t* x = source[warp + j * CENTRE_WARPS];
+                    next[j] = x != nullptr && column + lane < dim ? to_real(x[column + lane]) : 0;
+                }
+            };
+            fetch(0);
             for (int column = 0; column < dim; column += COLUMNS) {
                 __syncthreads();
 #pragma unroll
-                for (int start = 0; start < (QUERIES + CENTRES) * COLUMNS; start += CENTRE_THREADS) {
-                    const int i = start + threadIdx.x, r = i / COLUMNS, d = column + i % COLUMNS;
-                    const real_t value = source[r] != nullptr && d < dim ? to_real(source[r][d]) : 0;
-                    if (r < QUERIES) queries[r][i % COLUMNS] = value;
-                    else centre[r - QUERIES][i % COLUMNS] = value;
+                for (int j = 0; j < STAGED; ++j) {
+                    const int r = warp + j * CENTRE_WARPS;
+                    (r < QUERIES ? tile.queries[r] : tile.centre[r - QUERIES])[lane] = next[j];
                 }
                 __syncthreads();
+                if (column + COLUMNS < dim) fetch(column + COLUMNS);
 #pragma unroll 8
                 for (int d = 0; d < COLUMNS; ++d) {
-                    const real_t left[2] = {queries[ty][d], queries[ty + 32][d]};
+                    const real_t left[2] = {tile.queries[ty][d], tile.queries[ty + QUERIES / 2][d]};
 #pragma unroll
                     for (int j = 0; j < 4; ++j) {
-                        const real_t right = centre[tx + 8 * j][d];
+                        const real_t right = tile.centre[tx + 8 * j][d];
                         x[0][j] += left[0] * right, x[1][j] += left[1] * right, square[j] += right * right;
                     }
                 }
@@ -120,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS, sizeof(real_t) == 4
                 }
         }
         for (int i = 0; i < 2; ++i)
-            if (tx < present) near[ty + 32 * i][tx] = best[i], nearest[ty + 32 * i][tx] = best_centre[i];
+            if (tx < present) near[ty + QUERIES / 2 * i][tx] = best[i], nearest[ty + QUERIES / 2 * i][tx] = best_centre[i];
         __syncthreads();
         if (threadIdx.x < QUERIES && first_query + (int)threadIdx.x < n) {
             const int r = threadIdx.x;
@@ -132,50 +153,62 @@ extern "C" __global__ void __launch_bounds__(CENTRE_THREADS, sizeof(real_t) == 4
     }
     __syncthreads();
 
-    static_assert(sizeof(queries) >= CENTRE_WARPS * 256 * sizeof(real_t), "spread fits where the queries were");
-    // Means of the groups, a warp each, its members in order; then how far they lie from it.
-    real_t around[MOST_COLUMNS] = {};
-    for (int c = warp; c < per_list; c += CENTRE_WARPS) {
-        real_t mean[MOST_COLUMNS] = {};
-        int size = 0;
-#pragma unroll 1
-        for (int pass = 0; pass < 2 && (pass == 0 || size); ++pass) {
-            for (int start = 0; start < n && c < present; start += 32) {
-                unsigned int mine = __ballot_sync(0xffffffffu, start + lane < n && group[min(start + lane, n - 1)] == c);
-                if (pass == 0) size += __popc(mine);
-                while (mine) {  // two members' numbers in flight
-                    real_t value[2][MOST_COLUMNS];
-                    bool there[2];
+    // Means of the groups: a thread has one column of every slots-th group, its members in order; then how far they lie from it.
+    int columns = 32;
+    while (columns < width) columns *= 2;
+    const int column = threadIdx.x % columns, slot = threadIdx.x / columns, slots = CENTRE_THREADS / columns;
+    const int which = slots - 1 | 1 << 31;  // of a group's number, or -1 for none held: its slot
+    real_t around = 0;
+    for (int first_centre = 0; first_centre < per_list; first_centre += SUMS / columns) {
+        const int held = min(SUMS / columns, per_list - first_centre);
+        for (int i = threadIdx.x; i < held * columns; i += CENTRE_THREADS) sums[i] = 0;
+        for (int c = threadIdx.x; c < held; c += CENTRE_THREADS) size[c] = 0;
+        for (int pass = 0; pass < 2; ++pass) {
+            for (int start = 0; start < n; start += CENTRE_THREADS) {
+                const int there = min(CENTRE_THREADS, n - start);
+                __syncthreads();
+                joined[threadIdx.x] = -1;
+                if ((int)threadIdx.x < there) {
+                    const int c = group[start + threadIdx.x] - first_centre;
+                    source[threadIdx.x] = row_at(kept[start + threadIdx.x]);
+                    if (c >= 0 && c < held) joined[threadIdx.x] = c;
+                }
+                __syncthreads();
+                for (int r = 0; r < there; r += IN_FLIGHT) {
+                    real_t value[IN_FLIGHT];
 #pragma unroll
-                    for (int i = 0; i < 2; ++i, mine &= mine - 1) {
-                        there[i] = mine != 0;
-                        const element_t* x = row_at(kept[start + (there[i] ? __ffs(mine) - 1 : 0)]);
-#pragma unroll
-                        for (int j = 0; j < MOST_COLUMNS; ++j) value[i][j] = there[i] && lane + 32 * j < dim ? to_real(x[lane + 32 * j]) : 0;
+                    for (int i = 0; i < IN_FLIGHT; ++i) {
+                        const int c = joined[r + i];
+                        value[i] = (c & which) == slot && column < dim ? to_real(source[r + i][column]) : 0;
                     }
 #pragma unroll
-                    for (int i = 0; i < 2; ++i)
-#pragma unroll
-                        for (int j = 0; j < MOST_COLUMNS; ++j) {
-                            if (pass == 0) mean[j] += value[i][j];
-                            else if (there[i]) around[j] += (value[i][j] - mean[j]) * (value[i][j] - mean[j]);
-                        }
+                    for (int i = 0; i < IN_FLIGHT; ++i) {
+                        const int c = joined[r + i];
+                        if ((c & which) != slot) continue;
+                        real_t& sum = sums[c * columns + column];
+                        if (pass == 0) sum += value[i];
+                        else around += (value[i] - sum) * (value[i] - sum);
+                        if (pass == 0 && column == 0) ++size[c];
+                    }
                 }
             }
-            if (pass == 0 && size)
-                for (int j = 0; j < MOST_COLUMNS; ++j) mean[j] /= size;
+            __syncthreads();
+            for (int c = slot; pass == 0 && c < held; c += slots)
+                if (size[c]) sums[c * columns + column] /= size[c];
         }
-        for (int j = 0; j < MOST_COLUMNS; ++j)
-            if (lane + 32 * j < width) rows[tiled ? tiled_place(first_row + c, lane + 32 * j, width) : (first_row + c) * width + lane + 32 * j] = to_element(mean[j]);
-        // Without a finite query there is one centre, 0.
-        if (lane == 0) share[c] = n == 0 && c == 0 ? 0 : size ? log_2((real_t)size / n) : NEGATIVE_INFINITY;
+        for (int c = slot; c < held; c += slots) {
+            const long long row = first_row + first_centre + c;
+            if (column < width) rows[tiled ? tiled_place(row, column, width) : row * width + column] = to_element(sums[c * columns + column]);
+            // Without a finite query there is one centre, 0.
+            if (column == 0) share[first_centre + c] = n == 0 && first_centre + c == 0 ? 0 : size[c] ? log_2((real_t)size[c] / n) : NEGATIVE_INFINITY;
+        }
+        __syncthreads();
     }
-    for (int j = 0; j < MOST_COLUMNS; ++j)
-        if (lane + 32 * j < width) spread[warp][lane + 32 * j] = around[j];
+    sums[threadIdx.x] = around;
     __syncthreads();
-    for (int d = threadIdx.x; d < width; d += CENTRE_THREADS) {
+    if (threadIdx.x < width) {
         real_t sum = 0;
-        for (int w = 0; w < CENTRE_WARPS; ++w) sum += spread[w][d];
-        variance[d] = to_weight(n ? scale * scale / 2 * sum / n : 0);
+        for (int s = 0; s < slots; ++s) sum += sums[s * columns + column];
+        variance[column] = to_weight(n ? scale * scale / 2 * sum / n : 0);
     }
 }

@@ -256,7 +256,8 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
     sizes = (*sizes, width, p.terms, per_list, capacity, hopper)
     kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="centres")
-    tape.launch(kernel, (segments, heads), 256, (*arrays, *map(np.int32, sizes), real(p.scale)))
+    block = 256 if p.dtype == "float64" else 512
+    tape.launch(kernel, (segments, heads), block, (*arrays, *map(np.int32, sizes), real(p.scale)))
 
     unit = real(p.scale * _LOG2_E)
     if not halves:

@@ -139,6 +139,15 @@ def test_sums_in_parts(monkeypatch, dim, terms, arch):
     check(engine, p, *inputs(p))
 
 
+@pytest.mark.parametrize(("dtype", "dim"), [("float16", 256), ("float64", 100)])
+def test_more_queries_and_centres_than_a_block_holds(monkeypatch, dtype, dim):
+    settings = Settings(segment=180, pool=4, rank="mixture", rank_terms=40, share_order=True)
+    p = Problem(1, 3, 1, 190, 200, dim, dim, dtype, settings)
+    q, k = inputs(p)
+    q[0, 1, 7:30] = np.inf
+    check(emulated(monkeypatch), p, q, k)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
 def test_a_segment_without_a_finite_query_keeps_its_keys_in_order(monkeypatch, dtype):
     p = Problem(1, 1, 1, 64, 64, 8, 8, dtype, Settings(segment=32, pool=16, rank="mixture", rank_terms=4))
