@@ -84,10 +84,10 @@ __device__ __forceinline__ void hide_non_finite(const Shared& sm, unsigned int v
         const int row = i / ValueTile::CHUNKS;
         const unsigned int address = ValueTile::address(v, row, i % ValueTile::CHUNKS);
         unsigned int x[4];
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address));
+        load_shared16(x, address);
         if (halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3])) continue;
         sm.bias[row] = __int_as_float(0x7fffffff);
-        asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(address), "r"(0) : "memory");
+        zero_shared16(address);
     }
     __syncthreads();
 }
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
     for (int i = threadIdx.x; i < BLOCK_M * KeyTile::CHUNKS; i += THREADS) {
         unsigned int x[4];
         const unsigned int address = KeyTile::address(sm.q, i / KeyTile::CHUNKS, i % KeyTile::CHUNKS);
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address));
+        load_shared16(x, address);
         if (!(halves_are_finite(x[0]) && halves_are_finite(x[1]) && halves_are_finite(x[2]) && halves_are_finite(x[3])))
             sm.poisoned[i / KeyTile::CHUNKS] = 1;
     }
@@ -397,7 +397,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
 #pragma unroll
             for (int d = 0; d < V_TILES; ++d) {
                 const unsigned int pair = pack_halves(o[m][d][2 * h] * inverse, o[m][d][2 * h + 1] * inverse);
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(ValueTile::address(sm.q, r, d) + 4 * (lane % 4)), "r"(pair) : "memory");
+                store_shared4(ValueTile::address(sm.q, r, d) + 4 * (lane % 4), pair);
             }
             if (r < agreed.rows && lane % 4 == 0) {
                 const long long place = agreed.flat_head * n_q + sm.row[r];
@@ -416,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         if (valid <= 0) continue;
         half_t* to = out + sm.row[r] * out_row + 8 * c;
         unsigned int x[4];
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(ValueTile::address(sm.q, r, c)));
+        load_shared16(x, ValueTile::address(sm.q, r, c));
         if ((aligned & 8) && valid == 8) {
             *(uint4*)to = make_uint4(x[0], x[1], x[2], x[3]);
         } else {

@@ -88,6 +88,10 @@ __device__ __forceinline__ void zero_shared16(unsigned int address) {
     asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(address), "r"(0) : "memory");
 }
 
+__device__ __forceinline__ void store_shared4(unsigned int address, unsigned int x) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
 __device__ __forceinline__ void store_shared2(unsigned int address, half_t x) {
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
 }

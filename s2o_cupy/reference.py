@@ -21,7 +21,7 @@ def dense(problem: Problem, q, k, v):
         for i in range(problem.n_q):
             age = i + problem.shift - keys
             seen = (age >= 0) & (age < problem.window) if problem.settings.causal else keys >= 0
-            softmax = _Softmax(problem, q[b, h, i : i + 1], v.shape[-1])
+            softmax = Softmax(problem, q[b, h, i : i + 1], v.shape[-1])
             softmax.add(k[b, kv][seen], v[b, kv][seen])
             out[b, h, i], lse[b, h, i] = softmax.out[0], softmax.lse[0]
     return out, lse
@@ -45,13 +45,7 @@ def score(problem: Problem, q, k, b: int, order_head: int, s: int) -> np.ndarray
     ``rank="mean"`` (paper section 3.2) takes the first cumulant of ``log E_q exp(scale q . k)`` over the segment's
     queries, ``"gaussian"`` the first two; ``"mixture"`` is `mixture_score`.
     """
-    kv = order_head // problem.orders
-    heads = problem.group // problem.orders
-    queries = q[b, order_head * heads : (order_head + 1) * heads][:, _rows(problem, s)].reshape(-1, problem.dim_qk)
-    queries = queries[np.isfinite(queries).all(axis=1)]
-    keys = k[b, kv, : problem.history[s]]
-    if not len(queries):
-        queries = np.zeros((1, problem.dim_qk))
+    queries, keys = list_rows(problem, q, k, b, order_head, s)
     with np.errstate(all="ignore"):
         if problem.settings.rank == "mixture":
             return mixture_score(queries, keys, problem.terms, problem.scale)
@@ -61,6 +55,16 @@ def score(problem: Problem, q, k, b: int, order_head: int, s: int) -> np.ndarray
             factors = covariance_factors(queries - mean, problem.terms)
             scores += problem.scale**2 / 2 * ((keys @ factors) ** 2).sum(axis=1)
     return scores
+
+
+def list_rows(problem: Problem, q, k, b: int, order_head: int, s: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a list is ranked by and of: its finite queries (one of zeros where there is none), and its history's keys."""
+    heads = problem.group // problem.orders
+    queries = q[b, order_head * heads : (order_head + 1) * heads][:, _rows(problem, s)].reshape(-1, problem.dim_qk)
+    queries = queries[np.isfinite(queries).all(axis=1)]
+    if not len(queries):
+        queries = np.zeros((1, problem.dim_qk))
+    return queries, k[b, order_head // problem.orders, : problem.history[s]]
 
 
 def covariance_factors(centred: np.ndarray, terms: int) -> np.ndarray:
@@ -168,8 +172,11 @@ def row_lift(q: np.ndarray, variance: np.ndarray, scale: float) -> np.ndarray:
     return np.where(np.isnan(lift), 0, lift)
 
 
-def attend(problem: Problem, q, k, v, kv_order, kv_offsets, query_order=None):
-    """Stage 3 over a plan. Returns out, lse, tiles, tail_blocks, tail_mass and walked pairs by row tile."""
+def attend(problem: Problem, q, k, v, kv_order, kv_offsets, query_order=None, softmax=None):
+    """Stage 3 over a plan. Returns out, lse, tiles, tail_blocks and tail_mass.
+
+    `softmax` makes a row tile's `Softmax`; tests put one in its place that rounds as a kernel does.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     heads = (problem.batch, problem.heads_q)
     answer = SimpleNamespace(
@@ -189,18 +196,18 @@ def attend(problem: Problem, q, k, v, kv_order, kv_offsets, query_order=None):
             rows = query_order[b, h, rows]
         head = SimpleNamespace(k=k[b, kv], v=v[b, kv], k_pool=pooled[0][b, kv], v_pool=pooled[1][b, kv])
         head.spread = None if spread is None else spread[b, kv]
-        softmax, tiles, blocks, tail = _row_tile(problem, q[b, h], head, rows, s, kv_order[start:stop], problem.tau[h])
-        answer.out[b, h, rows], answer.lse[b, h, rows] = softmax.out, softmax.lse
+        sums = (softmax or Softmax)(problem, q[b, h, rows], v.shape[-1])
+        tiles, blocks, tail = _row_tile(problem, sums, head, rows, s, kv_order[start:stop], problem.tau[h])
+        answer.out[b, h, rows], answer.lse[b, h, rows] = sums.out, sums.lse
         answer.tiles[b, h, tile], answer.tail_blocks[b, h, tile] = tiles, blocks
         answer.tail_mass[b, h, rows] = tail
     return answer
 
 
-def _row_tile(problem, q, head, rows, s, ranked, tau):
+def _row_tile(problem, softmax, head, rows, s, ranked, tau):
     """One row tile's walk: seen window, ranked history with the stop, tail, masked window."""
     settings, history = problem.settings, int(problem.history[s])
     position = rows + problem.shift
-    softmax = _Softmax(problem, q[rows], head.v.shape[-1])
 
     # 1. Window keys that every row sees: the mask lets all of them through.
     first = int(position.min()) if settings.causal else history
@@ -228,7 +235,7 @@ def _row_tile(problem, q, head, rows, s, ranked, tau):
     frame = softmax.max.copy()
     lift = None
     if settings.tail == "spread" and tiles:
-        lift = row_lift(q[rows], head.spread[-(-history // settings.pool) - 1], problem.scale)
+        lift = row_lift(softmax.q, head.spread[-(-history // settings.pool) - 1], problem.scale)
     softmax.add(head.k_pool[blocks], head.v_pool[blocks], bias=np.log(left[blocks]), ceiling=ceiling, lift=lift)
     with np.errstate(all="ignore"):
         tail = np.where(softmax.mass > 0, softmax.mass - before * np.exp(frame - softmax.safe_max), 0)
@@ -241,10 +248,10 @@ def _row_tile(problem, q, head, rows, s, ranked, tau):
     softmax.add(head.k[first:last], head.v[first:last], seen=(age >= 0) & (age < problem.window))
     with np.errstate(all="ignore"):
         tail = tail * np.exp(at_tail - softmax.safe_max) / softmax.mass
-    return softmax, tiles, len(blocks), np.where(tail > 0, tail, 0) if len(blocks) else np.zeros(len(rows))
+    return tiles, len(blocks), np.where(tail > 0, tail, 0) if len(blocks) else np.zeros(len(rows))
 
 
-class _Softmax:
+class Softmax:
     """Online softmax of a few query rows: running max, mass and weighted sum of values."""
 
     def __init__(self, problem: Problem, q, dim_v: int):
@@ -279,14 +286,18 @@ class _Softmax:
             shrink = np.where(old == -np.inf, 0, np.exp(old - self.safe_max))
             before, added = self.mass * shrink, weight.sum(axis=1)
             self.mass, self.added = before + added, added
-            if seen is None or np.isfinite(v).all():
-                values = weight @ v
-            else:  # a hidden NaN must not reach a row through 0 * NaN
-                values = (weight[..., None] * np.where(seen[..., None], v, 0)).sum(axis=1)
-            self.sum = self.sum * shrink[:, None] + values
+            self.collect(logit, weight, shrink, v, seen)
             gain = np.where(before > 0, added / before, np.inf)
         votes = ~self.poison & np.isfinite(self.mass) & np.isfinite(frame)
         return float(gain[votes].max()) if votes.any() else 0.0
+
+    def collect(self, logit, weight, shrink, v, seen) -> None:
+        """Add the values; what was summed before shrinks."""
+        if seen is None or np.isfinite(v).all():
+            values = weight @ v
+        else:  # a hidden NaN must not reach a row through 0 * NaN
+            values = (weight[..., None] * np.where(seen[..., None], v, 0)).sum(axis=1)
+        self.sum = self.sum * shrink[:, None] + values
 
     def mean_logit(self, keys: int):
         """The log of the mean weight of the `keys` keys added last."""

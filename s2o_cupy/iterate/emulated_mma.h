@@ -90,4 +90,5 @@ static inline float2 load_shared_pair(unsigned int address) {
     return x;
 }
 static inline void zero_shared16(unsigned int address) { memset(s2o_emulation::shared(address), 0, 16); }
+static inline void store_shared4(unsigned int address, unsigned int x) { memcpy(s2o_emulation::shared(address), &x, 4); }
 static inline void store_shared2(unsigned int address, half_t x) { memcpy(s2o_emulation::shared(address), &x, 2); }
