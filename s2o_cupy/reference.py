@@ -58,7 +58,7 @@ def score(problem: Problem, q, k, b: int, order_head: int, s: int) -> np.ndarray
 
 
 def list_rows(problem: Problem, q, k, b: int, order_head: int, s: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a list is ranked by and of: its finite queries (one of zeros where there is none), and its history's keys."""
+    """What a list is ranked by and of: its finite queries (one of zeros where there is none), its history's keys."""
     heads = problem.group // problem.orders
     queries = q[b, order_head * heads : (order_head + 1) * heads][:, _rows(problem, s)].reshape(-1, problem.dim_qk)
     queries = queries[np.isfinite(queries).all(axis=1)]

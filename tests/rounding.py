@@ -19,6 +19,29 @@ from s2o_cupy import reference, specialisations
 from s2o_cupy.problem import Problem
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
+HALVES = ("float16", "bfloat16")
+
+# How far an answer may lie beyond the rounding of what is written (`miss`; lse and tail mass: differences), and why.
+TOLERANCE = {
+    # Sums of weights times values in float32, and 1 in some thousand (float16) or ten thousand (bfloat16) weights that
+    # falls to the other side: its logit is 1e-6 off. 3e-6 and 3e-6 seen in the emulation, whose products are exact; a
+    # tensor core cuts each sum of 16 off. Without the rounding of weights it would be 3e-5 and 3e-4.
+    "out": {"float16": 1e-5, "bfloat16": 3e-5, "float32": 3e-6, "float64": 1e-12},
+    # Logits of up to some 20 in float32, and their exponentials by ex2.approx, 2 units off; float64's exp2 and log.
+    "lse": {"float16": 2e-5, "bfloat16": 2e-5, "float32": 2e-5, "float64": 1e-11},
+    # A difference of two sums in float32, and the share itself is float32 for every dtype.
+    "tail_mass": {"float16": 1e-5, "bfloat16": 1e-5, "float32": 1e-5, "float64": 1e-6},
+    # Of lists' scores against their spread: mean and factors come of float32, so that 1 in some hundred (float16) of
+    # their elements falls to the other side: 1e-6 or less in most lists, 8e-5 in one of 36. Without their rounding
+    # 1e-4 (5e-5 in a full covariance) and 8e-4 or more. Scores of float32 and float64 inputs are float32.
+    "scores": {"float16": 4e-5, "bfloat16": 1e-4, "float32": 2e-5, "float64": 2e-6},
+    # The same, and the quadratic term, rounded to half by itself, falls to the other side in 1 key of some thousand: a
+    # thousandth of the spread there. Without the rounding of centres and squares 3e-4 to 2e-3 and 8e-4 to 2e-3.
+    "mixture": {"float16": 2e-4, "bfloat16": 4e-4, "float32": 2e-5, "float64": 2e-6},
+    # Of whole calls whose roundings are not followed (two answers, or float64 beside an answer): weights and the answer
+    # rounded once each; half a unit, uniform, is .29 units root mean square.
+    "rounded twice": {"float16": 5e-4, "bfloat16": 4e-3, "float32": 3e-6, "float64": 1e-12},
+}
 _BITS = {"float16": (11, -24), "bfloat16": (8, -133), "float32": (24, -149), "float64": (53, -1074)}
 
 
@@ -42,6 +65,26 @@ def miss(got, want, dtype: str, scale=None) -> float:
     return float(np.linalg.norm(beyond[got != want]) / max(np.linalg.norm(want if scale is None else scale), 1e-300))
 
 
+def check_scores(p: Problem, got: list, want: list) -> None:
+    """Lists of scores, as the kernels of `p` keep them, are `want` from `score`, all lists taken together."""
+    assert [np.shape(x) for x in got] == [x.shape for x in want]
+    kept = "float16" if p.dtype in HALVES else "float32"
+    spread = np.concatenate([x - x.mean() if np.ptp(x) else x for x in want if x.size] or [np.zeros(0)])
+    allowed = TOLERANCE["mixture" if p.settings.rank == "mixture" else "scores"][p.dtype]
+    assert miss(np.concatenate(got), np.concatenate(want), kept, spread) <= allowed
+
+
+def check_answer(p: Problem, got, want) -> None:
+    """Stage 3's `got` (with any of `want`'s fields) is `want` from `attend` or `dense`, in rows that are finite there."""
+    good = np.isfinite(want.out).all(axis=-1)
+    np.testing.assert_array_equal(np.isfinite(np.asarray(got.out).astype(np.float32)).all(axis=-1), good)
+    assert miss(got.out[good], want.out[good], p.dtype) <= TOLERANCE["out"][p.dtype]
+    for name in ("lse", "tail_mass"):
+        if hasattr(got, name) and hasattr(want, name):
+            allowed, x, y = TOLERANCE[name][p.dtype], getattr(got, name)[good], getattr(want, name)[good]
+            np.testing.assert_allclose(x, y, rtol=0, atol=allowed, err_msg=name)
+
+
 # --- stage 3 ------------------------------------------------------------------------------------------
 class Rounding(reference.Softmax):
     """Weights rounded before they multiply values, a step of keys at a time, in the frame at the step's end.
@@ -50,7 +93,9 @@ class Rounding(reference.Softmax):
     next.
     """
 
-    def __init__(self, problem: Problem, q, dim_v: int, step: int, across: bool, weights: bool = True, means: bool = True):
+    def __init__(
+        self, problem: Problem, q, dim_v: int, step: int, across: bool, weights: bool = True, means: bool = True
+    ):
         super().__init__(problem, q, dim_v)
         self.dtype, self.step, self.across = problem.dtype, step, across
         self.weights, self.means, self.parts = weights, means, []
@@ -92,8 +137,10 @@ class Rounding(reference.Softmax):
 
 
 def steps_of(p: Problem, arch: str, query_order: bool = False, aligned: bool = True) -> dict:
-    """`step` and `across` of the kernel that attends, along lists or (block_q of the settings) densely."""
+    """`step` and `across` of the kernel that attends along lists; nothing for dtypes that no weight is rounded for."""
     s, sizes = p.settings, (p.dtype, p.dim_qk, p.dim_v)
+    if p.dtype not in HALVES:
+        return {}
     beside = p.group > p.orders == 1 and (not query_order or p.tiles_per_segment == 1)
     if aligned and specialisations.sm90_serves(arch, *sizes, s.block_q, s.pool, beside):
         macros = specialisations.sm90_macros(*sizes, s.block_k)
@@ -102,14 +149,20 @@ def steps_of(p: Problem, arch: str, query_order: bool = False, aligned: bool = T
 
 
 def attend(p: Problem, q, k, v, order, offsets, query_order=None, **rounding):
-    """`reference.attend` with a `Rounding`; out is not rounded yet. Without arguments for it, float64 throughout."""
+    """`reference.attend` with a `Rounding`, out not rounded yet; without arguments for that, float64 throughout."""
     softmax = functools.partial(Rounding, **rounding) if rounding else None
-    return reference.attend(p, q, k, v, order, offsets, query_order, softmax)
+    offsets = offsets.reshape(p.batch, p.heads_order, -1)
+    with np.errstate(invalid="ignore"):
+        return reference.attend(p, q, k, v, order, offsets, query_order, softmax)
 
 
 def dense(p: Problem, q, k, v, block_q: int, **rounding):
-    """`reference.dense` with a `Rounding`, for a kernel that walks row tiles of `block_q`: out, lse."""
+    """`reference.dense` with a `Rounding`, for a kernel that walks row tiles of `block_q`; the same without."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    if not rounding:
+        with np.errstate(invalid="ignore"):
+            out, lse = reference.dense(p, q, k, v)
+        return SimpleNamespace(out=out, lse=lse)
     out, lse = np.zeros((p.batch, p.heads_q, p.n_q, v.shape[-1])), np.zeros((p.batch, p.heads_q, p.n_q))
     for b, h, start in itertools.product(range(p.batch), range(p.heads_q), range(0, p.n_q, block_q)):
         rows = slice(start, min(start + block_q, p.n_q))
@@ -119,15 +172,16 @@ def dense(p: Problem, q, k, v, block_q: int, **rounding):
         cut = keys[0] if p.settings.causal and age[-1, 0] >= p.window else age[0, 0] if p.settings.causal else p.n_k
         for part, mask in ((slice(keys[0], cut), None), (slice(cut, keys[-1] + 1), seen)):
             sums.add(k[b, h // p.group, part], v[b, h // p.group, part], seen=None if mask is None else mask[:, part])
-        out[b, h, rows], lse[b, h, rows] = sums.out, sums.lse
-    return out, lse
+        with np.errstate(invalid="ignore"):
+            out[b, h, rows], lse[b, h, rows] = sums.out, sums.lse
+    return SimpleNamespace(out=out, lse=lse)
 
 
 # --- stage 1 ------------------------------------------------------------------------------------------
 def score(p: Problem, q, k, b: int, order_head: int, s: int, rows: bool = True) -> np.ndarray:
     """`reference.score` with the rows that a kernel multiplies keys with rounded, unless not `rows`."""
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
-    if p.dtype not in ("float16", "bfloat16") or not rows:
+    if p.dtype not in HALVES or not rows:
         return reference.score(p, q, k, b, order_head, s)
     queries, keys = reference.list_rows(p, q, k, b, order_head, s)
     if p.settings.rank == "mixture":
@@ -143,10 +197,20 @@ def score(p: Problem, q, k, b: int, order_head: int, s: int, rows: bool = True) 
 
 def _factors(covariance: np.ndarray, terms: int) -> np.ndarray:
     """`reference.covariance_factors` in the columns that factor.cuh takes: by Gram-Schmidt, then by Cholesky."""
-    axes = np.argsort(-np.diag(covariance), kind="stable")[:terms]
-    basis, triangle = np.linalg.qr(covariance[:, axes])
-    basis *= np.sign(np.diag(triangle))
-    return basis @ np.linalg.cholesky(basis.T @ covariance @ basis)
+    basis, root = np.zeros((len(covariance), terms)), np.zeros((terms, terms))
+    for t, axis in enumerate(np.argsort(-np.diag(covariance), kind="stable")[:terms]):
+        x = covariance[:, axis] / max(np.linalg.norm(covariance[:, axis]), 1e-300)
+        for _ in range(2):
+            x = x - basis @ (basis.T @ x)
+        if x @ x > 1e-10:  # else it depends on those before it
+            basis[:, t] = x / np.linalg.norm(x)
+    ritz = basis.T @ covariance @ basis
+    least = 1e-6 * np.diag(ritz).max()
+    for t in range(terms):
+        if ritz[t, t] > least:
+            root[:, t] = ritz[:, t] / np.sqrt(ritz[t, t])
+            ritz = ritz - np.outer(root[:, t], root[:, t])
+    return basis @ root
 
 
 def _mixture(p: Problem, queries, keys) -> np.ndarray:

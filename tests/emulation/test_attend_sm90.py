@@ -1,8 +1,11 @@
 """The Hopper attend kernel from its own source on the CPU, in two thread orders, against the reference."""
 
+from types import SimpleNamespace
+
 import ml_dtypes
 import numpy as np
 import pytest
+import rounding
 
 from s2o_cupy import reference
 from s2o_cupy.iterate import emulation as run
@@ -65,14 +68,16 @@ def arrays(p, scale):
     return [x.astype(dtype) for x in (scale * q, k, v)]
 
 
-def agree(want, out, lse, tiles, blocks, mass):
+def agree(p, want, out, lse, tiles, blocks, mass):
     np.testing.assert_array_equal(tiles, want.tiles)
     np.testing.assert_array_equal(blocks, want.tail_blocks)
-    good = np.isfinite(want.out).all(axis=-1)
-    np.testing.assert_array_equal(np.isfinite(out.astype(np.float32)).all(axis=-1), good)
-    np.testing.assert_allclose(out[good].astype(np.float64), want.out[good], atol=2e-2)
-    np.testing.assert_allclose(lse[good], want.lse[good], atol=1e-3)
-    np.testing.assert_allclose(mass[good], want.tail_mass[good], atol=1e-3)
+    rounding.check_answer(p, SimpleNamespace(out=out, lse=lse, tail_mass=mass), want)
+
+
+def wanted(p, q, k, v, order, offsets, query_order=None):
+    return rounding.attend(
+        p, q, k, v, order, offsets, query_order, **rounding.steps_of(p, "sm_90a", query_order is not None)
+    )
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -101,11 +106,10 @@ def test_attend_is_the_reference(dims, scale, settings, reverse):
     q[0, 1, 40, 2], v[0, 0, 690, 3] = np.nan, np.inf
     wide = [x.astype(np.float64) for x in (q, k, v)]
     order, offsets, _ = reference.plan(p, *wide[:2])
-    with np.errstate(invalid="ignore"):
-        want = reference.attend(p, *wide, order, offsets, None)
+    want = wanted(p, *wide, order, offsets)
     if s.block_k == 64 and s.tau:
         assert (want.tiles % 2 == 1).any(), "no row tile stops within a step"
-    agree(want, *attend(p, q, k, v, order, offsets, reverse))
+    agree(p, want, *attend(p, q, k, v, order, offsets, reverse))
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -135,12 +139,11 @@ def test_two_row_tiles_of_a_list_are_the_reference(group, dims, settings, revers
     q[0, group, 50:100, 5] = np.inf  # a whole row tile without a vote
     wide = [x.astype(np.float64) for x in (q, k, v)]
     order, offsets, query_order = reference.plan(p, *wide[:2])
-    with np.errstate(invalid="ignore"):
-        want = reference.attend(p, *wide, order, offsets, query_order)
+    want = wanted(p, *wide, order, offsets, query_order)
     beside = want.tiles.reshape(2, group, -1)
     assert (beside[:, 0] < beside[:, 1]).any() or (beside[:, 0] > beside[:, 1]).any(), "none stops before the other one"
     answers = attend(p, q, k, v, order, offsets, reverse, query_order=query_order)
-    agree(want, *answers)
+    agree(p, want, *answers)
 
 
 @pytest.mark.parametrize("block_q", [32, 128])
@@ -155,9 +158,9 @@ def test_a_slow_producer_still_brings_the_values_of_the_step_that_stopped(block_
     q, k, v = arrays(p, 1)
     wide = [x.astype(np.float64) for x in (q, k, v)]
     order, offsets, _ = reference.plan(p, *wide[:2])
-    want = reference.attend(p, *wide, order, offsets, None)
+    want = wanted(p, *wide, order, offsets)
     assert (want.tiles == 1).all(), "a list is one key tile, which stops the walk as the list ends"
-    agree(want, *attend(p, q, k, v, order, offsets, False, edit=slower))
+    agree(p, want, *attend(p, q, k, v, order, offsets, False, edit=slower))
 
 
 @pytest.mark.parametrize("block_q", [40, 128])
@@ -167,10 +170,6 @@ def test_dense_attention_is_the_reference(window, block_q):
     p = Problem(1, 2, 1, 200, 300, 64, 64, "bfloat16", s)
     q, k, v = arrays(p, 1)
     q[0, 1, 40, 2], v[0, 0, 160, 3] = np.nan, np.inf
-    with np.errstate(invalid="ignore"):
-        want, want_lse = reference.dense(p, *(x.astype(np.float64) for x in (q, k, v)))
+    want = rounding.dense(p, q, k, v, block_q, step=128, across=False)
     out, lse, *_ = attend(p, q, k, v, None, None, False)
-    good = np.isfinite(want).all(axis=-1)
-    np.testing.assert_array_equal(np.isfinite(out.astype(np.float32)).all(axis=-1), good)
-    np.testing.assert_allclose(out[good].astype(np.float64), want[good], atol=2e-2)
-    np.testing.assert_allclose(lse[good], want_lse[good], atol=1e-3)
+    rounding.check_answer(p, SimpleNamespace(out=out, lse=lse), want)

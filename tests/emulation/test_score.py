@@ -1,8 +1,8 @@
 """Stage 1 from its own source and launches on the CPU, tensor cores emulated, against the reference."""
 
-import ml_dtypes
 import numpy as np
 import pytest
+import rounding
 
 from s2o_cupy import reference, specialisations
 from s2o_cupy.iterate import emulation as run
@@ -12,9 +12,6 @@ from s2o_cupy.settings import Settings
 from .backend import emulated
 
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
-DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float64": np.float64}
-# Of a list's scores against their spread: rows, squared keys and scores are rounded to 16 bits, or computed in REAL.
-ERROR = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 2e-5, "float64": 2e-6}
 RANKS = [
     {"rank": "mean"},
     {"rank_terms": 3},
@@ -27,7 +24,7 @@ RANKS = [
 
 
 def inputs(p, seed=11):
-    rng, kind = np.random.default_rng(seed), DTYPES[p.dtype]
+    rng, kind = np.random.default_rng(seed), rounding.DTYPES[p.dtype]
     mix = rng.standard_normal((p.dim_qk, p.dim_qk)) * np.exp(rng.standard_normal(p.dim_qk)) / p.dim_qk**0.5
     q = rng.standard_normal((p.batch, p.heads_q, p.n_q, p.dim_qk)) @ mix
     q += rng.standard_normal((p.batch, p.heads_q, 1, p.dim_qk))
@@ -46,12 +43,8 @@ def scores(engine, p, q, k, slab=None):
 
 def check(engine, p, q, k):
     found = scores(engine, p, q, k)
-    exact = q.astype(np.float64), k.astype(np.float64)
-    for b, head, segment in np.ndindex(p.batch, p.heads_order, p.segments):
-        want, got = reference.score(p, *exact, b, head, segment), found[b * p.heads_order + head][segment]
-        assert got.shape == want.shape
-        assert np.isfinite(got).all()
-        assert np.abs(got - want).max(initial=0) <= ERROR[p.dtype] * max(np.ptp(want) if len(want) else 1, 1e-9)
+    wanted = [rounding.score(p, q, k, *place) for place in np.ndindex(p.batch, p.heads_order, p.segments)]
+    rounding.check_scores(p, [scores for row in found for scores in row], wanted)
 
 
 @pytest.mark.parametrize(
