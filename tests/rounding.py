@@ -58,7 +58,7 @@ def unit(x, dtype: str) -> np.ndarray:
 
 
 def miss(got, want, dtype: str, scale=None) -> float:
-    """How far an answer of a dtype lies beyond the rounding of `want`, root mean square, relative to that of `scale`."""
+    """How far an answer of a dtype lies beyond the rounding of `want`, in root mean squares of `scale` (`want`)."""
     got, want = np.asarray(got).astype(np.float64), np.asarray(want, np.float64)
     with np.errstate(invalid="ignore"):
         beyond = np.maximum(np.abs(got - want) - unit(np.maximum(np.abs(got), np.abs(want)), dtype) / 2, 0)
@@ -75,7 +75,7 @@ def check_scores(p: Problem, got: list, want: list) -> None:
 
 
 def check_answer(p: Problem, got, want) -> None:
-    """Stage 3's `got` (with any of `want`'s fields) is `want` from `attend` or `dense`, in rows that are finite there."""
+    """Stage 3's `got` is `want` from `attend` or `dense`, in rows that are finite there."""
     good = np.isfinite(want.out).all(axis=-1)
     np.testing.assert_array_equal(np.isfinite(np.asarray(got.out).astype(np.float32)).all(axis=-1), good)
     assert miss(got.out[good], want.out[good], p.dtype) <= TOLERANCE["out"][p.dtype]
@@ -89,13 +89,10 @@ def check_answer(p: Problem, got, want) -> None:
 class Rounding(reference.Softmax):
     """Weights rounded before they multiply values, a step of keys at a time, in the frame at the step's end.
 
-    `step`: keys that a kernel multiplies at once; `across`: one step may hold the end of a key tile and the start of the
-    next.
+    `step`: keys that a kernel multiplies at once; `across`: a step may hold the end of a key tile and the next's start.
     """
 
-    def __init__(
-        self, problem: Problem, q, dim_v: int, step: int, across: bool, weights: bool = True, means: bool = True
-    ):
+    def __init__(self, problem: Problem, q, dim_v: int, step: int, across: bool, weights=True, means=True):
         super().__init__(problem, q, dim_v)
         self.dtype, self.step, self.across = problem.dtype, step, across
         self.weights, self.means, self.parts = weights, means, []
@@ -214,7 +211,7 @@ def _factors(covariance: np.ndarray, terms: int) -> np.ndarray:
 
 
 def _mixture(p: Problem, queries, keys) -> np.ndarray:
-    """`reference.mixture_score` with centres in the inputs' type, squares in bfloat16 and the quadratic term in half."""
+    """`reference.mixture_score`, centres in the inputs' type, squares in bfloat16 and the quadratic term in half."""
     centres, group = reference.query_centres(queries, p.terms)
     variance = p.scale**2 / 2 * ((queries - centres[group]) ** 2).mean(axis=0)
     quadratic = narrow(narrow(keys**2, "bfloat16") @ narrow(variance, "bfloat16"), "float16")

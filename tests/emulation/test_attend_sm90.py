@@ -75,9 +75,8 @@ def agree(p, want, out, lse, tiles, blocks, mass):
 
 
 def wanted(p, q, k, v, order, offsets, query_order=None):
-    return rounding.attend(
-        p, q, k, v, order, offsets, query_order, **rounding.steps_of(p, "sm_90a", query_order is not None)
-    )
+    steps = rounding.steps_of(p, "sm_90a", query_order is not None)
+    return rounding.attend(p, q, k, v, order, offsets, query_order, **steps)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
