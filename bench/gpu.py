@@ -176,16 +176,12 @@ def crossover(preset: str, n: int, record: Record) -> None:
 
 
 def host_times(record: Record) -> None:
-    """Host time of a call with its kernels built: at 2048 keys `attention` goes dense, at 8192 it ranks.
-
-    Calls that repeat on the same memory are one launch; where answers are kept, each lies elsewhere.
-    """
+    """Host time of a call with its kernels built: at 2048 keys `attention` goes dense, at 8192 it ranks."""
     for n in (2048, 8192):
         q, k, v = (x[None] for x in workloads.make("diffuse", n, heads_q=4, heads_kv=2, xp=_cupy()))
         for name, call in {"attention": s2o.attention, "dense_attention": s2o.dense_attention}.items():
-            again, kept = partial(call, q, k, v, backend="cuda"), []
-            for note, each in (("", again), ("answers kept", lambda: kept.append(again()))):  # noqa: B023 - called here
-                record.case(f"host time, {name}", ours.shape_text(n, 4, 2), "bfloat16", time=on_host(each), note=note)
+            time = on_host(partial(call, q, k, v, backend="cuda"))
+            record.case(f"host time, {name}", ours.shape_text(n, 4, 2), "bfloat16", time=time)
 
 
 def _backend():

@@ -97,10 +97,10 @@ class Rounding(reference.Softmax):
         self.dtype, self.step, self.across = problem.dtype, step, across
         self.weights, self.means, self.parts = weights, means, []
 
-    def add(self, k, v, bias=None, ceiling=None, seen=None) -> float:
+    def add(self, k, v, bias=None, ceiling=None, lift=None, seen=None) -> float:
         if bias is not None and self.means:
             k, v = narrow(k, self.dtype), narrow(v, self.dtype)
-        return super().add(k, v, bias, ceiling, seen)
+        return super().add(k, v, bias, ceiling, lift, seen)
 
     def collect(self, logit, weight, shrink, v, seen) -> None:
         self.parts.append(SimpleNamespace(logit=logit, v=v, seen=seen, ranked=False))

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from s2o_cupy.compile import Kernel
-
 _ALIGNMENT = 256
 _FORMS = {np.int32: "i4x", np.int64: "q", np.float32: "f4x", np.float64: "d"}  # of scalars, 8 bytes each
 
@@ -70,7 +68,6 @@ class Tape:
     def __init__(self, given: int):
         self.rooms: list[Room] = []
         self.top = self.zeroed = self._most = 0
-        self.bare = True  # every launch is a compiled kernel's own
         self._given, self._kept, self._steps = given, [], [[]]
         self._lock = threading.Lock()
 
@@ -94,7 +91,6 @@ class Tape:
     def launch(self, kernel, grid, block: int, arguments, shared_mem: int = 0) -> None:
         """Record a launch of a `Kernel`. Arguments: places, None for null, NumPy scalars."""
         self._kept.append(kernel)
-        self.bare &= isinstance(kernel, Kernel)
         self._steps[-1].append((kernel.prepared(grid, block, arguments, shared_mem), arguments))
 
     def end_step(self) -> None:

@@ -14,7 +14,6 @@ import cupy as cp
 import numpy as np
 
 from s2o_cupy import specialisations as kernels
-from s2o_cupy.backends import _graphs
 from s2o_cupy.backends._tape import Place, Tape
 from s2o_cupy.compile import device_target, get_kernel
 from s2o_cupy.problem import Problem, Slab
@@ -108,9 +107,7 @@ def _run(stage, p: Problem, slab: Slab | None, strided, plain, *numbers, after=N
     tape = _recorded(stage, device, version(), p, slab, layouts, given, *numbers)
     memory, rooms = workspace(tape, stream)
     cp.cuda.runtime.setDevice(device)  # in a thread's first call this makes the device's context its own
-    addresses += rooms
-    if after is not None or not _graphs.launched(cp.cuda, tape, stream, addresses):
-        tape.run(stream, addresses, after)
+    tape.run(stream, addresses + rooms, after)
     del memory  # not before: the pool may give it to another thread
 
 
