@@ -65,12 +65,23 @@ extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) running_sums(rea
     }
 }
 
+// Two columns at once: their place is even.
+__device__ __forceinline__ void load_pair(real_t& x, real_t& y, const element_t* from) {
+#ifdef REAL
+    x = from[0], y = from[1];
+#else
+    const unsigned int both = *(const unsigned int*)from;
+    x = to_sum((element_t)both), y = to_sum((element_t)(both >> 16));
+#endif
+}
+
+// `paired`: rows start on 4 bytes and have an even number of columns.
 // grid (row tiles of the slab * group, K/V heads of the slab)   block 256: a warp every eighth row of the tile
 extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
     const element_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     const int* __restrict__ query_order, const real_t* __restrict__ sums, real_t* __restrict__ lift,
     int heads_q, int heads_kv, int kv_start, int n_q, int n_k, int dim, int causal, int segment, int tiles_per_segment,
-    int tile_start, int block_q, int blocks, int log2_pool, real_t half_scale, real_t most) {
+    int tile_start, int block_q, int blocks, int log2_pool, int paired, real_t half_scale, real_t most) {
     __shared__ real_t partial[SPREAD_WARPS][MOST_COLUMNS], mean[MOST_COLUMNS], variance[MOST_COLUMNS];
     __shared__ int finite_rows[SPREAD_WARPS];
     const int group = heads_q / heads_kv, tile = tile_start + blockIdx.x / group, s = tile / tiles_per_segment;
@@ -88,11 +99,18 @@ extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
     auto load = [&](int r) {
 #pragma unroll
         for (int t = 0; t < TOGETHER; ++t) {
-            const element_t* const from = q + row_of(min(r + t * SPREAD_WARPS, rows - 1)) * q_row + lane;
+            const element_t* const from = q + row_of(min(r + t * SPREAD_WARPS, rows - 1)) * q_row + 2 * lane;
 #pragma unroll
-            for (int i = 0; i < MOST_COLUMNS / 32; ++i) x[t][i] = lane + 32 * i < dim ? to_sum(from[32 * i]) : (real_t)0;
+            for (int i = 0; i < MOST_COLUMNS / 64; ++i) {
+                const int c = 2 * lane + 64 * i;
+                x[t][2 * i] = x[t][2 * i + 1] = 0;
+                if (paired && c < dim) load_pair(x[t][2 * i], x[t][2 * i + 1], from + 64 * i);
+                if (!paired && c < dim) x[t][2 * i] = to_sum(from[64 * i]);
+                if (!paired && c + 1 < dim) x[t][2 * i + 1] = to_sum(from[64 * i + 1]);
+            }
         }
     };
+    auto column = [&](int i) { return 2 * lane + 64 * (i / 2) + i % 2; };
     int finite = 0;
     for (int r = warp; r < rows; r += TOGETHER * SPREAD_WARPS) {
         load(r);
@@ -108,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
         }
     }
 #pragma unroll
-    for (int i = 0; i < MOST_COLUMNS / 32; ++i) partial[warp][lane + 32 * i] = sum[i];
+    for (int i = 0; i < MOST_COLUMNS / 32; ++i) partial[warp][column(i)] = sum[i];
     if (lane == 0) finite_rows[warp] = finite;
     __syncthreads();
     const real_t* const walked = sums + ((long long)kv * blocks + (history + (1 << log2_pool) - 1 >> log2_pool) - 1) * dim;
@@ -124,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(32 * SPREAD_WARPS) lifts(
         real_t spread[TOGETHER] = {};
 #pragma unroll
         for (int i = 0; i < MOST_COLUMNS / 32; ++i) {
-            const int c = lane + 32 * i;
+            const int c = column(i);
             if (c >= dim) continue;
 #pragma unroll
             for (int t = 0; t < TOGETHER; ++t) spread[t] += (x[t][i] - mean[c]) * (x[t][i] - mean[c]) * variance[c];

@@ -400,7 +400,7 @@ def _attend(
     if lift:
         kernel_of_lifts, _ = _kernel("pool", p.dtype, entry="lifts")
         numbers = (p.heads_q, p.heads_kv, slab.kv_start, p.n_q, p.n_k, p.dim_qk, s.causal, segment, tiles_per_segment)
-        numbers = *numbers, tile_start, block_q, blocks, s.pool.bit_length() - 1
+        numbers = *numbers, tile_start, block_q, blocks, s.pool.bit_length() - 1, q.aligned and p.dim_qk % 2 == 0
         units = tuple(map(p.compute_dtype.type, (p.scale / 2, min(MOST_LIFT / p.scale, MAX_SCALE))))
         given = (q, *q.strides, query_order, sums, lift, *map(np.int32, numbers), *units)
         tape.launch(kernel_of_lifts, grid, 256, given)
