@@ -4,6 +4,7 @@ attention is the same walk with no history and no tail.
 
 q, k, v        [batch, heads, rows, dim]               any float   any strides
 k_pool, v_pool [batch, heads_kv, blocks, dim]          REAL        block means; `blocks` 0: no tail
+k_spread       [batch, heads_kv, blocks, dim]          REAL        running sums of pool_numba.py
 kv_order       [keys]                                  int32       ranked lists end to end
 kv_offsets     [order heads of the slab, segments + 1] int64
 query_order    [batch, heads_q, n_q]                   int32       rows in walking order; heads_q 0: position order
@@ -24,30 +25,23 @@ from functools import cache
 from math import inf, isfinite
 
 from numba import cuda, int32
-from s2o_cupy.kernels.copy_numba import IN_FLIGHT, copy_function
+from s2o_cupy.kernels.copy_numba import IN_FLIGHT, stage_function
 from s2o_cupy.kernels.softmax_numba import CLOSED, OPEN, TAIL, softmax_functions
+from s2o_cupy.kernels.spread_numba import spread_functions
 
 MAX_ROWS, MAX_BLOCKS = 256, 2048
 
 
 @cache
-def attend_kernel(real, width):
-    """The kernel that computes in `real` (numba.float32 or numba.float64) on rows of `width` columns at most."""
-    start_row, logit_of, pooled_logit, add_key, mean_logit, close_tile, finish_row = softmax_functions(real, width)
-    copy_rows = copy_function(real, width)
-    step = min(32, 2**17 // (width * real.bitwidth))
+def attend_kernel(real, width, spread):
+    """The kernel that computes in `real` (numba.float32 or numba.float64) on rows of `width` columns at most.
 
-    @cuda.jit(device=True)
-    def stage(keys, values, order, first, count, tiles, pool):
-        """Copy keys and values for the whole block; with `pool`, count the keys by pool block."""
-        (k_tile, v_tile, walked, held), me, threads = tiles, cuda.threadIdx.x, cuda.blockDim.x
-        cuda.syncthreads()
-        copy_rows(keys, order, first, count, k_tile, held, me, threads)
-        copy_rows(values, order, first, count, v_tile, held, me, threads)
-        if pool:
-            for i in range(me, count, threads):
-                cuda.atomic.add(walked, order[first + i] // pool, 1)
-        cuda.syncthreads()
+    `spread`: the tail is lifted by what `k_spread` says; else it is not read.
+    """
+    start_row, logit_of, pooled_logit, add_key, mean_logit, close_tile, finish_row = softmax_functions(real, width)
+    describe_tile, row_lift = spread_functions(real, width)
+    stage = stage_function(real, width)
+    step = min(32, 2**17 // (width * real.bitwidth))
 
     @cuda.jit(device=True)
     def add_keys(keys, values, order, first, stop, my_first, my_stop, kind, mine, tiles, pool, scale):
@@ -61,8 +55,8 @@ def attend_kernel(real, width):
 
     @cuda.jit
     def attend(
-        q, k, v, k_pool, v_pool, kv_order, kv_offsets, query_order, taus, out, lse, tiles, tail_blocks, tail_mass,
-        slab, sizes, scale,
+        q, k, v, k_pool, v_pool, k_spread, kv_order, kv_offsets, query_order, taus, out, lse, tiles, tail_blocks,
+        tail_mass, slab, sizes, scale,
     ):  # fmt: skip
         k_tile = cuda.shared.array((step, width), real)
         v_tile = cuda.shared.array((step, width), real)
@@ -122,6 +116,11 @@ def attend_kernel(real, width):
                 break
 
         # 3. Tail: a block that has a quarter of its keys left enters as one, no heavier than the last tile's mean key.
+        lift = real(0)
+        if spread and tiles_walked:
+            running = k_spread[batch, head_kv, blocks - 1]
+            describe_tile(q[batch, head], running, history, row_of, rows, sound, v_tile)
+            lift = row_lift(query, dim, v_tile, scale)
         for start in range(0, blocks, step):
             count = min(step, blocks - start)
             stage(k_pool[batch, head_kv], v_pool[batch, head_kv], unordered, start, count, staged, 0)
@@ -130,7 +129,7 @@ def attend_kernel(real, width):
                 left = size - walked[start + i]
                 if 4 * left >= size:
                     found += 1
-                    logit = pooled_logit(logit_of(query, k_tile, i, scale), ceiling, left)
+                    logit = pooled_logit(logit_of(query, k_tile, i, scale) + lift, ceiling, left)
                     add_key(logit, TAIL, v_tile, i, state, acc)
 
         # 4. Window keys that some row does not see.

@@ -75,7 +75,7 @@ class Settings:
         Equal steps a list's scores are quantised to before ordering; ``None`` orders exactly.
     tail : {"pooled", "spread", None}
         Keys never walked enter as one pooled key a block, or not at all (paper). A block's mean key is lighter than
-        its keys are on average; ``"spread"`` makes up for it row by row (not on the Numba backend, so far).
+        its keys are on average; ``"spread"`` makes up for it row by row.
     tau : float or sequence of float
         Stop after the first key tile that adds less than this share to every row's softmax sum;
         0 never stops. One number, or one for each query head.

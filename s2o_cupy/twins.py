@@ -19,7 +19,7 @@ from s2o_cupy.sources import Source, kernel_folder, stamp_of, variant_of
 
 # The stage of each twin, and what the backend takes from its module.
 TWINS = {
-    "pool": ("pool", ("pool_kernel",)),
+    "pool": ("pool", ("pool_kernel", "departures_kernel", "running_kernel")),
     "score": ("score", ("score_kernel",)),
     "mixture": ("score", ("norm_kernel", "mixture_kernel")),
     "remap": ("remap", ("remap", "THREADS", "DIGIT_BITS")),

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import numba
 import numpy as np
@@ -222,6 +222,67 @@ def test_a_block_with_less_than_a_quarter_left_stays_out():
     properties.reaches_the_reference(NUMBA, wide_case(4, "float64", rows=24, **changes))
 
 
+def spread_case(dtype="float64", dim=4, **changes):
+    """Two query heads a K/V head; row tiles of 4, 3 and, at the end, 1 row that walk 3 keys of their history."""
+    rng = np.random.default_rng(7)
+    q, k, v = ((1.5 * rng.standard_normal((1, h, 19, dim))).astype(DTYPES[dtype]) for h in (4, 2, 2))
+    chosen = Settings(segment=7, block_q=4, block_k=3, pool=4, tau=100.0, rank="mean", tail="spread")
+    return Case(q, k, v, chosen.replace(**changes), "randn", ("plain",) * 3)
+
+
+SPREAD = [
+    {},
+    {"causal": False},  # the last pool block has 3 keys
+    {"query_order": "guide"},
+    {"causal": False, "query_order": "guide", "share_order": True, "cap": 0.4, "pool": 2},
+]
+
+
+@simulator
+@pytest.mark.parametrize("changes", SPREAD, ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_the_spread_tail_reaches_the_reference(dtype, changes):
+    case = spread_case(dtype, **changes)
+    properties.reaches_the_reference(NUMBA, case)
+    plan = NUMBA.plan(case)
+    spread, pooled = (NUMBA.attend(case, plan, tail=tail) for tail in ("spread", "pooled"))
+    np.testing.assert_array_equal(spread.stats.tail_blocks, pooled.stats.tail_blocks)
+    assert (spread.stats.tail_mass > pooled.stats.tail_mass + 0.01).mean() > 0.3, "the case tells the tails apart"
+
+
+@simulator
+@pytest.mark.parametrize("changes", SPREAD, ids=str)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_spread_tail_beside_what_is_not_finite(bad, changes):
+    """A tile's mean query is that of its finite rows; a bad key takes the spread from the lists that hold it alone."""
+    case = spread_case(**changes)
+    case.q[0, 2, 9, 1] = case.q[0, 1, 14:18, 0] = bad  # one row of a tile, and all of them
+    properties.reaches_the_reference(NUMBA, case)
+    clean, engine = NUMBA.ranked(case), backends.get("numba", {"q": case.q})
+    case.k[0, 1, 9, 2] = bad
+    properties.reaches_the_reference(NUMBA, case)
+    block, sums = 9 // case.settings.pool, engine.pool(case.problem, case.k, case.v)[2]
+    assert np.isnan(sums[0, 1, block:, 2]).all()
+    assert np.isfinite(np.delete(sums, 2, axis=3)).all()
+    assert np.isfinite(sums[:, :, :block]).all()
+    if case.settings.causal:
+        np.testing.assert_array_equal(NUMBA.ranked(case).out[:, :, :9], clean.out[:, :, :9])
+
+
+@simulator
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_running_sums_of_squared_departures(dtype):
+    case = spread_case(dtype, causal=False)
+    p, k = case.problem, case.k.astype(np.float64)
+    *means, sums = backends.get("numba", {"q": case.q}).pool(p, case.k, case.v)
+    assert (len(means), sums.dtype, sums.shape) == (2, p.compute_dtype, (1, 2, 5, 4))
+    blocks = [k[:, :, start : start + 4] for start in range(0, 19, 4)]
+    departures = [((x - x.mean(axis=2, keepdims=True)) ** 2).sum(axis=2) for x in blocks]
+    np.testing.assert_allclose(
+        sums, np.cumsum(np.stack(departures, axis=2), axis=2), rtol=16 * np.finfo(sums.dtype).eps
+    )
+
+
 @simulator
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_greatest_head_dim(dtype):
@@ -271,8 +332,6 @@ def test_what_it_does_not_support_is_refused_by_name():
     plan = s2o.plan(q, k, case.settings, backend="numba")
     with pytest.raises(ValueError, match="block_q is 257; the Numba CUDA backend supports 1 to 256"):
         s2o.attend(q, k, v, plan, block_q=257, backend="numba")
-    with pytest.raises(ValueError, match="tail is 'spread'; the Numba CUDA backend supports 'pooled' and None"):
-        s2o.attend(q, k, v, plan, tail="spread", backend="numba")
     k = v = np.ones((1, 1, 2049, 4), np.float32)
     problem = Problem(1, 2, 1, 1, 2049, 4, 4, "float32", Settings(causal=False, pool=1))
     engine = backends.get("numba", {"q": q})
@@ -294,6 +353,8 @@ def test_the_simulator_is_named_and_never_the_default():
 def test_simulated_threads_share_an_array():
     from numba.cuda.simulator.kernelapi import FakeCUDAShared
 
+    from s2o_cupy.backends import _simulator  # noqa: F401, it mends Numba's
+
     class Eight:
         def __index__(self):
             time.sleep(0.02)  # lets the others in while this thread makes its array
@@ -304,6 +365,22 @@ def test_simulated_threads_share_an_array():
         arrays = list(threads.map(lambda _: shared.array(Eight(), numba.int32), range(4)))
     assert all(x is arrays[0] for x in arrays)
     assert arrays[0].shape == (8,)
+
+
+@simulator
+def test_simulated_threads_keep_cuda_while_one_of_them_is_in_a_module():
+    from numba import cuda
+    from numba.cuda.simulator import kernel
+
+    from s2o_cupy.backends import _simulator  # noqa: F401, it mends Numba's
+
+    function, fake = FunctionType((lambda: None).__code__, {"cuda": cuda}), object()
+    one, other = (kernel.swapped_cuda_module(function, fake) for _ in range(2))
+    with one:
+        other.__enter__()
+    assert function.__globals__["cuda"] is fake
+    other.__exit__(None, None, None)
+    assert function.__globals__["cuda"] is cuda
 
 
 def test_each_specialisation_has_cache_files_of_its_own():
@@ -376,18 +453,22 @@ def signature(kernel: str, x, real):
     order = [array(t, n) for t, n in ((f32, 2), (u32, 2), (i32, 1), (i64, 2), (i32, 1), (i64, 3))]
     return {
         "pool": (array(x, 4), array(real, 4), i64),
+        "departures": (array(x, 4), *[array(real, 4)] * 2, i64),
+        "running": (array(real, 4),),
         "score": (array(x, 4), array(real, 3), array(i32, 1), array(f32, 2), i64, i64, real),
         "norm": (*mixture, array(real, 2), i64, i64, real),
         "mixture": (*mixture, array(real, 2), array(f32, 2), i64, i64, real),
         "remap": (*order, i64, i64),
-        "attend": (*[array(x, 4)] * 3, *[array(real, 4)] * 2, *plan, array(real, 1), *answers, *tuples, real),
-    }[kernel]
+        "attend": (*[array(x, 4)] * 3, *[array(real, 4)] * 3, *plan, array(real, 1), *answers, *tuples, real),
+    }["attend" if kernel == "spread" else kernel]
 
 
 @needs_numba_cuda
 @pytest.mark.parametrize("cc", [(7, 5), (8, 0), (9, 0)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("kernel", ["pool", "score", "norm", "mixture", "remap", "attend"])
+@pytest.mark.parametrize(
+    "kernel", ["pool", "departures", "running", "score", "norm", "mixture", "remap", "attend", "spread"]
+)
 def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
     from numba import cuda
     from numba.cuda import types as cuda_types
@@ -395,10 +476,13 @@ def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
     # Compiling a device function asks for the current device, which is all that would need a driver.
     here = SimpleNamespace(compute_capability=cc)
     monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: here)
-    module = twin("mixture" if kernel == "norm" else kernel)
+    files = {"norm": "mixture", "departures": "pool", "running": "pool", "spread": "attend"}
+    module, maker = twin(files.get(kernel, kernel)), f"{'attend' if kernel == 'spread' else kernel}_kernel"
     real = numba.float64 if dtype == "float64" else numba.float32
-    widths = () if kernel == "pool" else (64,)
-    made = module.remap if kernel == "remap" else getattr(module, f"{kernel}_kernel").__wrapped__(real, *widths)
+    sizes = {"attend": (64, False), "spread": (64, True)}.get(
+        kernel, () if files.get(kernel, kernel) == "pool" else (64,)
+    )
+    made = module.remap if kernel == "remap" else getattr(module, maker).__wrapped__(real, *sizes)
     x = getattr(cuda_types, dtype)
     ptx, _ = cuda.compile_ptx(made.py_func, signature(kernel, x, real), cc=cc)
     assert f".target sm_{cc[0]}{cc[1]}" in ptx

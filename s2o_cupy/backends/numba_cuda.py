@@ -151,18 +151,24 @@ def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
 
 
 def pool(problem: Problem, k, v):
-    """Means of K and V over pool blocks, (B, Hkv, blocks, D) and (..., Dv), compute type; None without a tail."""
-    p, means = problem, []
-    if p.settings.tail == "spread":
-        raise ValueError("tail is 'spread'; the Numba CUDA backend supports 'pooled' and None")
+    """Means of K and V over pool blocks, (B, Hkv, blocks, D) and (..., Dv), compute type; None without a tail.
+
+    With ``tail="spread"`` a third, like K's means: K's squared departures from them, summed over the blocks so far.
+    """
+    p, kernels = problem, twin("pool")
     if p.settings.tail is None or not p.pool_blocks:
         return None
+    grid, answers = (p.pool_blocks, p.batch * p.heads_kv), []
     for x in (k, v):
         mean = namespace(x).empty((p.batch, p.heads_kv, p.pool_blocks, x.shape[3]), p.compute_dtype)
-        grid = (p.pool_blocks, p.batch * p.heads_kv)
-        _launch(twin("pool").pool_kernel(_real(p)), grid, _THREADS, x, mean, p.settings.pool)
-        means.append(mean)
-    return tuple(means)
+        _launch(kernels.pool_kernel(_real(p)), grid, _THREADS, x, mean, p.settings.pool)
+        answers.append(mean)
+    if p.settings.tail == "spread":
+        spread = namespace(k).empty_like(answers[0])
+        _launch(kernels.departures_kernel(_real(p)), grid, _THREADS, k, answers[0], spread, p.settings.pool)
+        _launch(kernels.running_kernel(_real(p)), (grid[1], 1), _THREADS, spread)
+        answers.append(spread)
+    return tuple(answers)
 
 
 def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, answer) -> None:
@@ -194,13 +200,14 @@ def dense(problem: Problem, q, k, v, answer) -> None:
 
 
 def _walk(p, xp, arrays, pooled, order, answer, place, sizes, grid) -> None:
-    if pooled is None:
-        pooled = (xp.empty((1, 1, 0, 1), p.compute_dtype),) * 2
+    none = xp.empty((1, 1, 0, 1), p.compute_dtype)
+    pooled = (*(pooled or ()), none, none, none)[:3]
     taus = xp.asarray(p.tau.astype(p.compute_dtype))
     answers = (answer.out, answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass)
     threads = -(-min(sizes[3], p.n_q) // _WARP) * _WARP
     scale = p.compute_dtype.type(p.scale)
-    kernel = twin("attend").attend_kernel(_real(p), _width(max(p.dim_qk, p.dim_v)))
+    spread = pooled[2] is not none
+    kernel = twin("attend").attend_kernel(_real(p), _width(max(p.dim_qk, p.dim_v)), spread)
     _launch(kernel, grid, threads, *arrays, *pooled, *order, taus, *answers, place, sizes, scale)
 
 

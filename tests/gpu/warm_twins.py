@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 DTYPES, DIMS = ("bfloat16", "float64", "float32", "float16"), (256, 128, 64)
-STAGES = ("attend", "gaussian", "mixture", "pool", "remap")
+STAGES = ("attend", "spread", "gaussian", "mixture", "pool", "remap")
 
 
 def compile_one(stage: str, dtype: str, dim: int) -> float:
@@ -30,11 +30,18 @@ def compile_one(stage: str, dtype: str, dim: int) -> float:
     q = np.random.default_rng(0).standard_normal((1, 1, 24, dim)).astype(getattr(ml_dtypes, dtype, dtype))
     q = cupy.asarray(q)
     rank = stage if stage in ("gaussian", "mixture") else "mean"
-    p = make_problem(q, q, q, Settings(segment=8, block_q=8, block_k=4, pool=4, rank=rank, rank_terms=3))
+    chosen = Settings(segment=8, block_q=8, block_k=4, pool=4, rank=rank, rank_terms=3, tail="spread")
+    p = make_problem(q, q, q, chosen)
     if stage == "attend":
         import s2o_cupy as s2o
 
         s2o.dense_attention(q, q, q, backend="numba")
+    elif stage == "spread":
+        import s2o_cupy as s2o
+
+        offsets = cupy.zeros((1, 1, p.segments + 1), "int64")
+        plan = s2o.Plan.from_arrays(q, q, chosen, kv_order=cupy.empty(0, "int32"), kv_offsets=offsets)
+        s2o.attend(q, q, q, plan, backend="numba")
     elif stage == "pool":
         numba_cuda.pool(p, q, q)
     elif stage == "remap":
@@ -49,7 +56,7 @@ def compile_one(stage: str, dtype: str, dim: int) -> float:
 
 def jobs() -> list[tuple[str, str, int]]:
     """(stage, dtype, head dim) of every kernel, the longest to compile first."""
-    wide = [(stage, dtype, dim) for stage in STAGES[:3] for dim in DIMS for dtype in DTYPES]
+    wide = [(stage, dtype, dim) for stage in STAGES[:4] for dim in DIMS for dtype in DTYPES]
     return [("remap", "float32", 64), *wide, *[("pool", dtype, 64) for dtype in DTYPES]]
 
 
