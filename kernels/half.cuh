@@ -70,3 +70,24 @@ __device__ __forceinline__ bool half_is_finite(half_t x) {
 __device__ __forceinline__ bool halves_are_finite(unsigned int pair) {
     return half_is_finite((half_t)pair) && half_is_finite((half_t)(pair >> 16));
 }
+
+// Of two pairs of float16, the lesser and the greater of each; NaN is ignored by the one and wins the other.
+#ifdef S2O_EMULATION
+static inline unsigned int min_halves(unsigned int x, unsigned int y) {
+    auto least = [](unsigned short a, unsigned short b) { return score_to_float(a) < score_to_float(b) || score_to_float(b) != score_to_float(b) ? a : b; };
+    return least((unsigned short)x, (unsigned short)y) | (unsigned int)least((unsigned short)(x >> 16), (unsigned short)(y >> 16)) << 16;
+}
+static inline unsigned int max_halves(unsigned int x, unsigned int y) {
+    auto greatest = [](unsigned short a, unsigned short b) { return score_to_float(a) > score_to_float(b) || score_to_float(a) != score_to_float(a) ? a : b; };
+    return greatest((unsigned short)x, (unsigned short)y) | (unsigned int)greatest((unsigned short)(x >> 16), (unsigned short)(y >> 16)) << 16;
+}
+#else
+__device__ __forceinline__ unsigned int min_halves(unsigned int x, unsigned int y) {
+    asm("min.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+    return x;
+}
+__device__ __forceinline__ unsigned int max_halves(unsigned int x, unsigned int y) {
+    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+    return x;
+}
+#endif

@@ -5,6 +5,8 @@
 //   history    [segments]                        int32          scores of a list
 //   kv_offsets [lists' heads, segments + 1]      int64          where a list goes; row stride offsets_stride
 //   kv_order   [keys]                            int32          the answer: the first offsets[s+1] - offsets[s] keys
+//   ranges     [lists' heads, segments, parts]   two halves     least and greatest of part_keys scores of a list, as
+//              score_sm90.cu's score_means writes them; null, and with float scores: not known
 // levels > 0: finite scores are cut into that many equal steps between the list's least and greatest, in float32
 // without contraction; 0: exact. +inf leads, -inf and NaN close.
 // grid (segments, lists' heads)   block warps * 32 (at most 512)
@@ -115,28 +117,6 @@ __device__ __forceinline__ void for_each_score(
 }
 
 #if SCORE_HALF
-// Of two pairs of halves, the lesser and the greater of each; NaN is ignored by the one and wins the other.
-__device__ __forceinline__ unsigned int min_halves(unsigned int x, unsigned int y) {
-#ifdef S2O_EMULATION
-    auto least = [](score_t a, score_t b) { return to_float(a) < to_float(b) || to_float(b) != to_float(b) ? a : b; };
-    return least((score_t)x, (score_t)y) | least((score_t)(x >> 16), (score_t)(y >> 16)) << 16;
-#else
-    asm("min.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
-    return x;
-#endif
-}
-__device__ __forceinline__ unsigned int max_halves(unsigned int x, unsigned int y) {
-#ifdef S2O_EMULATION
-    auto greatest = [](score_t a, score_t b) {
-        return to_float(a) > to_float(b) || to_float(a) != to_float(a) ? a : b;
-    };
-    return greatest((score_t)x, (score_t)y) | greatest((score_t)(x >> 16), (score_t)(y >> 16)) << 16;
-#else
-    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
-    return x;
-#endif
-}
-
 // The least and the greatest of n scores, pairs at a time, as far as this thread's share goes; false where some score
 // is not finite.
 __device__ __forceinline__ bool half_range(const score_t* scores, int n, float& low, float& high) {
@@ -164,13 +144,20 @@ __device__ __forceinline__ bool half_range(const score_t* scores, int n, float& 
 }
 #endif
 
-// The levels of a list of n scores; the whole block calls it.
-__device__ Scale scale_of(const score_t* scores, int n, int levels) {
+// The levels of a list of n scores, of which `parts` ranges are known, if any; the whole block calls it.
+__device__ Scale scale_of(const score_t* scores, int n, int levels, const unsigned int* ranges, int parts) {
     __shared__ float least[MAX_WARPS], greatest[MAX_WARPS];
     float low = POSITIVE_INFINITY, high = -POSITIVE_INFINITY;
     bool special = true;
 #if SCORE_HALF
-    special = __syncthreads_or(!half_range(scores, n, low, high));
+    bool fine = true;
+    if (ranges != nullptr) {
+        for (int i = threadIdx.x; i < parts; i += blockDim.x) {
+            const float a = to_float((score_t)ranges[i]), b = to_float((score_t)(ranges[i] >> 16));
+            low = fminf(low, a), high = fmaxf(high, b), fine = fine && a - a == 0.f && b - b == 0.f;
+        }
+    } else fine = half_range(scores, n, low, high);
+    special = __syncthreads_or(!fine);
 #endif
     if (special) {
         bool finite = true;
@@ -283,7 +270,7 @@ __device__ __forceinline__ void set_bits(unsigned int* words, int from, int to) 
 extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int segments,
-    int levels, int window_size, int most_planes) {
+    int levels, int window_size, int most_planes, const unsigned int* __restrict__ ranges, int part_keys, int parts) {
     extern __shared__ int shared[];
     __shared__ int first_bin, last_bin, before, behind, refused[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
@@ -311,7 +298,8 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
 
     for (int i = threadIdx.x; i < (1 + most_planes) * words + warps * bins; i += threads) heads[i] = 0;
     if (warp == 0) refused[lane] = 1 << 31;
-    const Scale scale = scale_of(scores, n, levels);
+    if (ranges != nullptr) ranges += ((long long)blockIdx.y * segments + s) * parts;
+    const Scale scale = scale_of(scores, n, levels, ranges, (n + part_keys - 1) / part_keys);
     auto count = [&](auto special) {
         constexpr bool SPECIAL = special();
         for_each_score(scores, first, last, lane, 32, [&](float x) { add_one(mine, bin_of<SPECIAL>(x, scale)); });
@@ -446,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS) remap_digits(
     int* const counts = shared;  // [warps][bins]
     int* const mine = counts + warp * bins;
     Scale scale = {0.f, 0.f, 0, true};
-    if (levels > 0) scale = scale_of(scores, n, levels);
+    if (levels > 0) scale = scale_of(scores, n, levels, nullptr, 0);
 
     // Every warp's run of keys, a multiple of 32.
     const int run = (n + threads - 1) / threads * 32, first = min(warp * run, n), last = min(first + run, n);

@@ -7,16 +7,21 @@
 //   tiles    [K/V heads of the slab, chunks of 64, WIDTH]    T  keys as tiled.cuh says, from tile_keys; 0 past the last
 //   offset, partial: as in score.cu, over whole chunks of an order head
 //   history, starts, score: as in score.cu; a list's scores start on the multiple of 64 where those before it end
+//   ranges   [order heads of the slab, segments, parts]  two halves   of a part of a list's scores: the least (not NaN),
+//            the greatest (NaN if there is one)
 // A block keeps TILE_KEYS keys in registers as the left operand, 64 a warpgroup; one more warp streams the rows past
 // them. A warpgroup waits for its product before it adds up the squares: the tensor cores meanwhile have the other
 // warpgroups of this block and of its neighbour. At WIDTH 256 keys and stages fill a multiprocessor's shared memory and a
 // block is alone there; its two warpgroups take turns, since a product lasts twice as long as at 128 and its sums do not.
 // grid (order heads of a K/V head, key tiles of the longest history, K/V heads of the slab)   block TILE_KEYS * 2 + 32
 //   normalise: (for each part of the longest history, tiles of TILE_KEYS rows of a head; order heads; K/V heads)
+//   score_means: (for each part of the longest history, tiles of TILE_KEYS lists of a head; order heads; K/V heads)
 //   score_mixture: (key tiles; order heads; K/V heads)
 //   tile_keys: (chunks of the longest history, K/V heads of the slab)   block 256
 // shared memory 1024 + TILE_KEYS * WIDTH * 2 + STAGES * (64 * WIDTH * 2 + 256 + 16) bytes
-// kernels score_1_64 .. score_64_128, by rows of a list and WIDTH; normalise_64, score_mixture_64, tile_keys_64 and
+// Where a list has one row, the mean query, lists are the left operand and keys stream: a lane then has 16 keys of a list
+// in a row, writes them in two stores, and keeps the least and greatest of all it has seen.
+// kernels score_8_64 .. score_64_128, by rows of a list and WIDTH; score_means_64, normalise_64, score_mixture_64, tile_keys_64 and
 // their like of 128; where WIDEST is 256, those of 256 alone   macros IS_BF16, WIDEST (128, 256), TILE_KEYS
 // (a multiple of 64)
 #include "gather.cuh"
@@ -198,6 +203,130 @@ __device__ __forceinline__ void score_tile(
     }
 }
 
+// Starts the copies of 64 keys by a warp, as rows of a stage: dealt out, so that a lane's columns of the product are 16
+// keys that follow one another.
+template <int WIDTH>
+__device__ __forceinline__ void fetch_keys(unsigned int to, const Rows& keys, int first_key, int n_keys) {
+    const int lane = threadIdx.x & 31, piece = lane % 8;
+    auto address = [&](int row, int panel) { return to + panel * HALF_BYTES + row * 128 + (piece ^ row % 8) * 16; };
+    auto key_at = [&](int row) { return keys.data + (long long)min(first_key + row % 8 / 2 * 16 + row / 8 * 2 + row % 2, n_keys - 1) * keys.stride; };
+    if (keys.aligned && keys.width == WIDTH) {
+#pragma unroll
+        for (int i = 0; i < CHUNK_ROWS; i += 4) {
+            const char* const from = key_at(i + lane / 8) + 16 * piece;
+#pragma unroll
+            for (int panel = 0; panel < WIDTH / 64; ++panel) copy16_async(address(i + lane / 8, panel), from + 128 * panel);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (int i = lane / 8; i < CHUNK_ROWS * WIDTH / 64; i += 4) {
+        const int row = i % CHUNK_ROWS, panel = i / CHUNK_ROWS, column = 64 * panel + 8 * piece;
+        const char* const from = key_at(row) + 2 * column;
+        const unsigned int at = address(row, panel);
+        if (keys.aligned && column + 8 <= keys.width) copy16_async(at, from);
+        else
+            for (int d = 0; d < 8; ++d) store_shared2(at + 2 * d, column + d < keys.width ? ((const half_t*)from)[d] : (half_t)0);
+    }
+}
+
+// Scores by mean queries of a part of the keys, for 16 lists a warp: they stay in registers and keys stream past.
+template <int WIDTH>
+__device__ __forceinline__ void means_tile(
+    const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
+    const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,
+    unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments,
+    unsigned int* __restrict__ ranges, int part_keys) {
+    constexpr int TILE_LISTS = TILE_KEYS, LAG = STAGES - 2;  // chunks on their way that are not waited for
+    extern __shared__ __align__(128) char shared_memory[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3, kv = kv_start + blockIdx.z;
+    const int order_head = blockIdx.z * gridDim.y + blockIdx.y, head_rows = tiled_rows(segments, 1);
+    const int tiles = (head_rows + TILE_LISTS - 1) / TILE_LISTS, parts = gridDim.x / tiles, part = blockIdx.x / tiles;
+    const int first_list = (tiles - 1 - (int)blockIdx.x % tiles) * TILE_LISTS, part_key = part * part_keys;  // longest first
+    const int last = min(history[min(first_list + TILE_LISTS, segments) - 1], part_key + part_keys);
+    if (part_key >= last) return;
+    const int chunks = (last - part_key + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    rows += (long long)order_head * head_rows * WIDTH;
+    scores += order_head * starts[segments];
+
+    Layout<WIDTH> layout;
+    layout.set_up(shared_memory, 1);
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        const Rows keys = rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned);
+        for (int turn = 0; turn < chunks + LAG; ++turn) {
+            if (turn < chunks) {
+                layout.claim(turn);
+                fetch_keys<WIDTH>(layout.stage(turn), keys, part_key + turn * CHUNK_ROWS, n_keys);
+            }
+            commit_copies();
+            if (turn < LAG) continue;
+            wait_copies<LAG>();
+            async_fence();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(layout.full + 8 * ((turn - LAG) % STAGES));
+        }
+        return;
+    }
+    unsigned int a[WIDTH / 16][4], least[2], greatest[2];  // of lists `list` and list + 8
+    int stop[2];
+    const int list = first_list + warp * 16 + lane / 4;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        stop[h] = list + 8 * h < segments ? history[list + 8 * h] : 0;
+        least[h] = 0x7c007c00u, greatest[h] = 0xfc00fc00u;
+        const int row = (int)dealt_row(min(list + 8 * h, head_rows - 1));
+#pragma unroll
+        for (int d = 0; d < WIDTH / 16; ++d)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) a[d][2 * i + h] = *(const unsigned int*)(rows + tiled_place(row, 16 * d + 8 * i + 2 * quad, WIDTH));
+    }
+    // Where this lane's next scores go, and how many times 64 further those of list + 8.
+    const long long start = starts[min(list, segments)];
+    unsigned short* to = scores + start + part_key + 16 * quad;
+    const unsigned int gap = (unsigned int)((starts[min(list + 8, segments)] - start) / 64);
+    for (int turn = 0; turn < chunks; ++turn, to += CHUNK_ROWS) {
+        const int first_key = part_key + turn * CHUNK_ROWS;
+        float c[32];
+        multiply<WIDTH>(c, a, layout, turn);
+        if (lane == 0) barrier_arrive(layout.empty + 8 * (turn % STAGES));
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            if (first_key >= stop[h]) continue;
+            unsigned int x[8];
+#pragma unroll
+            for (int n = 0; n < 8; ++n) x[n] = pack_scores(c[4 * n + 2 * h], c[4 * n + 2 * h + 1]);
+            unsigned int low = min_halves(x[0], x[1]), high = max_halves(x[0], x[1]);
+#pragma unroll
+            for (int n = 2; n < 8; ++n) low = min_halves(low, x[n]), high = max_halves(high, x[n]);
+            const unsigned int large = (low & 0x7c007c00u) + 0x04000400u | (high & 0x7c007c00u) + 0x04000400u;
+            if (large & 0x80008000u || first_key + CHUNK_ROWS > stop[h]) {  // not of a half's range, or past the history
+                low = 0x7c007c00u, high = 0xfc00fc00u;
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    x[n] = score_pair(c[4 * n + 2 * h], c[4 * n + 2 * h + 1]);
+                    const int left = stop[h] - first_key - 16 * quad - 2 * n;  // of which the first is one
+                    const unsigned int seen = left > 1 ? x[n] : x[n] & 0xffffu | x[n] << 16;
+                    if (left > 0) low = min_halves(low, seen), high = max_halves(high, seen);
+                }
+            }
+            least[h] = min_halves(least[h], low), greatest[h] = max_halves(greatest[h], high);
+            uint4* const at = (uint4*)(to + (h ? 64ll * gap : 0));
+            at[0] = make_uint4(x[0], x[1], x[2], x[3]);
+            at[1] = make_uint4(x[4], x[5], x[6], x[7]);
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        for (int step = 1; step < 4; step *= 2) {
+            least[h] = min_halves(least[h], __shfl_xor_sync(0xffffffffu, least[h], step));
+            greatest[h] = max_halves(greatest[h], __shfl_xor_sync(0xffffffffu, greatest[h], step));
+        }
+        const unsigned int low = min_halves(least[h], least[h] >> 16 | least[h] << 16), high = max_halves(greatest[h], greatest[h] >> 16 | greatest[h] << 16);
+        if (quad == 0 && part_key < stop[h]) ranges[((long long)order_head * segments + list + 8 * h) * parts + part] = low & 0xffffu | high << 16;
+    }
+}
+
 // Sums of a part of the keys, for 16 centres a warp: they stay in registers and keys stream past.
 template <int WIDTH>
 __device__ __forceinline__ void normalise_tile(
@@ -375,22 +504,35 @@ __device__ __forceinline__ void mixture_tile(
                                     kv_start, n_keys, dim, segments);                                                   \
     }
 #if WIDEST == 256
-SCORE(score_1_256, 1, 256)
 SCORE(score_8_256, 8, 256)
 SCORE(score_16_256, 16, 256)
 SCORE(score_32_256, 32, 256)
 SCORE(score_64_256, 64, 256)
 #else
-SCORE(score_1_64, 1, 64)
 SCORE(score_8_64, 8, 64)
 SCORE(score_16_64, 16, 64)
 SCORE(score_32_64, 32, 64)
 SCORE(score_64_64, 64, 64)
-SCORE(score_1_128, 1, 128)
 SCORE(score_8_128, 8, 128)
 SCORE(score_16_128, 16, 128)
 SCORE(score_32_128, 32, 128)
 SCORE(score_64_128, 64, 128)
+#endif
+
+#define MEANS(NAME, WIDTH)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS + 32, blocks_at(WIDTH)) NAME(                                  \
+        const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
+        const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,         \
+        unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments,             \
+        unsigned int* __restrict__ ranges, int part_keys) {                                                             \
+        means_tile<WIDTH>(k, k_batch, k_head, k_row, aligned, rows, history, starts, scores, heads_kv, kv_start,        \
+                          n_keys, dim, segments, ranges, part_keys);                                                    \
+    }
+#if WIDEST == 256
+MEANS(score_means_256, 256)
+#else
+MEANS(score_means_64, 64)
+MEANS(score_means_128, 128)
 #endif
 
 #define NORMALISE(NAME, WIDTH)                                                                                         \

@@ -161,14 +161,23 @@ def _rank(tape: Tape, p: Problem, slab: Slab, q, k, kv_offsets, kv_order) -> Non
         history, starts, _, longest = _lists(p, part)
         size = _score_count(p, part)
         if longest:
-            before, scores, after = tape.top, tape.room(size, _score_type(p)), tape.top
-            _score(tape, p, part, q, k, scores)
+            before, scores = tape.top, tape.room(size, _score_type(p))
+            ranges, after = _ranges(tape, p, part, longest), tape.top
+            _score(tape, p, part, q, k, scores, ranges)
             tape.top = after
-            _remap(tape, p, part, offsets, scores, tape.keep(starts), tape.keep(history), kv_order, longest, size)
+            lists = scores, tape.keep(starts), tape.keep(history)
+            _remap(tape, p, part, offsets, *lists, kv_order, longest, size, ranges)
             tape.top = before
 
 
-def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
+def _ranges(tape: Tape, p: Problem, slab: Slab, longest: int) -> Place | None:
+    """Where the scores of mean queries leave the range of each part of a list; None where nothing leaves any."""
+    if p.terms or p.dtype not in _HALVES or device_target() != "sm_90a":
+        return None
+    return tape.room((slab.kv_stop - slab.kv_start) * p.orders * slab.segments * -(-longest // PART_KEYS), np.uint32)
+
+
+def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None) -> None:
     halves = p.dtype in _HALVES
     if p.settings.rank == "mixture":
         return _score_mixture(tape, p, slab, q, k, scores)
@@ -225,7 +234,14 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
         tape.launch(kernel, grid, 256, (*keys, mean, *lengths, *map(np.int32, sizes)), shared)
         return
     sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
-    if hopper:
+    if hopper and per_list == 1:
+        kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_means_{width}")
+        block, parts = macros["TILE_KEYS"], -(-longest // PART_KEYS)
+        ranges = ranges or _ranges(tape, p, slab, longest)
+        grid = (-(-head_rows // block) * parts, p.orders, heads // p.orders)
+        shared = kernels.score_sm90_shared_bytes(macros, width)
+        tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes, ranges, np.int32(PART_KEYS)), shared)
+    elif hopper:
         kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_{per_list}_{width}")
         block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
         grid = (p.orders, -(-longest // block), heads // p.orders)
@@ -304,7 +320,9 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     tape.launch(final, grid, threads, (*keys, rows, offset, *lengths, *sizes, *last), shared)
 
 
-def _remap(tape: Tape, p: Problem, slab: Slab, kv_offsets, scores, starts, history, kv_order, longest, size) -> None:
+def _remap(
+    tape: Tape, p: Problem, slab: Slab, kv_offsets, scores, starts, history, kv_order, longest, size, ranges=None
+) -> None:
     levels, segments, heads = p.settings.rank_levels or 0, slab.segments, (slab.kv_stop - slab.kv_start) * p.orders
     lists = (scores, starts, history, kv_offsets, *kv_offsets.strides, kv_order)
     listed = int(p.listed[slab.segment_start : slab.segment_stop].max())
@@ -313,6 +331,7 @@ def _remap(tape: Tape, p: Problem, slab: Slab, kv_offsets, scores, starts, histo
         warps, window, planes, shared = fit
         kernel, _ = _kernel("remap", p.dtype)
         arguments = (*lists, *map(np.int32, (segments, levels, window, planes)))
+        arguments += (ranges, np.int32(PART_KEYS), np.int32(-(-longest // PART_KEYS)))
     else:
         bins, warps, passes = 256, 16, -(-(levels + 1).bit_length() // 8) if levels else 4
         kernel, _ = _kernel("remap", p.dtype, entry="remap_digits")

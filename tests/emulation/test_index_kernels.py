@@ -24,7 +24,7 @@ def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, r
     arguments = (scores, starts, history, offsets, len(offsets), order)
     if levels and levels < 3000:
         shared = 4 * warps * (levels + 2) + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 520)
-        entry, arguments = "remap", (*arguments, len(lists), levels, window, planes)
+        entry, arguments = "remap", (*arguments, len(lists), levels, window, planes, None, 1, 1)
     else:
         bins, passes = 256, 3 if levels else 4
         entry, shared = "remap_digits", 4 * warps * bins
