@@ -15,12 +15,12 @@
 // block is alone there; its two warpgroups take turns, since a product lasts twice as long as at 128 and its sums do not.
 // grid (order heads of a K/V head, key tiles of the longest history, K/V heads of the slab)   block TILE_KEYS * 2 + 32
 //   normalise: (for each part of the longest history, tiles of TILE_KEYS rows of a head; order heads; K/V heads)
-//   score_means: (for each part of the longest history, tiles of TILE_KEYS lists of a head; order heads; K/V heads)
+//   score_means: (parts of the longest history, tiles of TILE_KEYS lists of a head, order heads of the slab)
 //   score_mixture: (key tiles; order heads; K/V heads)
 //   tile_keys: (chunks of the longest history, K/V heads of the slab)   block 256
 // shared memory 1024 + TILE_KEYS * WIDTH * 2 + STAGES * (64 * WIDTH * 2 + 256 + 16) bytes
-// Where a list has one row, the mean query, lists are the left operand and keys stream: a lane then has 16 keys of a list
-// in a row, writes them in two stores, and keeps the least and greatest of all it has seen.
+// Where a list has one row, the mean query, lists are the left operand and keys stream: a lane then has twice 8 keys
+// of a list in a row, writes them in two stores, and keeps the least and greatest of all it has seen.
 // kernels score_8_64 .. score_64_128, by rows of a list and WIDTH; score_means_64, normalise_64, score_mixture_64, tile_keys_64 and
 // their like of 128; where WIDEST is 256, those of 256 alone   macros IS_BF16, WIDEST (128, 256), TILE_KEYS
 // (a multiple of 64)
@@ -203,26 +203,26 @@ __device__ __forceinline__ void score_tile(
     }
 }
 
-// Starts the copies of 64 keys by a warp, as rows of a stage: dealt out, so that a lane's columns of the product are 16
-// keys that follow one another.
+// Starts the copies of 64 keys by a warp, as rows of a stage so dealt out that a lane's columns of the product are 8 keys
+// in a row of the first 32 and 8 of the others: four lanes together write 64 bytes.
 template <int WIDTH>
 __device__ __forceinline__ void fetch_keys(unsigned int to, const Rows& keys, int first_key, int n_keys) {
     const int lane = threadIdx.x & 31, piece = lane % 8;
     auto address = [&](int row, int panel) { return to + panel * HALF_BYTES + row * 128 + (piece ^ row % 8) * 16; };
-    auto key_at = [&](int row) { return keys.data + (long long)min(first_key + row % 8 / 2 * 16 + row / 8 * 2 + row % 2, n_keys - 1) * keys.stride; };
-    if (keys.aligned && keys.width == WIDTH) {
+    auto key_of = [](int row) { return row / 32 * 32 + row % 8 / 2 * 8 + row % 32 / 8 * 2 + row % 2; };
+    if (keys.aligned && keys.width == WIDTH && first_key + CHUNK_ROWS <= n_keys) {
+        const char* const from = keys.data + (long long)(first_key + key_of(lane / 8)) * keys.stride + 16 * piece;
 #pragma unroll
-        for (int i = 0; i < CHUNK_ROWS; i += 4) {
-            const char* const from = key_at(i + lane / 8) + 16 * piece;
+        for (int i = 0; i < CHUNK_ROWS; i += 4)
 #pragma unroll
-            for (int panel = 0; panel < WIDTH / 64; ++panel) copy16_async(address(i + lane / 8, panel), from + 128 * panel);
-        }
+            for (int panel = 0; panel < WIDTH / 64; ++panel)
+                copy16_async(address(i + lane / 8, panel), from + (long long)key_of(i) * keys.stride + 128 * panel);
         return;
     }
 #pragma unroll 1
     for (int i = lane / 8; i < CHUNK_ROWS * WIDTH / 64; i += 4) {
         const int row = i % CHUNK_ROWS, panel = i / CHUNK_ROWS, column = 64 * panel + 8 * piece;
-        const char* const from = key_at(row) + 2 * column;
+        const char* const from = keys.data + (long long)min(first_key + key_of(row), n_keys - 1) * keys.stride + 2 * column;
         const unsigned int at = address(row, panel);
         if (keys.aligned && column + 8 <= keys.width) copy16_async(at, from);
         else
@@ -236,13 +236,12 @@ __device__ __forceinline__ void means_tile(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
     const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,
     unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments,
-    unsigned int* __restrict__ ranges, int part_keys) {
+    unsigned int* __restrict__ ranges, int orders, int part_keys) {
     constexpr int TILE_LISTS = TILE_KEYS, LAG = STAGES - 2;  // chunks on their way that are not waited for
     extern __shared__ __align__(128) char shared_memory[];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3, kv = kv_start + blockIdx.z;
-    const int order_head = blockIdx.z * gridDim.y + blockIdx.y, head_rows = tiled_rows(segments, 1);
-    const int tiles = (head_rows + TILE_LISTS - 1) / TILE_LISTS, parts = gridDim.x / tiles, part = blockIdx.x / tiles;
-    const int first_list = (tiles - 1 - (int)blockIdx.x % tiles) * TILE_LISTS, part_key = part * part_keys;  // longest first
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3, order_head = blockIdx.z;
+    const int head_rows = tiled_rows(segments, 1), part_key = blockIdx.x * part_keys;
+    const int first_list = (gridDim.y - 1 - blockIdx.y) * TILE_LISTS;  // the longest first
     const int last = min(history[min(first_list + TILE_LISTS, segments) - 1], part_key + part_keys);
     if (part_key >= last) return;
     const int chunks = (last - part_key + CHUNK_ROWS - 1) / CHUNK_ROWS;
@@ -253,6 +252,7 @@ __device__ __forceinline__ void means_tile(
     layout.set_up(shared_memory, 1);
     __syncthreads();
     if (threadIdx.x >= THREADS) {
+        const int kv = kv_start + order_head / orders;
         const Rows keys = rows_of(k + kv / heads_kv * k_batch + kv % heads_kv * k_head, k_row, dim, aligned);
         for (int turn = 0; turn < chunks + LAG; ++turn) {
             if (turn < chunks) {
@@ -283,7 +283,7 @@ __device__ __forceinline__ void means_tile(
     }
     // Where this lane's next scores go, and how many times 64 further those of list + 8.
     const long long start = starts[min(list, segments)];
-    unsigned short* to = scores + start + part_key + 16 * quad;
+    unsigned short* to = scores + start + part_key + 8 * quad;
     const unsigned int gap = (unsigned int)((starts[min(list + 8, segments)] - start) / 64);
     for (int turn = 0; turn < chunks; ++turn, to += CHUNK_ROWS) {
         const int first_key = part_key + turn * CHUNK_ROWS;
@@ -305,7 +305,7 @@ __device__ __forceinline__ void means_tile(
 #pragma unroll
                 for (int n = 0; n < 8; ++n) {
                     x[n] = score_pair(c[4 * n + 2 * h], c[4 * n + 2 * h + 1]);
-                    const int left = stop[h] - first_key - 16 * quad - 2 * n;  // of which the first is one
+                    const int left = stop[h] - first_key - n / 4 * 32 - 8 * quad - n % 4 * 2;  // keys of the list from the first on
                     const unsigned int seen = left > 1 ? x[n] : x[n] & 0xffffu | x[n] << 16;
                     if (left > 0) low = min_halves(low, seen), high = max_halves(high, seen);
                 }
@@ -313,7 +313,7 @@ __device__ __forceinline__ void means_tile(
             least[h] = min_halves(least[h], low), greatest[h] = max_halves(greatest[h], high);
             uint4* const at = (uint4*)(to + (h ? 64ll * gap : 0));
             at[0] = make_uint4(x[0], x[1], x[2], x[3]);
-            at[1] = make_uint4(x[4], x[5], x[6], x[7]);
+            at[4] = make_uint4(x[4], x[5], x[6], x[7]);
         }
     }
 #pragma unroll
@@ -323,7 +323,8 @@ __device__ __forceinline__ void means_tile(
             greatest[h] = max_halves(greatest[h], __shfl_xor_sync(0xffffffffu, greatest[h], step));
         }
         const unsigned int low = min_halves(least[h], least[h] >> 16 | least[h] << 16), high = max_halves(greatest[h], greatest[h] >> 16 | greatest[h] << 16);
-        if (quad == 0 && part_key < stop[h]) ranges[((long long)order_head * segments + list + 8 * h) * parts + part] = low & 0xffffu | high << 16;
+        if (quad == 0 && part_key < stop[h])
+            ranges[((long long)order_head * segments + list + 8 * h) * gridDim.x + blockIdx.x] = low & 0xffffu | high << 16;
     }
 }
 
@@ -524,9 +525,9 @@ SCORE(score_64_128, 64, 128)
         const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
         const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,         \
         unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments,             \
-        unsigned int* __restrict__ ranges, int part_keys) {                                                             \
+        unsigned int* __restrict__ ranges, int orders, int part_keys) {                                                 \
         means_tile<WIDTH>(k, k_batch, k_head, k_row, aligned, rows, history, starts, scores, heads_kv, kv_start,        \
-                          n_keys, dim, segments, ranges, part_keys);                                                    \
+                          n_keys, dim, segments, ranges, orders, part_keys);                                            \
     }
 #if WIDEST == 256
 MEANS(score_means_256, 256)

@@ -236,11 +236,10 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None) -> Non
     sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
     if hopper and per_list == 1:
         kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_means_{width}")
-        block, parts = macros["TILE_KEYS"], -(-longest // PART_KEYS)
-        ranges = ranges or _ranges(tape, p, slab, longest)
-        grid = (-(-head_rows // block) * parts, p.orders, heads // p.orders)
-        shared = kernels.score_sm90_shared_bytes(macros, width)
-        tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes, ranges, np.int32(PART_KEYS)), shared)
+        block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
+        grid = (-(-longest // PART_KEYS), -(-segments // block), heads)
+        parts = (ranges or _ranges(tape, p, slab, longest), np.int32(p.orders), np.int32(PART_KEYS))
+        tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes, *parts), shared)
     elif hopper:
         kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_{per_list}_{width}")
         block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
