@@ -25,8 +25,9 @@ __device__ __forceinline__ float to_float(score_t x) { return x; }
 #endif
 
 constexpr int MAX_WARPS = 16;
-constexpr int AHEAD = 8;          // scores a lane loads before it deals the first of their keys out
-constexpr int STEP = 32 * AHEAD;  // keys of a warp's step, which may come out in any order before they are sorted
+// Scores a lane loads before it deals the first of their keys out. 32 times as many are a warp's step, which may come out
+// in any order before they are sorted.
+constexpr int ahead_of(bool narrow) { return narrow ? 4 : 8; }
 
 struct Scale {
     float high, factor;  // level = (high - score) * factor
@@ -59,16 +60,17 @@ __device__ __forceinline__ void add_one(int* counters, int i) {
 #endif
 }
 
-// What a counter in shared memory held before 1 was added.
-__device__ __forceinline__ int take_one(int* counters, int i) {
+// What a counter in shared memory held before `more` was added.
+__device__ __forceinline__ unsigned int take(unsigned int* counters, int i, unsigned int more) {
 #ifdef S2O_EMULATION
-    return counters[i]++;
+    const unsigned int before = counters[i];
+    counters[i] += more;
 #else
     const unsigned int address = (unsigned int)__cvta_generic_to_shared(counters) + 4 * i;
-    int before;
-    asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(address) : "memory");
-    return before;
+    unsigned int before;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(before) : "r"(address), "r"(more) : "memory");
 #endif
+    return before;
 }
 
 // Asks for n scores, all of them before the first is needed.
@@ -192,23 +194,30 @@ __device__ __forceinline__ void choose(bool special, bool all, Use use) {
     else use(Flag<false>(), Flag<false>());
 }
 
-// What of a list is dealt out at a time: the places [base, base + size), which belong to the bins [first_bin,
-// last_bin], and a step more of the first bin before and of the last bin behind, so that the sorted keys are the right
-// ones.
+// What of a list is dealt out at a time: the places [base, base + size), which belong to the bins [first_bin, stop_bin),
+// and a step more of the first bin before and of the last bin behind, so that the sorted keys are the right ones.
 struct Window {
-    int base, size, first_bin, last_bin;
+    int base, size, first_bin, stop_bin;
+};
+
+// Where a warp's next key of each bin goes: words of its own, or halves of words that two warps share.
+template <bool NARROW>
+struct Places {
+    unsigned int* next;
+    __device__ __forceinline__ static int shift() { return NARROW ? threadIdx.x / 32 % 2 * 16 : 0; }
+    __device__ __forceinline__ static int read(unsigned int word, int shift) { return NARROW ? word >> shift & 0xffff : word; }
 };
 
 // Deals out those of a warp's keys [first, last) that the window takes (ALL: every key): each to its place less the
-// window's base, as its number less `origin`. `next_place` is where each bin's next key of this warp goes. The others
-// count too, a lane in its own of 32 counters `refused` that stay below any place: an atomic under a condition would be a
-// branch, which takes longer.
-template <bool SPECIAL, bool ALL>
+// window's base, as its number less `origin`. The others count too, a lane in its own of 32 counters `refused` that stay
+// above any place: an atomic under a condition would be a branch, which takes longer.
+template <bool SPECIAL, bool ALL, bool NARROW>
 __device__ __forceinline__ void deal(
-    const score_t* scores, int first, int last, const Scale& scale, const Window& window, int* next_place, int* refused,
-    int origin, unsigned short* places) {
-    const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
-    const unsigned int bins = window.last_bin - window.first_bin;
+    const score_t* scores, int first, int last, const Scale& scale, const Window& window, unsigned int* next_place,
+    unsigned int* refused, int origin, unsigned short* places) {
+    constexpr int AHEAD = ahead_of(NARROW), STEP = 32 * AHEAD;
+    const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP, shift = Places<NARROW>::shift();
+    const unsigned int bins = window.stop_bin - window.first_bin, limit = window.size + (NARROW ? 1 : 2) * STEP;
     auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
         int bin[AHEAD];
         unsigned int place[AHEAD];  // in the window
@@ -216,13 +225,14 @@ __device__ __forceinline__ void deal(
         for (int j = 0; j < AHEAD; ++j) bin[j] = bin_of<SPECIAL>(x[j], scale);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            const bool wanted = inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) <= bins);
-            place[j] = (unsigned int)take_one(wanted ? next_place : refused, wanted ? bin[j] : lane) - window.base + STEP;
+            const bool wanted = inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) < bins);
+            place[j] = take(wanted ? next_place : refused, wanted ? bin[j] : lane, 1u << shift);
         }
 #pragma unroll
-        for (int j = 0; j < AHEAD; ++j)
-            if (inside(j) && (ALL || place[j] < (unsigned int)window.size + 2 * STEP))
-                places[place[j]] = (unsigned short)(start - origin + 32 * j);
+        for (int j = 0; j < AHEAD; ++j) {
+            place[j] = Places<NARROW>::read(place[j], shift) - (NARROW ? 0 : window.base - STEP);
+            if (inside(j) && (ALL || place[j] < limit)) places[place[j]] = (unsigned short)(start - origin + 32 * j);
+        }
         __syncwarp();
     };
     // The next scores are on their way while these keys are dealt out.
@@ -263,16 +273,20 @@ __device__ __forceinline__ void set_bits(unsigned int* words, int from, int to) 
 // A key is kept in 16 bits, less the first of its group of warps; the group's number lies in bit planes.
 // Equal keys of one instruction come out in order where the hardware serves lanes in order, which nothing promises:
 // what is written is checked on the way, and sorted where need be, so no answer depends on it.
-// shared memory warps * bins * 4 + (1 + most_planes) * words * 4 + (window + 520) * 2 bytes; bins = levels + 2,
-//   words = window / 32 + 17
+// `remap_narrow` keeps places in 16 bits and counts where the keys will lie later: two blocks share a multiprocessor. All
+// that is listed is one window of at most 48000 places, and with a warp's run 65000.
+// shared memory: specialisations.remap_fit; bins = levels + 2
 //   window   a multiple of 128, at most 65536
 //   most_planes   2^most_planes divides the warps; a list has at most 65536 * 2^most_planes keys
-extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
+template <bool NARROW>
+__device__ __forceinline__ void remap_list(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int segments,
     int levels, int window_size, int most_planes, const unsigned int* __restrict__ ranges, int part_keys, int parts) {
-    extern __shared__ int shared[];
-    __shared__ int first_bin, last_bin, before, behind, refused[32];
+    constexpr int STEP = 32 * ahead_of(NARROW);
+    extern __shared__ __align__(16) int shared[];
+    __shared__ int first_bin, last_bin, before, behind;
+    __shared__ unsigned int refused[32 * MAX_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
     const int s = segments - 1 - blockIdx.x;  // the longest lists first
     const int n = history[s], bins = levels + 2, words = (window_size + 2 * STEP) / 32 + 1;
@@ -285,10 +299,13 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     const int skew = STEP + (int)((size_t)out / sizeof(int) % 8);  // to where a sector of the answer starts
     unsigned short* const places = (unsigned short*)shared;  // [window_size + 2 * STEP + 8]
     // [words] bits of the places where a bin or group starts, and [planes][words] bits of a place's group
-    unsigned int* const heads = (unsigned int*)(places + window_size + 2 * STEP + 8);
+    unsigned int* heads = (unsigned int*)(places + window_size + 2 * STEP + 8);
+    if (NARROW) heads = (unsigned int*)shared + max((window_size + 2 * STEP + 8) / 2, warps * bins);
     unsigned int* const tops = heads + words;
-    int* const counts = (int*)(tops + most_planes * words);  // [warps][bins]
+    unsigned int* const next = tops + most_planes * words;  // [warps][bins] places, two warps' in a word where narrow
+    int* const counts = NARROW ? shared : (int*)next;       // [warps][bins]
     int* const mine = counts + warp * bins;
+    auto place_of = [&](int w, int b) { return Places<NARROW>::read(next[(NARROW ? w / 2 : w) * bins + b], w % 2 * 16); };
     const int per_thread = (bins + threads - 1) / threads;
     const int bin_first = min((int)threadIdx.x * per_thread, bins), bin_stop = min(bin_first + per_thread, bins);
     int planes = 0;  // 65536 keys a group
@@ -296,8 +313,10 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
     const int run = (n + warps * STEP - 1) / (warps * STEP) * STEP, group_warps = warps >> planes;
     const int first = min(warp * run, n), last = min(first + run, n), group_keys = group_warps * run;
 
-    for (int i = threadIdx.x; i < (1 + most_planes) * words + warps * bins; i += threads) heads[i] = 0;
-    if (warp == 0) refused[lane] = 1 << 31;
+    for (int i = threadIdx.x; i < (1 + most_planes) * words + (NARROW ? 0 : warps * bins); i += threads) heads[i] = 0;
+    if (NARROW)
+        for (int i = threadIdx.x; i < warps * bins; i += threads) counts[i] = 0;
+    refused[threadIdx.x] = NARROW ? 0xc000c000u : 1u << 31;
     if (ranges != nullptr) ranges += ((long long)blockIdx.y * segments + s) * parts;
     const Scale scale = scale_of(scores, n, levels, ranges, (n + part_keys - 1) / part_keys);
     auto count = [&](auto special) {
@@ -319,24 +338,32 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
         int here[MAX_WARPS];
 #pragma unroll
         for (int w = 0; w < MAX_WARPS; ++w) here[w] = w < warps ? counts[w * bins + b] : 0;
+        if (NARROW)
 #pragma unroll
-        for (int w = 0; w < MAX_WARPS; ++w) {
-            if (w < warps) counts[w * bins + b] = place;
-            place += here[w];
-        }
+            for (int w = 0; w < MAX_WARPS; w += 2) {
+                const unsigned int first = min(place, 65535), second = min(place + here[w], 65535);
+                if (w < warps) next[w / 2 * bins + b] = first | second << 16;
+                place += here[w] + here[w + 1];
+            }
+        else
+#pragma unroll
+            for (int w = 0; w < MAX_WARPS; ++w) {
+                if (w < warps) counts[w * bins + b] = place;
+                place += here[w];
+            }
     }
     __syncthreads();
 
     for (int base = 0; base < wanted; base += window_size) {
         const int size = min(window_size, wanted - base);
         for (int b = threadIdx.x; b < bins; b += threads) {
-            const int start = counts[b] - base, end = (b + 1 < bins ? counts[b + 1] : n) - base;
+            const int start = place_of(0, b) - base, end = (b + 1 < bins ? place_of(0, b + 1) : n) - base;
             if (start == end || end <= 0 || start >= size) continue;
             if (start <= 0) first_bin = b, before = max(start, -STEP);
             if (end >= size) last_bin = b, behind = min(end, size + STEP);
             for (int g = 0; g < 1 << planes; ++g) {
-                const int from = counts[g * group_warps * bins + b] - base;
-                const int to = g + 1 < 1 << planes ? counts[(g + 1) * group_warps * bins + b] - base : end;
+                const int from = place_of(g * group_warps, b) - base;
+                const int to = g + 1 < 1 << planes ? place_of((g + 1) * group_warps, b) - base : end;
                 if (from == to || to <= -STEP || from >= size + STEP) continue;
                 const int left = skew + max(from, -STEP), right = skew + min(to, size + STEP);
                 atomicOr(heads + left / 32, 1u << left % 32);
@@ -345,10 +372,14 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
             }
         }
         __syncthreads();
-        const Window window = {base, size, first_bin, last_bin};
+        // Narrow places must not overflow: a warp whose keys of the last bin go past the window leaves them.
+        const bool leaves = NARROW && place_of(warp, last_bin) >= size + STEP;
+        __syncwarp();
+        const Window window = {base, size, NARROW ? 0 : first_bin, last_bin + !leaves};
         choose(scale.special, size == n, [&](auto special, auto all) {
             const int origin = warp / group_warps * group_keys;
-            deal<special(), all()>(scores, first, last, scale, window, mine, refused, origin, places + skew - STEP);
+            deal<special(), all() && !NARROW, NARROW>(scores, first, last, scale, window, next + (NARROW ? warp / 2 : warp) * bins, refused + 32 * warp,
+                                                      origin, places + skew - (NARROW ? 0 : STEP));
         });
         __syncthreads();
 
@@ -404,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
                 moved = __syncthreads_or(moved);
             }
         }
-        if (base + size == wanted) return;
+        if (NARROW || base + size == wanted) return;
         // The last bin goes on in the next window: back to where its counters started.
         const int start_of_bin = last_bin ? counts[(warps - 1) * bins + last_bin - 1] : 0;
         const int restored = warp ? counts[(warp - 1) * bins + last_bin] : start_of_bin;
@@ -414,6 +445,18 @@ extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, 1) remap(
         __syncthreads();
     }
 }
+
+#define REMAP(NAME, NARROW)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(32 * MAX_WARPS, NARROW ? 2 : 1) NAME(                                  \
+        const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,      \
+        const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int segments,   \
+        int levels, int window_size, int most_planes, const unsigned int* __restrict__ ranges, int part_keys,           \
+        int parts) {                                                                                                    \
+        remap_list<NARROW>(scores, starts, history, kv_offsets, offsets_stride, kv_order, segments, levels,             \
+                           window_size, most_planes, ranges, part_keys, parts);                                         \
+    }
+REMAP(remap, false)
+REMAP(remap_narrow, true)
 
 // `remap_digits`: passes over the bits of a score's place in the order, `bins` a power of two at a time, from the least
 // digit on; scattered from pass to pass through `scratch` [2, lists' heads, starts[segments]] int32.

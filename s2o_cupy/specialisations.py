@@ -158,20 +158,33 @@ def remap_macros(dtype: str) -> dict:
 
 
 @functools.lru_cache(maxsize=256)
-def remap_fit(levels: int, longest: int, listed: int, arch: str) -> tuple[int, int, int, int] | None:
-    """Warps, window, bit planes and shared bytes of remap.cu's kernel by levels; None where it does not fit.
+def remap_fit(levels: int, longest: int, listed: int, arch: str) -> tuple[str, int, int, int, int] | None:
+    """Kernel by levels of remap.cu, its warps, window, bit planes and shared bytes; None where none fits.
 
     `longest`: keys of the longest list, `listed`: the most that are kept of one.
     """
-    planes = max((longest - 1).bit_length() - 16, 0)
+    planes, listed = max((longest - 1).bit_length() - 16, 0), -(-listed // 128) * 128
+    narrow = (shared_limit(arch) + 1024) // 2 - 4096  # two blocks a multiprocessor
+    if levels and listed + 128 < 0xC000 and listed + 128 + -(-longest // 2048) * 128 < 2**16:
+        shared = remap_shared_bytes("remap_narrow", levels, 16, listed, planes)
+        if shared <= narrow:
+            return "remap_narrow", 16, listed, planes, shared
     for warps in (16, 8):
-        counters = 4 * warps * (levels + 2)
-        room = shared_limit(arch) - 1024 - counters - 4 * 17 * (1 + planes) - 2 * 520
+        room = shared_limit(arch) - 4096 - remap_shared_bytes("remap", levels, warps, 0, planes)
         window = min(room * 8 // (17 + planes) // 128 * 128, 2**16)
         if levels and window >= 2**13 and 2**planes <= warps:
-            window = min(window, -(-listed // 128) * 128)
-            return warps, window, planes, counters + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 520)
+            window = min(window, listed)
+            return "remap", warps, window, planes, remap_shared_bytes("remap", levels, warps, window, planes)
     return None
+
+
+def remap_shared_bytes(kernel: str, levels: int, warps: int, window: int, planes: int) -> int:
+    """Dynamic shared memory of remap.cu's kernels by levels: places, bits of places, counters."""
+    narrow, counters = kernel == "remap_narrow", 4 * warps * (levels + 2)
+    step = 128 if narrow else 256
+    places, words = 2 * (window + 2 * step + 8), (window + 2 * step) // 32 + 1
+    kept = max(places, counters) + counters // 2 if narrow else places + counters
+    return kept + 4 * (1 + planes) * words
 
 
 def launch_macros(name: str, dtype: str, dim: int | None, dim_v: int | None, block: int | None, arch: str) -> dict:

@@ -327,8 +327,8 @@ def _remap(
     listed = int(p.listed[slab.segment_start : slab.segment_stop].max())
     fit = kernels.remap_fit(levels, longest, listed, device_target())
     if fit is not None:
-        warps, window, planes, shared = fit
-        kernel, _ = _kernel("remap", p.dtype)
+        entry, warps, window, planes, shared = fit
+        kernel, _ = _kernel("remap", p.dtype, entry=entry)
         arguments = (*lists, *map(np.int32, (segments, levels, window, planes)))
         arguments += (ranges, np.int32(PART_KEYS), np.int32(-(-longest // PART_KEYS)))
     else:

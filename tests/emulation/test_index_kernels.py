@@ -7,12 +7,13 @@ import pytest
 
 from s2o_cupy import reference
 from s2o_cupy.iterate import emulation as run
+from s2o_cupy.specialisations import remap_fit, remap_shared_bytes
 
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
-def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, reverse=False, edit=None):
+def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, kernel="remap", reverse=False, edit=None):
     """Orders `lists` (one head, a list a segment), keeping the first `listed` of each."""
     starts = np.concatenate([[0], np.cumsum([-(-len(x) // 8) * 8 for x in lists])]).astype(np.int64)
     scores = np.full(starts[-1], np.nan, np.float16 if half else np.float32)
@@ -23,8 +24,8 @@ def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, r
     order = np.full(offsets[-1] + 4, -7, np.int32)
     arguments = (scores, starts, history, offsets, len(offsets), order)
     if levels and levels < 3000:
-        shared = 4 * warps * (levels + 2) + 4 * (1 + planes) * (window // 32 + 17) + 2 * (window + 520)
-        entry, arguments = "remap", (*arguments, len(lists), levels, window, planes, None, 1, 1)
+        shared = remap_shared_bytes(kernel, levels, warps, window, planes)
+        entry, arguments = kernel, (*arguments, len(lists), levels, window, planes, None, 1, 1)
     else:
         bins, passes = 256, 3 if levels else 4
         entry, shared = "remap_digits", 4 * warps * bins
@@ -83,6 +84,32 @@ def test_remap_of_long_lists(count, reverse):
         got = remap([x, x], listed, levels, window=window, planes=2, reverse=reverse)
         for mine, n in zip(got, listed):
             np.testing.assert_array_equal(mine, reference.remap(x, n, levels))
+
+
+@ORDERS
+@pytest.mark.parametrize("levels", [2, 300, 1024])
+@pytest.mark.parametrize("share", [0.02, 0.25, 1])
+def test_remap_with_narrow_places(share, levels, reverse):
+    lists = awkward_lists(True)
+    listed = [max(int(len(x) * share), 1) for x in lists]
+    window = -(-max(listed) // 128) * 128
+    for warps in (4, 16):
+        got = remap(lists, listed, levels, warps=warps, window=window, kernel="remap_narrow", reverse=reverse)
+        for mine, x, n in zip(got, lists, listed):
+            np.testing.assert_array_equal(mine, reference.remap(x, n, levels))
+
+
+@ORDERS
+@pytest.mark.parametrize("levels", [1, 3, 1024])
+def test_narrow_places_of_long_lists(levels, reverse):
+    """As `remap_fit` gives them out: the last bin holds far more keys than 16 bits count."""
+    x = np.random.default_rng(9).standard_normal(120_000).astype(np.float16)
+    listed = [30_000, 100]
+    kernel, warps, window, planes, _ = remap_fit(levels, len(x), max(listed), "sm_90a")
+    assert kernel == "remap_narrow"
+    got = remap([x, x], listed, levels, warps=warps, window=window, planes=planes, kernel=kernel, reverse=reverse)
+    for mine, n in zip(got, listed):
+        np.testing.assert_array_equal(mine, reference.remap(x, n, levels))
 
 
 def test_a_missing_barrier_shows():
