@@ -8,8 +8,10 @@
 // moments_64, _128, _256, by WIDTH: the queries pass once through shared memory, chunk by chunk; a warp has 32 rows of
 // the moment and half its columns, and sums of columns are products with a row of ones. A row that is not finite shows
 // in them at the end; only then the block starts again and looks at every number.
-// factors_64, _128: the same, and what factor.cuh makes of it, in one block, where moment and factors fit its shared memory.
-// grid (segments of the slab, order heads of the slab)   block min(WIDTH, 128) * 2
+// means_64, _128, _256: mean rank, the mean query alone, as factor.cuh writes it: queries go straight to registers, 16
+// bytes a thread, and are looked at one by one only where a sum is not finite.
+// factors_64, _128: moments, and what factor.cuh makes of them, in one block, where moment and factors fit its shared memory.
+// grid (segments of the slab, order heads of the slab)   block min(WIDTH, 128) * 2; means: 256
 //   moments_256: two blocks a segment, one for each half of the moment's rows, side by side so that queries are read from
 //   DRAM once; one when moment is null
 // shared memory 64 * WIDTH * 2 bytes a stage: 4 stages, 3 at WIDTH 256; factors: specialisations.factors_shared_bytes
@@ -205,3 +207,84 @@ __device__ __forceinline__ void factors_of_queries(
     }
 FACTORS(factors_64, 64)
 FACTORS(factors_128, 128)
+
+constexpr int MEAN_THREADS = 256;
+
+template <int WIDTH>
+__device__ __forceinline__ void mean_of_queries(
+    const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,
+    half_t* __restrict__ rows, int heads_order, int members, int order_start, int n_q, int dim, int segment,
+    int segment_start, int tiled, float scale) {
+    constexpr int PIECES = WIDTH / 8, STRANDS = MEAN_THREADS / PIECES, AHEAD = 4;  // a thread's loads on their way
+    __shared__ __align__(16) float partial[STRANDS][WIDTH];
+    __shared__ int finite;
+    const int piece = threadIdx.x % PIECES, strand = threadIdx.x / PIECES, lane = threadIdx.x & 31;
+    const unsigned int own_row = PIECES < 32 ? (1u << PIECES % 32) - 1 << lane / PIECES * PIECES : 0xffffffffu;  // lanes
+    const int order_head = order_start + blockIdx.y, first = (segment_start + blockIdx.x) * segment, count = min(segment, n_q - first);
+    q += order_head / heads_order * q_batch + (long long)(order_head % heads_order * members) * q_head + (long long)first * q_row + 8 * piece;
+    const bool wide = aligned && 8 * piece + 8 <= dim;
+    float sum[8];
+#pragma unroll 1
+    for (int attempt = 0; attempt < 2; ++attempt) {
+#pragma unroll
+        for (int d = 0; d < 8; ++d) sum[d] = 0.f;
+        if (threadIdx.x == 0) finite = attempt ? 0 : members * count;
+        __syncthreads();
+        for (int member = 0; member < members; ++member) {
+            const half_t* const from = q + member * q_head;
+#pragma unroll 1
+            for (int start = 0; start < count; start += AHEAD * STRANDS) {
+                uint4 x[AHEAD];
+#pragma unroll
+                for (int j = 0; j < AHEAD; ++j) {
+                    const int i = start + j * STRANDS + strand;
+                    const half_t* const row = from + (long long)i * q_row;
+                    x[j] = make_uint4(0, 0, 0, 0);
+                    if (wide && i < count) x[j] = *(const uint4*)row;
+                    else if (i < count)
+                        for (int d = 0; d < 8; ++d)
+                            if (8 * piece + d < dim) ((half_t*)(x + j))[d] = row[d];
+                }
+#pragma unroll
+                for (int j = 0; j < AHEAD; ++j) {
+                    if (attempt) {
+                        const bool fine = halves_are_finite(x[j].x) && halves_are_finite(x[j].y) && halves_are_finite(x[j].z) && halves_are_finite(x[j].w);
+                        const bool drop = __ballot_sync(0xffffffffu, !fine) & own_row;
+                        if (drop) x[j] = make_uint4(0, 0, 0, 0);
+                        else if (piece == 0 && start + j * STRANDS + strand < count) atomicAdd(&finite, 1);
+                    }
+                    const unsigned int pairs[4] = {x[j].x, x[j].y, x[j].z, x[j].w};
+#pragma unroll
+                    for (int d = 0; d < 8; ++d) sum[d] += half_to_float((half_t)(pairs[d / 2] >> 16 * (d % 2)));
+                }
+            }
+        }
+        *(float4*)&partial[strand][8 * piece] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        *(float4*)&partial[strand][8 * piece + 4] = make_float4(sum[4], sum[5], sum[6], sum[7]);
+        __syncthreads();
+        float total = 0.f;
+        if (threadIdx.x < WIDTH)
+            for (int s = 0; s < STRANDS; ++s) total += partial[s][threadIdx.x];
+        const int n = finite;
+        if (__syncthreads_or(total - total != 0.f) && attempt == 0) continue;
+        if (threadIdx.x < WIDTH) {
+            const float mean = total * (n ? 1.f / n : 0.f);
+            const long long list = tiled ? blockIdx.x : (long long)blockIdx.y * gridDim.x + blockIdx.x;
+            if (tiled) rows += (long long)blockIdx.y * tiled_rows(tiled, 1) * WIDTH;
+            rows[tiled ? tiled_place(dealt_row(list), threadIdx.x, WIDTH) : list * WIDTH + threadIdx.x] = float_to_half(scale * mean);
+        }
+        return;
+    }
+}
+
+#define MEANS(NAME, WIDTH)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(MEAN_THREADS, 4) NAME(                                                 \
+        const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row, int aligned,                \
+        half_t* __restrict__ rows, int heads_order, int members, int order_start, int n_q, int dim, int segment,        \
+        int segment_start, int tiled, float scale) {                                                                    \
+        mean_of_queries<WIDTH>(q, q_batch, q_head, q_row, aligned, rows, heads_order, members, order_start, n_q, dim,   \
+                               segment, segment_start, tiled, scale);                                                   \
+    }
+MEANS(means_64, 64)
+MEANS(means_128, 128)
+MEANS(means_256, 256)

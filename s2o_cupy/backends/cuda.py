@@ -7,7 +7,7 @@ is to find it, take its workspace and launch.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import cupy as cp
@@ -26,6 +26,7 @@ RANKING_PAYS_FROM = 4096
 NEEDS_STATS = False  # lse, tiles, tail_blocks and tail_mass may be None
 PART_KEYS = 4096  # of a list, that one block sums up for the mixture rank; a multiple of 64
 SCORE_BYTES = 2**28  # a slab's scores, counted at 4 bytes each; 16-bit inputs keep 2
+LARGE_PART = 2**29  # scores where an order will be
 _LOG2_E = 1.4426950408889634
 _HALVES = ("float16", "bfloat16")
 
@@ -50,7 +51,7 @@ def ranked(problem: Problem, q, k, v, query_order, result, workspace: int, progr
 
 def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order) -> None:
     """Stages 1 and 2 for the slab's lists, a part of bounded score memory at a time."""
-    _run(_rank, problem, slab, (q, k, kv_offsets), (kv_order,))
+    _run(_rank, problem, slab, (q, k, kv_offsets, kv_order), ())
 
 
 def score(problem: Problem, q, k, slab: Slab) -> Scores:
@@ -157,17 +158,67 @@ def _ranked(tape: Tape, p: Problem, _, q, k, v, out, query_order, lse, tiles, ta
 
 
 def _rank(tape: Tape, p: Problem, slab: Slab, q, k, kv_offsets, kv_order) -> None:
-    for part, offsets in p.parts(slab, SCORE_BYTES, kv_offsets):
+    for part, offsets, scores in _parts(p, slab, kv_offsets, kv_order):
         history, starts, _, longest = _lists(p, part)
         size = _score_count(p, part)
         if longest:
-            before, scores = tape.top, tape.room(size, _score_type(p))
+            before, scores = tape.top, scores or tape.room(size, _score_type(p))
             ranges, after = _ranges(tape, p, part, longest), tape.top
             _score(tape, p, part, q, k, scores, ranges)
             tape.top = after
             lists = scores, tape.keep(starts), tape.keep(history)
             _remap(tape, p, part, offsets, *lists, kv_order, longest, size, ranges)
             tape.top = before
+
+
+def _parts(p: Problem, slab: Slab, kv_offsets, kv_order: Place):
+    """Parts of a slab, their offsets, and where their scores go; None: to memory of their own, SCORE_BYTES at most.
+
+    Launches of long lists end with idle multiprocessors, so parts are greater where they cost nothing: where scores fit
+    what later heads will fill of the order.
+    """
+    heads, segments = slab.kv_stop - slab.kv_start, slice(0, slab.segments + 1)
+    listed, counted = (
+        4 * p.orders * int(x[slab.segment_start : slab.segment_stop].sum()) for x in (p.listed, p.history)
+    )
+    scores, done = _score_count(p, slab) // max(heads, 1) * np.dtype(_score_type(p)).itemsize, 0
+
+    def start(more: int) -> int:
+        """Where in the order the scores of so many more heads would start, in bytes."""
+        return (heads * listed - more * scores) // 256 * 256
+
+    while _few_rooms(p) and kv_order.aligned:
+        fit = [n for n in range(1, heads - done) if n * scores <= LARGE_PART and start(n) >= (done + n) * listed]
+        more = max(fit, default=0)
+        if more <= SCORE_BYTES // max(counted, 1):
+            break
+        part = replace(slab, kv_start=slab.kv_start + done, kv_stop=slab.kv_start + done + more)
+        own = slice(p.orders * done, p.orders * (done + more))
+        yield part, kv_offsets[own, segments], replace(kv_order, offset=kv_order.offset + start(more))
+        done += more
+    left = kv_offsets[p.orders * done : p.orders * heads, segments]
+    for part, offsets in p.parts(replace(slab, kv_start=slab.kv_start + done), SCORE_BYTES, left):
+        yield part, offsets, None
+
+
+def _few_rooms(p: Problem) -> bool:
+    """Whether a part needs little memory beside its scores: rows, no moments, no exponentials' sums, no scratch."""
+    if p.settings.rank == "mixture" or p.dtype not in _HALVES or not p.settings.rank_levels:
+        return False
+    listed = int(p.listed.max(initial=0))
+    levels = kernels.remap_fit(p.settings.rank_levels, p.longest, listed, device_target())
+    return levels is not None and (not p.terms or _one_block(p, kernels.rank_width(p.dim_qk)))
+
+
+def _one_block(p: Problem, width: int) -> bool:
+    """Whether a block makes a list's factors of its queries: moment and factors fit its shared memory."""
+    room = shared_limit(device_target()) - 2048
+    return width <= 128 and not _full(p) and kernels.factors_shared_bytes(width, p.terms) <= room
+
+
+def _full(p: Problem) -> bool:
+    """Whether the whole covariance is wanted."""
+    return p.terms > 0 and (p.settings.rank_terms is None or p.terms > 63)
 
 
 def _ranges(tape: Tape, p: Problem, slab: Slab, longest: int) -> Place | None:
@@ -183,7 +234,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None) -> Non
         return _score_mixture(tape, p, slab, q, k, scores)
     heads, segments = (slab.kv_stop - slab.kv_start) * p.orders, slab.segments
     lists, terms = heads * segments, p.terms
-    full = terms > 0 and (p.settings.rank_terms is None or terms > 63)
+    full = _full(p)
     if full and terms < p.dim_qk:
         raise ValueError(f"rank_terms is {p.settings.rank_terms}; the CUDA backend supports 1 to 63, or None")
     width = kernels.rank_width(p.dim_qk) if halves else p.dim_qk
@@ -198,7 +249,11 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None) -> Non
     sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
     queries = (q, *q.strides, *([np.int32(q.aligned)] if halves else []))
     room, tiled, mean = shared_limit(device_target()) - 2048, segments if hopper else 0, None
-    if halves and width <= 128 and not full and kernels.factors_shared_bytes(width, terms) <= room:
+    if halves and not terms:
+        kernel, _ = _kernel("moments", p.dtype, entry=f"means_{width}")
+        arguments = (*queries, rows, *map(np.int32, (*sizes, tiled)), np.float32(p.scale))
+        tape.launch(kernel, (segments, heads), 256, arguments)
+    elif halves and _one_block(p, width):
         kernel, _ = _kernel("moments", p.dtype, entry=f"factors_{width}")
         arguments = (*queries, rows, *map(np.int32, (*sizes, terms, per_list, tiled)), np.float32(p.scale))
         tape.launch(kernel, (segments, heads), 2 * width, arguments, kernels.factors_shared_bytes(width, terms))

@@ -13,8 +13,11 @@ pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
 ORDERS = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 
 
-def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, kernel="remap", reverse=False, edit=None):
-    """Orders `lists` (one head, a list a segment), keeping the first `listed` of each."""
+def remap(
+    lists, listed, levels, *,
+    half=True, warps=4, window=4096, planes=0, kernel="remap", part_keys=None, reverse=False, edit=None,
+):  # fmt: skip
+    """Orders `lists` (one head, a list a segment), keeping the first `listed` of each; `part_keys`: with ranges."""
     starts = np.concatenate([[0], np.cumsum([-(-len(x) // 8) * 8 for x in lists])]).astype(np.int64)
     scores = np.full(starts[-1], np.nan, np.float16 if half else np.float32)
     for x, start in zip(lists, starts):
@@ -25,7 +28,7 @@ def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, k
     arguments = (scores, starts, history, offsets, len(offsets), order)
     if levels and levels < 3000:
         shared = remap_shared_bytes(kernel, levels, warps, window, planes)
-        entry, arguments = kernel, (*arguments, len(lists), levels, window, planes, None, 1, 1)
+        entry, arguments = kernel, (*arguments, len(lists), levels, window, planes, *ranges(lists, part_keys))
     else:
         bins, passes = 256, 3 if levels else 4
         entry, shared = "remap_digits", 4 * warps * bins
@@ -37,6 +40,19 @@ def remap(lists, listed, levels, *, half=True, warps=4, window=4096, planes=0, k
     )  # fmt: skip
     assert (order[offsets[-1] :] == -7).all(), "wrote past the lists"
     return [order[a:b] for a, b in itertools.pairwise(offsets)]
+
+
+def ranges(lists, part_keys):
+    """What score_means leaves of each part of a list: its least and greatest, the least past NaN, the greatest NaN."""
+    if part_keys is None:
+        return None, 1, 1
+    parts = max(-(-len(x) // part_keys) for x in lists)
+    found = np.full((len(lists), parts, 2), 7, np.float16)  # of no list where not written
+    for mine, x in zip(found, lists):
+        for i, start in enumerate(range(0, len(x), part_keys)):
+            part = x[start : start + part_keys]
+            mine[i] = np.fmin.reduce(part, initial=np.inf), part.max()
+    return found.view(np.uint32), part_keys, parts
 
 
 def awkward_lists(half):
@@ -84,6 +100,15 @@ def test_remap_of_long_lists(count, reverse):
         got = remap([x, x], listed, levels, window=window, planes=2, reverse=reverse)
         for mine, n in zip(got, listed):
             np.testing.assert_array_equal(mine, reference.remap(x, n, levels))
+
+
+@ORDERS
+@pytest.mark.parametrize("part_keys", [32, 1024])
+def test_remap_with_known_ranges(part_keys, reverse):
+    lists = awkward_lists(True)
+    got = remap(lists, [len(x) for x in lists], 300, part_keys=part_keys, reverse=reverse)
+    for mine, x in zip(got, lists):
+        np.testing.assert_array_equal(mine, reference.remap(x, len(x), 300))
 
 
 @ORDERS

@@ -72,3 +72,28 @@ def test_row_tiles_side_by_side_on_hopper(monkeypatch, workspace):
     np.testing.assert_array_equal(engine.host(whole.tiles), want.tiles)
     np.testing.assert_array_equal(engine.host(whole.tail_blocks), want.tail_blocks)
     rounding.check_answer(p, SimpleNamespace(**{name: engine.host(x) for name, x in vars(whole).items()}), want)
+
+
+@pytest.mark.parametrize(("cap", "launches"), [(1.0, 3), (0.5, 3), (0.25, 4)])
+def test_scores_lie_where_an_order_will(monkeypatch, cap, launches):
+    """Parts of several K/V heads while what later heads fill of the order holds their scores, then small ones."""
+    p = Problem(2, 4, 2, 160, 192, 64, 64, "float16", Settings(segment=32, pool=64, rank="mean", cap=cap))
+    rng = np.random.default_rng(7)
+    q, k = (rng.standard_normal((2, h, n, 64)).astype(np.float16) for h, n in ((4, 160), (2, 192)))
+    orders, scored, whole = [], [], int(p.offsets(p.whole)[-1, -1])
+
+    def counted(kernel):
+        return lambda name, entry=None, *a, **m: scored.append(entry) or kernel(name, entry, *a, **m)
+
+    for part in (2**28, 4 * 2 * int(p.history.sum())):  # all in one, a K/V head
+        engine = emulated(monkeypatch, arch="sm_90a")
+        cuda = engine.backend
+        monkeypatch.setattr(cuda, "SCORE_BYTES", part)
+        monkeypatch.setattr(cuda, "LARGE_PART", 2 * 2 * 2 * int(p.history.sum()))  # two K/V heads
+        monkeypatch.setattr(cuda, "get_kernel", counted(engine.kernel))
+        order = engine.guards.empty(whole, np.int32)
+        cuda.rank(p, engine.place(q), engine.place(k), p.whole, engine.place(p.offsets(p.whole)), order)
+        assert engine.guards.broken() == []
+        orders.append(engine.host(order))
+    assert scored.count("score_means_64") == 1 + launches
+    np.testing.assert_array_equal(*orders)
