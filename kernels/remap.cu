@@ -204,19 +204,27 @@ struct Window {
 template <bool NARROW>
 struct Places {
     unsigned int* next;
-    __device__ __forceinline__ static int shift() { return NARROW ? threadIdx.x / 32 % 2 * 16 : 0; }
-    __device__ __forceinline__ static int read(unsigned int word, int shift) { return NARROW ? word >> shift & 0xffff : word; }
+    __device__ __forceinline__ static int read(unsigned int word, bool upper) {
+        if (!NARROW) return word;
+#ifdef S2O_EMULATION
+        return upper ? word >> 16 : word & 0xffff;
+#else
+        return __byte_perm(word, 0, upper ? 0x4432 : 0x4410);
+#endif
+    }
 };
 
 // Deals out those of a warp's keys [first, last) that the window takes (ALL: every key): each to its place less the
-// window's base, as its number less `origin`. The others count too, a lane in its own of 32 counters `refused` that stay
+// window's base, as its number less `origin`. The others count too, a lane in a counter of its own, `refused`, that stays
 // above any place: an atomic under a condition would be a branch, which takes longer.
 template <bool SPECIAL, bool ALL, bool NARROW>
 __device__ __forceinline__ void deal(
     const score_t* scores, int first, int last, const Scale& scale, const Window& window, unsigned int* next_place,
-    unsigned int* refused, int origin, unsigned short* places) {
+    int refused, int origin, unsigned short* places) {
     constexpr int AHEAD = ahead_of(NARROW), STEP = 32 * AHEAD;
-    const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP, shift = Places<NARROW>::shift();
+    const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
+    const bool upper = NARROW && threadIdx.x / 32 % 2;
+    const unsigned int one = upper ? 1 << 16 : 1;
     const unsigned int bins = window.stop_bin - window.first_bin, limit = window.size + (NARROW ? 1 : 2) * STEP;
     auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
         int bin[AHEAD];
@@ -226,11 +234,11 @@ __device__ __forceinline__ void deal(
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
             const bool wanted = inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) < bins);
-            place[j] = take(wanted ? next_place : refused, wanted ? bin[j] : lane, 1u << shift);
+            place[j] = take(next_place, wanted ? bin[j] : refused, one);
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            place[j] = Places<NARROW>::read(place[j], shift) - (NARROW ? 0 : window.base - STEP);
+            place[j] = Places<NARROW>::read(place[j], upper) - (NARROW ? 0 : window.base - STEP);
             if (inside(j) && (ALL || place[j] < limit)) places[place[j]] = (unsigned short)(start - origin + 32 * j);
         }
         __syncwarp();
@@ -286,7 +294,6 @@ __device__ __forceinline__ void remap_list(
     constexpr int STEP = 32 * ahead_of(NARROW);
     extern __shared__ __align__(16) int shared[];
     __shared__ int first_bin, last_bin, before, behind;
-    __shared__ unsigned int refused[32 * MAX_WARPS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;
     const int s = segments - 1 - blockIdx.x;  // the longest lists first
     const int n = history[s], bins = levels + 2, words = (window_size + 2 * STEP) / 32 + 1;
@@ -303,9 +310,10 @@ __device__ __forceinline__ void remap_list(
     if (NARROW) heads = (unsigned int*)shared + max((window_size + 2 * STEP + 8) / 2, warps * bins);
     unsigned int* const tops = heads + words;
     unsigned int* const next = tops + most_planes * words;  // [warps][bins] places, two warps' in a word where narrow
-    int* const counts = NARROW ? shared : (int*)next;       // [warps][bins]
+    const int refused = (NARROW ? warps / 2 : warps) * bins + threadIdx.x;  // of this lane, behind them
+    int* const counts = NARROW ? shared : (int*)next;                       // [warps][bins]
     int* const mine = counts + warp * bins;
-    auto place_of = [&](int w, int b) { return Places<NARROW>::read(next[(NARROW ? w / 2 : w) * bins + b], w % 2 * 16); };
+    auto place_of = [&](int w, int b) { return Places<NARROW>::read(next[(NARROW ? w / 2 : w) * bins + b], w % 2); };
     const int per_thread = (bins + threads - 1) / threads;
     const int bin_first = min((int)threadIdx.x * per_thread, bins), bin_stop = min(bin_first + per_thread, bins);
     int planes = 0;  // 65536 keys a group
@@ -316,7 +324,7 @@ __device__ __forceinline__ void remap_list(
     for (int i = threadIdx.x; i < (1 + most_planes) * words + (NARROW ? 0 : warps * bins); i += threads) heads[i] = 0;
     if (NARROW)
         for (int i = threadIdx.x; i < warps * bins; i += threads) counts[i] = 0;
-    refused[threadIdx.x] = NARROW ? 0xc000c000u : 1u << 31;
+    next[refused] = NARROW ? 0xc000c000u : 1u << 31;
     if (ranges != nullptr) ranges += ((long long)blockIdx.y * segments + s) * parts;
     const Scale scale = scale_of(scores, n, levels, ranges, (n + part_keys - 1) / part_keys);
     auto count = [&](auto special) {
@@ -378,8 +386,9 @@ __device__ __forceinline__ void remap_list(
         const Window window = {base, size, NARROW ? 0 : first_bin, last_bin + !leaves};
         choose(scale.special, size == n, [&](auto special, auto all) {
             const int origin = warp / group_warps * group_keys;
-            deal<special(), all() && !NARROW, NARROW>(scores, first, last, scale, window, next + (NARROW ? warp / 2 : warp) * bins, refused + 32 * warp,
-                                                      origin, places + skew - (NARROW ? 0 : STEP));
+            const int row = (NARROW ? warp / 2 : warp) * bins;
+            deal<special(), all() && !NARROW, NARROW>(scores, first, last, scale, window, next + row, refused - row, origin,
+                                                      places + skew - (NARROW ? 0 : STEP));
         });
         __syncthreads();
 

@@ -164,13 +164,13 @@ def remap_fit(levels: int, longest: int, listed: int, arch: str) -> tuple[str, i
     `longest`: keys of the longest list, `listed`: the most that are kept of one.
     """
     planes, listed = max((longest - 1).bit_length() - 16, 0), -(-listed // 128) * 128
-    narrow = (shared_limit(arch) + 1024) // 2 - 4096  # two blocks a multiprocessor
+    narrow = (shared_limit(arch) + 1024) // 2 - 2048  # two blocks a multiprocessor
     if levels and listed + 128 < 0xC000 and listed + 128 + -(-longest // 2048) * 128 < 2**16:
         shared = remap_shared_bytes("remap_narrow", levels, 16, listed, planes)
         if shared <= narrow:
             return "remap_narrow", 16, listed, planes, shared
     for warps in (16, 8):
-        room = shared_limit(arch) - 4096 - remap_shared_bytes("remap", levels, warps, 0, planes)
+        room = shared_limit(arch) - 1024 - remap_shared_bytes("remap", levels, warps, 0, planes)
         window = min(room * 8 // (17 + planes) // 128 * 128, 2**16)
         if levels and window >= 2**13 and 2**planes <= warps:
             window = min(window, listed)
@@ -184,7 +184,7 @@ def remap_shared_bytes(kernel: str, levels: int, warps: int, window: int, planes
     step = 128 if narrow else 256
     places, words = 2 * (window + 2 * step + 8), (window + 2 * step) // 32 + 1
     kept = max(places, counters) + counters // 2 if narrow else places + counters
-    return kept + 4 * (1 + planes) * words
+    return kept + 4 * (1 + planes) * words + 4 * 32 * warps
 
 
 def launch_macros(name: str, dtype: str, dim: int | None, dim_v: int | None, block: int | None, arch: str) -> dict:
