@@ -35,12 +35,13 @@ struct Scale {
     bool special;  // some score is not finite
 };
 
-// A score's bin, smaller first: +inf, the levels, then -inf and NaN.
+// A score's bin, smaller first: +inf, the levels, then -inf and NaN. Where no score is special it is counted from the
+// first level on.
 template <bool SPECIAL>
 __device__ __forceinline__ int bin_of(float x, const Scale& scale) {
-    const int bin = 1 + min((int)__fmul_rn(__fsub_rn(scale.high, x), scale.factor), scale.levels - 1);
-    if (!SPECIAL) return bin;
-    return x - x == 0.f ? bin : x > 0.f ? 0 : scale.levels + 1;
+    const int level = min((int)__fmul_rn(__fsub_rn(scale.high, x), scale.factor), scale.levels - 1);
+    if (!SPECIAL) return level;
+    return x - x == 0.f ? 1 + level : x > 0.f ? 0 : scale.levels + 1;
 }
 
 // A score's place in the exact order, as an unsigned number: smaller comes first.
@@ -194,10 +195,9 @@ __device__ __forceinline__ void choose(bool special, bool all, Use use) {
     else use(Flag<false>(), Flag<false>());
 }
 
-// What of a list is dealt out at a time: the places [base, base + size), which belong to the bins [first_bin, stop_bin),
-// and a step more of the first bin before and of the last bin behind, so that the sorted keys are the right ones.
+// What of a list is dealt out at a time: places [base, base + limit), in bins [first_bin, stop_bin).
 struct Window {
-    int base, size, first_bin, stop_bin;
+    int base, limit, first_bin, stop_bin;
 };
 
 // Where a warp's next key of each bin goes: words of its own, or halves of words that two warps share.
@@ -225,7 +225,9 @@ __device__ __forceinline__ void deal(
     const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
     const bool upper = NARROW && threadIdx.x / 32 % 2;
     const unsigned int one = upper ? 1 << 16 : 1;
-    const unsigned int bins = window.stop_bin - window.first_bin, limit = window.size + (NARROW ? 1 : 2) * STEP;
+    next_place += !SPECIAL, refused -= !SPECIAL;
+    const int first_bin = window.first_bin - !SPECIAL;
+    const unsigned int bins = window.stop_bin - window.first_bin, limit = window.limit;
     auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
         int bin[AHEAD];
         unsigned int place[AHEAD];  // in the window
@@ -233,12 +235,12 @@ __device__ __forceinline__ void deal(
         for (int j = 0; j < AHEAD; ++j) bin[j] = bin_of<SPECIAL>(x[j], scale);
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            const bool wanted = inside(j) && (ALL || (unsigned int)(bin[j] - window.first_bin) < bins);
+            const bool wanted = inside(j) && (ALL || (NARROW ? bin[j] < (int)bins + first_bin : (unsigned int)(bin[j] - first_bin) < bins));
             place[j] = take(next_place, wanted ? bin[j] : refused, one);
         }
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) {
-            place[j] = Places<NARROW>::read(place[j], upper) - (NARROW ? 0 : window.base - STEP);
+            place[j] = Places<NARROW>::read(place[j], upper) - window.base;
             if (inside(j) && (ALL || place[j] < limit)) places[place[j]] = (unsigned short)(start - origin + 32 * j);
         }
         __syncwarp();
@@ -313,7 +315,8 @@ __device__ __forceinline__ void remap_list(
     const int refused = (NARROW ? warps / 2 : warps) * bins + threadIdx.x;  // of this lane, behind them
     int* const counts = NARROW ? shared : (int*)next;                       // [warps][bins]
     int* const mine = counts + warp * bins;
-    auto place_of = [&](int w, int b) { return Places<NARROW>::read(next[(NARROW ? w / 2 : w) * bins + b], w % 2); };
+    // Narrow places are counted from the start of shared memory on.
+    auto place_of = [&](int w, int b) { return Places<NARROW>::read(next[(NARROW ? w / 2 : w) * bins + b], w % 2) - (NARROW ? skew : 0); };
     const int per_thread = (bins + threads - 1) / threads;
     const int bin_first = min((int)threadIdx.x * per_thread, bins), bin_stop = min(bin_first + per_thread, bins);
     int planes = 0;  // 65536 keys a group
@@ -329,7 +332,7 @@ __device__ __forceinline__ void remap_list(
     const Scale scale = scale_of(scores, n, levels, ranges, (n + part_keys - 1) / part_keys);
     auto count = [&](auto special) {
         constexpr bool SPECIAL = special();
-        for_each_score(scores, first, last, lane, 32, [&](float x) { add_one(mine, bin_of<SPECIAL>(x, scale)); });
+        for_each_score(scores, first, last, lane, 32, [&](float x) { add_one(mine + !SPECIAL, bin_of<SPECIAL>(x, scale)); });
     };
     if (scale.special) count(Flag<true>());
     else count(Flag<false>());
@@ -349,7 +352,7 @@ __device__ __forceinline__ void remap_list(
         if (NARROW)
 #pragma unroll
             for (int w = 0; w < MAX_WARPS; w += 2) {
-                const unsigned int first = min(place, 65535), second = min(place + here[w], 65535);
+                const unsigned int first = min(skew + place, 65535), second = min(skew + place + here[w], 65535);
                 if (w < warps) next[w / 2 * bins + b] = first | second << 16;
                 place += here[w] + here[w + 1];
             }
@@ -383,12 +386,13 @@ __device__ __forceinline__ void remap_list(
         // Narrow places must not overflow: a warp whose keys of the last bin go past the window leaves them.
         const bool leaves = NARROW && place_of(warp, last_bin) >= size + STEP;
         __syncwarp();
-        const Window window = {base, size, NARROW ? 0 : first_bin, last_bin + !leaves};
+        // A step more of the first bin before and of the last bin behind, so that the sorted keys are the right ones.
+        const Window window = {NARROW ? 0 : base - STEP, size + 2 * STEP + (NARROW ? 8 : 0), NARROW ? 0 : first_bin, last_bin + !leaves};
         choose(scale.special, size == n, [&](auto special, auto all) {
             const int origin = warp / group_warps * group_keys;
             const int row = (NARROW ? warp / 2 : warp) * bins;
             deal<special(), all() && !NARROW, NARROW>(scores, first, last, scale, window, next + row, refused - row, origin,
-                                                      places + skew - (NARROW ? 0 : STEP));
+                                                      places + (NARROW ? 0 : skew - STEP));
         });
         __syncthreads();
 

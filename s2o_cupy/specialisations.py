@@ -165,7 +165,8 @@ def remap_fit(levels: int, longest: int, listed: int, arch: str) -> tuple[str, i
     """
     planes, listed = max((longest - 1).bit_length() - 16, 0), -(-listed // 128) * 128
     narrow = (shared_limit(arch) + 1024) // 2 - 2048  # two blocks a multiprocessor
-    if levels and listed + 128 < 0xC000 and listed + 128 + -(-longest // 2048) * 128 < 2**16:
+    behind = listed + 2 * 128 + 8
+    if levels and behind < 0xC000 and behind + -(-longest // 2048) * 128 < 2**16:
         shared = remap_shared_bytes("remap_narrow", levels, 16, listed, planes)
         if shared <= narrow:
             return "remap_narrow", 16, listed, planes, shared
