@@ -160,7 +160,7 @@ def costs(kernel: str, p: Problem, pairs: float | None) -> tuple[float, float] |
     q, k, v = heads * p.n_q * p.dim_qk, heads_kv * p.n_k * p.dim_qk, heads_kv * p.n_k * p.dim_v
     lists, scores = p.batch * p.heads_order, float(p.history.sum()) * p.batch * p.heads_order
     rows, stage = 1 + p.terms, kernel.split("_")[0]
-    moments = 4 * lists * p.segments * p.dim_qk**2 * (p.terms > 0)
+    moments = 4 * lists * p.segments * p.dim_qk**2
     out = heads * p.n_q * p.dim_v
     if "mixture" in kernel:
         return None
@@ -169,8 +169,9 @@ def costs(kernel: str, p: Problem, pairs: float | None) -> tuple[float, float] |
         allowed = p.allowed_pairs * heads if pairs is None else pairs
         return 2 * (p.dim_qk + p.dim_v) * allowed, size * (q + k + v + out) + 4 * walked
     return {
-        "moments": (2.0 * q * p.dim_qk * (p.terms > 0), size * q + moments),
-        "factors": (2.0 * q * p.dim_qk * (p.terms > 0), size * (q + lists * p.segments * rows * p.dim_qk)),
+        "moments": (2.0 * q * p.dim_qk, size * q + moments),
+        "means": (0.0, size * (q + lists * p.segments * p.dim_qk)),
+        "factors": (2.0 * q * p.dim_qk, size * (q + lists * p.segments * rows * p.dim_qk)),
         "factor": (0.0, moments + size * lists * p.segments * rows * p.dim_qk),
         "score": (2.0 * scores * rows * p.dim_qk, size * (k + scores)),
         "remap": (0.0, size * scores + 4.0 * float(p.listed.sum()) * lists),

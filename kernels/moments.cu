@@ -2,7 +2,7 @@
 //   q       [batch, heads_q, n_q, dim]                    T      element strides given, unit column stride
 //   sum     [order heads of the slab, segments, WIDTH]    float  sum of the queries
 //   count   [order heads of the slab, segments]           int32  queries that are finite
-//   moment  [order heads of the slab, segments, WIDTH, WIDTH] float  sum of q q^T; null: not wanted (mean rank)
+//   moment  [order heads of the slab, segments, WIDTH, WIDTH] float  sum of q q^T
 // T is float16 or bfloat16 (IS_BF16); products are exact and summed in float. An order head is one query head, or
 // the query heads of a K/V head (share_order): `members` of them.
 // moments_64, _128, _256, by WIDTH: the queries pass once through shared memory, chunk by chunk; a warp has 32 rows of
@@ -13,7 +13,7 @@
 // factors_64, _128: moments, and what factor.cuh makes of them, in one block, where moment and factors fit its shared memory.
 // grid (segments of the slab, order heads of the slab)   block min(WIDTH, 128) * 2; means: 256
 //   moments_256: two blocks a segment, one for each half of the moment's rows, side by side so that queries are read from
-//   DRAM once; one when moment is null
+//   DRAM once
 // shared memory 64 * WIDTH * 2 bytes a stage: 4 stages, 3 at WIDTH 256; factors: specialisations.factors_shared_bytes
 // factor, and centres for the mixture rank: see factor.cuh, centres.cuh   macros IS_BF16
 #include "centres.cuh"
@@ -69,10 +69,10 @@ struct Moments {
     }
 };
 
-// Adds up a list's queries, and their moment (a half of its rows, where it has 256) if `squares`.
+// Adds up a list's queries, and their moment (a half of its rows, where it has 256).
 template <int WIDTH>
 __device__ __forceinline__ void add_moments(
-    Moments<WIDTH>& sums, bool squares, const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
+    Moments<WIDTH>& sums, const half_t* __restrict__ q, long long q_batch, long long q_head, long long q_row,
     int aligned, int heads_order, int members, int order_start, int n_q, int dim, int segment, int own_segment, int half) {
     typedef SharedTile<WIDTH> Tile;
     constexpr int THREADS = Moments<WIDTH>::THREADS, N_TILES = Moments<WIDTH>::N_TILES, SUM_TILES = Moments<WIDTH>::SUM_TILES;
@@ -129,20 +129,16 @@ __device__ __forceinline__ void add_moments(
 #pragma unroll
             for (int r = 0; r < CHUNK_ROWS; r += 16) {
                 unsigned int a[2][4];
-                if (squares)
 #pragma unroll
-                    for (int m = 0; m < 2; ++m)
-                        load_matrices_transposed(a[m], Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, half * 16 + down * 4 + 2 * m + ((lane >> 3) & 1)));
+                for (int m = 0; m < 2; ++m)
+                    load_matrices_transposed(a[m], Tile::address(here, r + (lane & 7) + (lane >> 4) * 8, half * 16 + down * 4 + 2 * m + ((lane >> 3) & 1)));
 #pragma unroll
                 for (int n = 0; n < N_TILES; n += 2) {
-                    const bool mine = n / SUM_TILES == down;
-                    if (!squares && !mine) continue;
                     unsigned int b[4];
                     load_matrices_transposed(b, Tile::address(here, r + (lane & 15), right * N_TILES + n + (lane >> 4)));
-                    if (squares)
 #pragma unroll
-                        for (int m = 0; m < 2; ++m) mma(c[m][n], a[m], b[0], b[1]), mma(c[m][n + 1], a[m], b[2], b[3]);
-                    if (mine) mma(column[n % SUM_TILES], ones, b[0], b[1]), mma(column[n % SUM_TILES + 1], ones, b[2], b[3]);
+                    for (int m = 0; m < 2; ++m) mma(c[m][n], a[m], b[0], b[1]), mma(c[m][n + 1], a[m], b[2], b[3]);
+                    if (n / SUM_TILES == down) mma(column[n % SUM_TILES], ones, b[0], b[1]), mma(column[n % SUM_TILES + 1], ones, b[2], b[3]);
                 }
             }
         }
@@ -159,15 +155,15 @@ __device__ __forceinline__ void add_moments(
         float* __restrict__ sum, int* __restrict__ count, float* __restrict__ moment,                                   \
         int heads_order, int members, int order_start, int n_q, int dim, int segment, int segment_start) {              \
         Moments<WIDTH> sums;                                                                                           \
-        const int halves = moment != nullptr && WIDTH > 128 ? WIDTH / 128 : 1, half = blockIdx.x % halves;             \
-        add_moments(sums, moment != nullptr, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q,\
+        const int halves = WIDTH > 128 ? WIDTH / 128 : 1, half = blockIdx.x % halves;                                  \
+        add_moments(sums, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q,\
                     dim, segment, segment_start + blockIdx.x / halves, half);                                          \
         const long long list = (long long)blockIdx.y * (gridDim.x / halves) + blockIdx.x / halves;                     \
         if (half == 0) {                                                                                               \
             sums.write_sums(sum + list * WIDTH);                                                                       \
             if (threadIdx.x == 0) count[list] = sums.count;                                                            \
         }                                                                                                              \
-        if (moment != nullptr) sums.write_moment(moment + (list * WIDTH + half * 128) * WIDTH, WIDTH);                 \
+        sums.write_moment(moment + (list * WIDTH + half * 128) * WIDTH, WIDTH);                 \
     }
 MOMENTS(moments_64, 64)
 MOMENTS(moments_128, 128)
@@ -187,13 +183,13 @@ __device__ __forceinline__ void factors_of_queries(
     int count;
     {
         Moments<WIDTH> sums;
-        add_moments(sums, terms > 0, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, dim, segment, segment_start + blockIdx.x, 0);
+        add_moments(sums, q, q_batch, q_head, q_row, aligned, heads_order, members, order_start, n_q, dim, segment, segment_start + blockIdx.x, 0);
         sums.write_sums(total);
-        if (terms > 0) sums.write_moment(moment, PITCH);
+        sums.write_moment(moment, PITCH);
         count = sums.count;
     }
     __syncthreads();
-    make_factors<Moments<WIDTH>::THREADS>(shared_memory, terms > 0 ? WIDTH * PITCH * 4 : 0, (long long)blockIdx.y * gridDim.x + blockIdx.x,
+    make_factors<Moments<WIDTH>::THREADS>(shared_memory, WIDTH * PITCH * 4, (long long)blockIdx.y * gridDim.x + blockIdx.x,
                                           total, count, moment, PITCH, rows, nullptr, WIDTH, dim, terms, terms_rows, 0, 0, tiled, scale);
 }
 

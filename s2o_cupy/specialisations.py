@@ -116,8 +116,7 @@ def moments_shared_bytes(width: int) -> int:
 
 def factors_shared_bytes(width: int, terms: int) -> int:
     """Dynamic shared memory of moments.cu's factors: chunks of queries, then moment and factors where they were."""
-    moment = 4 * width * (width + 8) if terms else 0
-    return max(moments_shared_bytes(width), moment + factor_shared_bytes(width, terms, False))
+    return max(moments_shared_bytes(width), 4 * width * (width + 8) + factor_shared_bytes(width, terms, False))
 
 
 def factor_shared_bytes(width: int, terms: int, full: bool) -> int:

@@ -268,7 +268,7 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None) -> Non
         mean = tape.room((lists, width), np.float32) if full else None
         arguments = (*queries, totals, counts, moment, *map(np.int32, sizes))
         if halves:
-            grid, block = (segments * (2 if width == 256 and terms else 1), heads), 2 * min(width, 128)
+            grid, block = (segments * (2 if width == 256 else 1), heads), 2 * min(width, 128)
             kernel, _ = _kernel("moments", p.dtype, entry=f"moments_{width}")
             tape.launch(kernel, grid, block, arguments, kernels.moments_shared_bytes(width))
         else:

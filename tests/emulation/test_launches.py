@@ -138,8 +138,10 @@ def test_launches_match_their_kernels(cuda, dtype, settings):
         cuda.dense(p, q, k, v, result)
     if dtype in ("float16", "bfloat16"):
         assert "attend_sm90" in Kernel.launched
-    assert ("centres" if p.settings.rank == "mixture" else "factor") in Kernel.launched
-    assert {"remap", "remap_digits"} & set(Kernel.launched)
+    means = p.settings.rank == "mean" and dtype in ("float16", "bfloat16")
+    first = "centres" if p.settings.rank == "mixture" else "means_128" if means else "factor"
+    assert first in Kernel.launched
+    assert {"remap", "remap_narrow", "remap_digits"} & set(Kernel.launched)
 
 
 def call_arrays(n=8192, dim=128):
@@ -151,7 +153,7 @@ def test_a_whole_call_is_six_launches_and_one_workspace(cuda, monkeypatch):
     monkeypatch.setattr(sys.modules["cupy"].cuda, "alloc", lambda n: taken.append(n) or SimpleNamespace(ptr=4096))
     s2o.attention(**call_arrays())
     assert len(taken) == 1  # beside the answer
-    assert Kernel.launched == ["pool", "pool", "factors_128", "score_16_128", "remap", "attend_sm90"]
+    assert Kernel.launched == ["pool", "pool", "factors_128", "score_16_128", "remap_narrow", "attend_sm90"]
     for strides in ((2**23, 2**21, 256, 2), (2**23, 256, 1024, 2)):  # the same, then rows of heads in turn
         moved = call_arrays() | {"q": Array((1, 4, 8192, 128), ml_dtypes.bfloat16, strides)}
         s2o.attention(**moved)
