@@ -183,18 +183,11 @@ __device__ Scale scale_of(const score_t* scores, int n, int levels, const unsign
     return {0.f, 0.f, levels, special};  // every finite score has level 0
 }
 
-// Calls `use` with two flags as compile-time constants.
+// A flag as a compile-time constant that a lambda takes.
 template <bool VALUE>
 struct Flag {
     __device__ constexpr bool operator()() const { return VALUE; }
 };
-template <typename Use>
-__device__ __forceinline__ void choose(bool special, bool all, Use use) {
-    if (special) use(Flag<true>(), Flag<false>());
-    else if (all) use(Flag<false>(), Flag<true>());
-    else use(Flag<false>(), Flag<false>());
-}
-
 // What of a list is dealt out at a time: places [base, base + limit), in bins [first_bin, stop_bin).
 struct Window {
     int base, limit, first_bin, stop_bin;
@@ -228,7 +221,8 @@ __device__ __forceinline__ void deal(
     next_place += !SPECIAL, refused -= !SPECIAL;
     const int first_bin = window.first_bin - !SPECIAL;
     const unsigned int bins = window.stop_bin - window.first_bin, limit = window.limit;
-    auto step = [&](const float (&x)[AHEAD], int start, auto inside) {
+    float x[AHEAD];  // not a parameter of `step`: NVRTC 13.0 crashes on a generic lambda with an array of a template's size
+    auto step = [&](int start, auto inside) {
         int bin[AHEAD];
         unsigned int place[AHEAD];  // in the window
 #pragma unroll
@@ -253,17 +247,15 @@ __device__ __forceinline__ void deal(
     };
     if (first < whole) fetch(first + lane);
     for (int start = first; start < whole; start += STEP) {
-        float x[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) x[j] = to_float(ahead[j]);
         fetch(min(start + STEP, whole - STEP) + lane);
-        step(x, start + lane, [](int) { return true; });
+        step(start + lane, [](int) { return true; });
     }
     if (whole < last) {
-        float x[AHEAD];
 #pragma unroll
         for (int j = 0; j < AHEAD; ++j) x[j] = to_float(scores[min(whole + lane + 32 * j, last - 1)]);
-        step(x, whole + lane, [=](int j) { return whole + lane + 32 * j < last; });
+        step(whole + lane, [=](int j) { return whole + lane + 32 * j < last; });
     }
 }
 
@@ -388,12 +380,12 @@ __device__ __forceinline__ void remap_list(
         __syncwarp();
         // A step more of the first bin before and of the last bin behind, so that the sorted keys are the right ones.
         const Window window = {NARROW ? 0 : base - STEP, size + 2 * STEP + (NARROW ? 8 : 0), NARROW ? 0 : first_bin, last_bin + !leaves};
-        choose(scale.special, size == n, [&](auto special, auto all) {
-            const int origin = warp / group_warps * group_keys;
-            const int row = (NARROW ? warp / 2 : warp) * bins;
-            deal<special(), all() && !NARROW, NARROW>(scores, first, last, scale, window, next + row, refused - row, origin,
-                                                      places + (NARROW ? 0 : skew - STEP));
-        });
+        const int row = (NARROW ? warp / 2 : warp) * bins, origin = warp / group_warps * group_keys;
+        unsigned int* const own = next + row;
+        unsigned short* const to = places + (NARROW ? 0 : skew - STEP);
+        if (scale.special) deal<true, false, NARROW>(scores, first, last, scale, window, own, refused - row, origin, to);
+        else if (!NARROW && size == n) deal<false, true, NARROW>(scores, first, last, scale, window, own, refused - row, origin, to);
+        else deal<false, false, NARROW>(scores, first, last, scale, window, own, refused - row, origin, to);
         __syncthreads();
 
         for (bool sorted = false; !sorted;) {
