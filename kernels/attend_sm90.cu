@@ -2,9 +2,9 @@
 // q, k, v and out have rows that start on 16 bytes and exactly HEAD_DIM columns.
 // A block stays on its multiprocessor and takes row tiles one after another. One producer warpgroup gathers rows by
 // cp.async into a ring of units, each the BLOCK_N keys of a step or its values, the values one unit late: K0 K1 V0 K2
-// V1 ... end V. Two consumer warpgroups of 64 query rows each multiply: while the values of one step are multiplied,
-// the next step's logits become weights. A vote is cast when a key tile closes and read before the next step counts;
-// a stop skips what is in the ring and tells the producer.
+// V1 ... end V, which the copies themselves hand over as they land. Two consumer warpgroups of 64 query rows each
+// multiply: while the values of one step are multiplied, the next step's logits become weights. A vote is cast when a key
+// tile closes and read before the next step counts; a stop skips what is in the ring and tells the producer.
 // Row tiles of up to 64 queries (block_q) go two to a block, those of two query heads that share a list (orders 1), each
 // with its own vote; a warpgroup that has stopped lets the history pass until the other one has. Their queries are the
 // same: no query_order, or row tiles that are whole segments.
@@ -37,7 +37,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     unsigned int* const walked = (unsigned int*)(&ring + 1);
 
     if (threadIdx.x == 0) {
-        constexpr int PRODUCED = PRODUCERS / 32, CONSUMED = CONSUMERS / 32;
+        // Of the producer each thread arrives with its copies, and each warp with what it stored.
+        constexpr int PRODUCED = PRODUCERS + PRODUCERS / 32, CONSUMED = CONSUMERS / 32;
         for (int i = 0; i < UNITS; ++i) barrier_init(shared_address(ring.full + i), PRODUCED), barrier_init(shared_address(ring.empty + i), CONSUMED);
         barrier_init(shared_address(&ring.q_full), PRODUCED), barrier_init(shared_address(&ring.q_empty), CONSUMED);
         for (int w = 0; w < 2; ++w) {
@@ -63,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     const unsigned int my_queries = uniform(descriptor_low(queries + warpgroup * 64 * 128, 1));
     Place place = {0, 0};
     int number = 0, ballots = 0, slot = 0;
-    auto await = [&](const Place& at) { barrier_wait(shared_address(ring.full + at.unit), at.round); };
+    auto await = [&](const Place& at) { barrier_wait(shared_address(ring.full + at.unit), at.round), async_fence(); };
     auto release = [&](unsigned long long& barrier) {
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&barrier));
@@ -206,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 const int closed = past.kind >> CLOSES & (halved ? 1 : WANTED);
                 if (closed) ring.walked_tiles[warpgroup] += __popc(closed), ring.walked_keys[warpgroup] = past.start + (closed == 1 ? min(PART, count) : count);
             }
-            if (thread < count && facts.pool_blocks) atomicAdd(walked + (ring.index[past_slot][thread] >> log2_pool), mine);
+            if (thread < count && facts.pool_blocks) atomicAdd(walked + (ring.index[past_slot][index_of(thread)] >> log2_pool), mine);
             pending = voted = false;
             if (!halved || past.count <= PART) return;
             const int r = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;

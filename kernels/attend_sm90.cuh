@@ -15,7 +15,6 @@ constexpr int PANEL_BYTES = BLOCK_N * 128, Q_PANEL_BYTES = BLOCK_M * 128, Q_BYTE
 constexpr int UNIT_BYTES = (PANELS > V_PANELS ? PANELS : V_PANELS) * PANEL_BYTES;
 constexpr int O_COLUMNS = HEAD_DIM_V % 128 ? 64 : 128, O_PARTS = HEAD_DIM_V / O_COLUMNS;  // of one instruction
 constexpr int PART = BLOCK_N / PARTS, WANTED = (1 << PARTS) - 1;  // keys of a part; the vote of which every part is wanted
-constexpr int LAG = 1;              // units in flight behind the one started last
 constexpr int TILE_END = DONE + 1;  // a unit without rows, where a tile's next keys would be
 
 // A step as the consumers see it. `kind`: its phase, whether every row sees all of BLOCK_N keys, and a bit for each part
@@ -55,7 +54,7 @@ struct Ring {
     Ballots ballots[2];
     TileFacts facts[2];          // of row tiles in turn
     KeyStep steps[UNITS];        // by the number of a step, as are
-    int index[UNITS][BLOCK_N];   // the keys gathered for the history
+    __align__(16) int index[UNITS][BLOCK_N];  // the keys gathered for the history, by `index_of`
     __align__(4) unsigned char suspect[UNITS][4];  // whether a masked step's values are not all finite, by producer warp
     bool hidden[BLOCK_N];                          // which of them are not
     __align__(8) float bias[2][BLOCK_N];  // tail: added to a step's dot products, by consumer warpgroup
@@ -119,9 +118,16 @@ struct RowTile {
     }
 };
 
+// Where the key of a step's row stands: those of the rows that a producer thread copies, every 16th, side by side.
+__device__ __forceinline__ int index_of(int row) { return row % 16 * (BLOCK_N / 16) + row / 16; }
+
 // Rows of HEAD_DIM columns as panels of 64: rows of 128 bytes whose 16-byte chunks are turned by row % 8.
 __device__ __forceinline__ unsigned int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 #ifndef S2O_EMULATION
+// Arrives at a barrier, which counts it, once this thread's copies so far have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(unsigned int barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 6, 256;" ::: "memory"); }
 __device__ __forceinline__ void producers_sync() { asm volatile("bar.sync 1, 128;" ::: "memory"); }
 // The consumers take turns at starting a product with keys, so that one multiplies while the other takes exponentials.

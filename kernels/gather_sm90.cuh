@@ -6,9 +6,8 @@
 struct Producer {
     Ring& ring;
     const unsigned int units;
-    Place place;                // of the unit to start
-    int started, with_queries;  // units started and not handed over; the unit that the queries travel with
-    int slot;                   // of the step, in the ring
+    Place place;  // of the unit to start
+    int slot;     // of the step, in the ring
 
     __device__ __forceinline__ int first() const { return (threadIdx.x & 127) / 8; }
     __device__ __forceinline__ int column() const { return threadIdx.x % 8; }
@@ -16,37 +15,21 @@ struct Producer {
     template <int ROWS, int COLUMN_PANELS, int PANEL_ROWS = ROWS>
     __device__ __forceinline__ void copy(unsigned int to, const half_t* from, long long stride, const int (&rows)[ROWS / 16]) {
         to += swizzled(first(), column());
-        const half_t* const data = from + 8 * column();
-        const int row_stride = (int)stride;
+        const char* const data = (const char*)(from + 8 * column());
+        const int row_bytes = (int)stride * 2;  // below 2^31: rows 2 GiB apart are refused
 #pragma unroll
         for (int i = 0; i < ROWS / 16; ++i) {
-            const half_t* const row = data + (long long)rows[i] * row_stride;
+            const half_t* const row = (const half_t*)(data + (long long)rows[i] * row_bytes);
 #pragma unroll
             for (int p = 0; p < COLUMN_PANELS; ++p) copy16_async(to + p * PANEL_ROWS * 128 + 2048 * i, row + 64 * p);
         }
     }
 
-    // Gives the consumers the oldest unit; its copies are there.
-    __device__ __forceinline__ void hand_over() {
-        async_fence();
-        __syncwarp();
-        const int unit = place.unit - started + (place.unit < started ? UNITS : 0);
-        const bool queries_too = with_queries == unit;
-        if (threadIdx.x % 32 == 0) {
-            if (queries_too) barrier_arrive(shared_address(&ring.q_full));
-            barrier_arrive(shared_address(ring.full + unit));
-        }
-        if (queries_too) with_queries = -1;
-        --started;
-    }
     __device__ __forceinline__ unsigned int open() {
-        const unsigned int empty = shared_address(ring.empty + place.unit);
-        // While the ring is full, what has been started can be waited for.
-        if (started && !__all_sync(0xffffffffu, barrier_passed(empty, place.round ^ 1))) flush();
-        barrier_wait(empty, place.round ^ 1);
+        barrier_wait(shared_address(ring.empty + place.unit), place.round ^ 1);
         return units + place.unit * UNIT_BYTES;
     }
-    // Of the unit to hand over next but one at the soonest: says whether this thread's values are all finite.
+    // Awaits this thread's values and says whether they are all finite.
     __device__ __forceinline__ void look_for_non_finite(unsigned int from) {
         commit_copies();
         wait_copies<0>();
@@ -59,19 +42,20 @@ struct Producer {
         const bool any = __any_sync(0xffffffffu, seen != 0);
         if (threadIdx.x % 32 == 0) ring.suspect[place.unit][threadIdx.x / 32 % 4] = any;
     }
+    // Gives the consumers the unit once this thread's copies are there; nobody waits for them here.
     __device__ __forceinline__ void close() {
-        commit_copies();
+        arrive(ring.full[place.unit]);
         place = place.after(1);
-        if (++started > LAG) wait_copies<LAG>(), hand_over();
     }
-    __device__ __forceinline__ void flush() {
-        wait_copies<0>();
-        while (started) hand_over();
+    __device__ __forceinline__ void arrive(unsigned long long& barrier) {
+        barrier_arrive_after_copies(shared_address(&barrier));
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&barrier));  // what was written is there too
     }
 };
 
 __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsigned int units, const Launch& x) {
-    Producer producer = {ring, units, {0, 0}, 0, -1, 0};
+    Producer producer = {ring, units, {0, 0}, 0};
     const int thread = threadIdx.x & 127, first = producer.first();
     int id = blockIdx.x, number = 0;
     for (; id < x.tiles(); ++number) {
@@ -110,7 +94,6 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         walk.masked_stop = x.causal ? highest + shift + 1 : walk.masked_first;
         walk.block_k = PARTS > 1 ? BLOCK_N : x.block_k, walk.pool_blocks = tile.pool_blocks;
 
-        // Queries travel with the first unit.
         barrier_wait(shared_address(&ring.q_empty), number & 1 ^ 1);
         TileFacts& facts = ring.facts[number & 1];
         facts.row[thread] = query_row();
@@ -137,15 +120,24 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             for (int i = 0; i < 4; ++i) query_rows[i] = facts.row[64 * w + first + 16 * i];
             producer.copy<64, PANELS, BLOCK_M>(queries + 64 * 128 * w, x.q + facts.part[w].q_at, x.q_row, query_rows);
         }
-        producer.with_queries = producer.place.unit;
+        producer.arrive(ring.q_full);
 
         const int kv_head = tile.kv % x.heads_kv;
         const half_t* const keys = x.k + tile.batch * x.k_batch + kv_head * x.k_head;
         const half_t* const values = x.v + tile.batch * x.v_batch + kv_head * x.v_head;
         const long long pooled = (long long)tile.kv * x.pool_stride;
-        // Past the count the first row, which every query sees, or which a masked step hides, its values too.
-        auto key_at = [&](const Step& step, int slot, int r) {
-            return r >= step.count ? 0 : step.phase == HISTORY ? ring.index[slot][r] : step.start + r;
+        // The rows that this thread copies. Past the count the first row, which every query sees, or which a masked step
+        // hides, its values too.
+        auto find_rows = [&](int (&rows)[BLOCK_N / 16], const Step& step, int slot) {
+            const uint4* const listed = (const uint4*)(ring.index[slot] + first * (BLOCK_N / 16));
+#pragma unroll
+            for (int i = 0; i < BLOCK_N / 64; ++i) {
+                const uint4 four = listed[i];
+                rows[4 * i] = (int)four.x, rows[4 * i + 1] = (int)four.y, rows[4 * i + 2] = (int)four.z, rows[4 * i + 3] = (int)four.w;
+            }
+            if (step.phase == HISTORY) return;
+#pragma unroll
+            for (int i = 0; i < BLOCK_N / 16; ++i) rows[i] = first + 16 * i < step.count ? step.start + first + 16 * i : 0;
         };
         // A thread looks up one key of the history, a step before it is wanted.
         auto look_up = [&](const Step& step) {
@@ -174,7 +166,7 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             const int slot = producer.slot;
             bool past = false;  // the last step's keys were already for nothing: consumers cannot have met more of them
             if (step.phase == HISTORY) {
-                if (thread < BLOCK_N) ring.index[slot][thread] = key;
+                if (thread < BLOCK_N) ring.index[slot][index_of(thread)] = key;
                 past = stopped();
                 if (past) step = first_step(walk, TAIL, BLOCK_N);
             }
@@ -183,23 +175,19 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             if (step.phase != DONE) {
                 const bool tail = step.phase == TAIL;
                 int rows[BLOCK_N / 16];
-#pragma unroll
-                for (int i = 0; i < BLOCK_N / 16; ++i) rows[i] = key_at(step, slot, first + 16 * i);
+                find_rows(rows, step, slot);
                 producer.copy<BLOCK_N, PANELS>(to, tail ? x.k_pool + pooled * x.k_pool_row : keys, tail ? x.k_pool_row : x.k_row, rows);
             }
             if (thread == 0) ring.steps[slot] = {kind(step), step.start, step.count};
             producer.close();
             producer.slot = slot + 1 == UNITS ? 0 : slot + 1;
-            // The first keys of a row tile, and those past a stop, are awaited by consumers that have nothing else to do.
-            if (late.phase == DONE || (late.phase == HISTORY && step.phase != HISTORY)) producer.flush();
             if (late.phase != DONE) {
                 const unsigned int values_to = producer.open();
                 // By now consumers may have stopped at the last step itself, and want its values.
                 if (!past) {
                     const bool tail = late.phase == TAIL;
                     int rows[BLOCK_N / 16];
-#pragma unroll
-                    for (int i = 0; i < BLOCK_N / 16; ++i) rows[i] = key_at(late, late_slot, first + 16 * i);
+                    find_rows(rows, late, late_slot);
                     producer.copy<BLOCK_N, V_PANELS>(values_to, tail ? x.v_pool + pooled * x.v_pool_row : values, tail ? x.v_pool_row : x.v_row, rows);
                     if (late.phase == MASKED_WINDOW) producer.look_for_non_finite(values_to);
                 }
@@ -208,14 +196,12 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
             if (step.phase == DONE) break;
             late = step, late_slot = slot, step = next;
         }
-        producer.flush();
         producers_sync();
         id = *(volatile int*)&ring.ticket;
         producers_sync();
     }
     barrier_wait(shared_address(&ring.q_empty), number & 1 ^ 1);
     if (thread == 0) ring.facts[number & 1].id = -1;
-    __syncwarp();
-    if (thread % 32 == 0) barrier_arrive(shared_address(&ring.q_full));
+    producer.arrive(ring.q_full);
 }
 

@@ -14,14 +14,6 @@ __device__ __forceinline__ void barrier_wait(unsigned int barrier, int parity) {
         "done:\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
-// Whether the phase of that parity has passed; does not wait for it.
-__device__ __forceinline__ bool barrier_passed(unsigned int barrier, int parity) {
-    int passed;
-    asm volatile("{\n.reg .pred ready;\nmbarrier.test_wait.parity.shared::cta.b64 ready, [%1], %2;\nselp.b32 %0, 1, 0, ready;\n}"
-                 : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
-    return passed != 0;
-}
-
 // What ordinary stores and copies wrote to shared memory, and this thread has seen, becomes visible to wgmma.
 __device__ __forceinline__ void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -37,6 +37,11 @@ static inline float element(unsigned long long descriptor, int row_bytes_group, 
 
 static inline unsigned int descriptor_low(unsigned int address, int leading) { return (address & 0x3ffff) >> 4 | (leading == 1 ? 1u : (unsigned int)leading >> 4) << 16; }
 static inline unsigned long long matrix_descriptor(unsigned int low, int group) { return (unsigned long long)(1u << 30 | group >> 4) << 32 | low; }
+static inline void barrier_arrive_after_copies(unsigned int barrier) {
+    commit_copies();
+    wait_copies<0>();
+    barrier_arrive(barrier);
+}
 static inline void wgmma_fence() {}
 static inline void wgmma_commit() {}
 template <int PENDING>

@@ -17,5 +17,4 @@ static inline void barrier_arrive(unsigned int barrier) {
 static inline void barrier_wait(unsigned int barrier, int parity) {
     while ((int)(s2o_emulation::barrier_at(barrier)->phase & 1) == parity) s2o_emulation::yield();
 }
-static inline bool barrier_passed(unsigned int barrier, int parity) { return (int)(s2o_emulation::barrier_at(barrier)->phase & 1) != parity; }
 static inline void async_fence() {}
