@@ -25,6 +25,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     int heads_q, int heads_kv, int orders, int kv_start, int n_q, int n_k, int dim_qk, int dim_v,
     int causal, int window, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
     int block_q, int block_k, int log2_pool, float unit, int kv_heads, int* ticket) {
+    const int counters = pool_stride + 3 & ~3;
     const Launch launch = {q, k, v, k_pool, v_pool, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                            out_batch, out_head, pool_stride, k_pool_row, v_pool_row, kv_order, kv_offsets, offsets_stride,
                            query_order, taus, one_tau, heads_q, heads_kv, orders, kv_start, n_q, n_k, causal, window, segment, segment_start,
@@ -33,8 +34,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     char* const base = shared_memory + (-shared_address(shared_memory) & 1023);
     const unsigned int queries = shared_address(base), units = queries + Q_BYTES;
     Ring& ring = *(Ring*)(base + Q_BYTES + UNITS * UNIT_BYTES);
-    // Keys of each pool block that were accumulated: by warpgroup 0 in the low half, by warpgroup 1 in the high half.
-    unsigned int* const walked = (unsigned int*)(&ring + 1);
 
     if (threadIdx.x == 0) {
         // Of the producer each thread arrives with its copies, and each warp with what it stored.
@@ -57,10 +56,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     }
     take_registers<224>();
 
+    unsigned int* const walked = (unsigned int*)(&ring + 1) + warpgroup * counters;  // keys of each pool block that were accumulated
     const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16;
     const int shift = causal ? n_k - n_q : 0;
     Ballots& box = ring.ballots[launch.pairs() ? warpgroup : 0];
-    const unsigned int vote = shared_address(&box.cast), mine = warpgroup ? 0x10000u : 1u;
+    const unsigned int vote = shared_address(&box.cast);
     const unsigned int my_queries = uniform(descriptor_low(queries + warpgroup * 64 * 128, 1));
     Place place = {0, 0};
     int number = 0, ballots = 0, slot = 0;
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                     ring.tail[r] = make_float2(0.f, 0.f);
                 }
             }
-            for (int b = thread; b < facts.pool_blocks; b += 128) atomicAnd(walked + b, warpgroup ? 0xffffu : 0xffff0000u);
+            for (int b = 4 * thread, end = facts.pool_blocks; b < end; b += 512) *(uint4*)(walked + b) = make_uint4(0, 0, 0, 0);
             if (thread == 0) ring.walked_tiles[warpgroup] = ring.blocks_found[warpgroup] = 0;
             warpgroup_sync(warpgroup);
         };
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 const int closed = past.kind >> CLOSES & (halved ? 1 : WANTED);
                 if (closed) ring.walked_tiles[warpgroup] += __popc(closed), ring.walked_keys[warpgroup] = past.start + (closed == 1 ? min(PART, count) : count);
             }
-            if (thread < count && facts.pool_blocks) atomicAdd(walked + (ring.index[past_slot][index_of(thread)] >> log2_pool), mine);
+            if (thread < count && facts.pool_blocks) atomicAdd(walked + (ring.index[past_slot][index_of(thread)] >> log2_pool), 1u);
             pending = voted = false;
             if (!halved || past.count <= PART) return;
             const int r = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
@@ -240,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             float bias = NEGATIVE_INFINITY;
             if (thread < step.count) {
                 const int b = step.start + thread, size = min(1 << log2_pool, facts.history - (b << log2_pool));
-                const int left = size - (int)(warpgroup ? walked[b] >> 16 : walked[b] & 0xffffu);
+                const int left = size - (int)walked[b];
                 if (4 * left >= size) bias = log2f((float)left) / unit;  // fewer are left out
             }
             if (thread < BLOCK_N) ring.bias[warpgroup][thread] = bias;
@@ -275,172 +275,179 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 if (ends) break;
                 continue;
             }
-            await_turn(warpgroup);
-            wgmma_fence();
-            wgmma_rows<false>(p, matrix_descriptor(my_queries, 1024), matrix_descriptor(keys, 1024));
-#pragma unroll
-            for (int d = 1; d < HEAD_DIM / 16; ++d)
-                wgmma_rows<true>(p, matrix_descriptor(my_queries + (d >> 2) * (Q_PANEL_BYTES / 16) + (d & 3) * 2, 1024),
-                                 matrix_descriptor(keys + (d >> 2) * (PANEL_BYTES / 16) + (d & 3) * 2, 1024));
-            wgmma_commit();
-            pass_turn(warpgroup);
-            // While the keys are multiplied.
-            if (fresh) fresh = false, begin();
-            resolve();
-            if (late) await(value_place);
-            if (late_masked) hide_non_finite(value_place);
-            late_masked = false;
-            if (in_tail && phase != TAIL) end_tail();
-            if (phase == TAIL) prepare_tail(step);
-            if (phase == HISTORY && !in_history) in_history = true, close_all();  // the first key tile is held against the window's sum
-            slot = slot + 1 == UNITS ? 0 : slot + 1;
-            const bool with_values = uniform(counts), second = PARTS > 1 && step.count > PART;
-            wgmma_wait<0>();
-            settle(p);
-            if (stopped && phase == HISTORY) {  // its products were for nothing
-                release(ring.empty[key_place.unit]);
-                if (counts) multiply_all_values(values);
-                if (late) release(ring.empty[value_place.unit]);
-                late = true, counts = false;
-                continue;
-            }
-
-            if (kind & PLAIN) {
-            } else if (phase == TAIL) {
-                const int thread = thread_here();
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float2 tail = ring.state[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4];
-#pragma unroll
-                    for (int i = 0; i < N_TILES * 2; ++i) p[4 * (i / 2) + 2 * h + i % 2] = fminf(p[4 * (i / 2) + 2 * h + i % 2] + tail.x, tail.y);
-                }
-                const unsigned int bias_at = shared_address(ring.bias[warpgroup]) + 8 * (thread % 4);
-#pragma unroll
-                for (int j = 0; j < N_TILES; ++j) {
-                    const float2 added = load_shared_pair(bias_at + 32 * j);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) p[4 * j + i] += i % 2 ? added.y : added.x;
-                    if (j % 4 == 3) __syncwarp();  // keeps the compiler from loading all at once, into registers that it lacks
-                }
-            } else {
-                const bool masked = phase == MASKED_WINDOW && (step.count < BLOCK_N || step.start < facts.all_from || step.start + step.count > facts.all_until);
-                const int thread = thread_here(), column_0 = 2 * (thread % 4);
-                late_masked = masked, late_start = step.start;
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const int end = facts.row[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4] + shift + 1 - step.start;
-                    const int limit = (masked ? min(step.count, end) : step.count) - column_0;  // columns from there on are hidden
-#pragma unroll
-                    for (int i = 0; i < N_TILES * 2; ++i) {
-                        float& y = p[4 * (i / 2) + 2 * h + i % 2];
-                        y = 8 * (i / 2) + i % 2 < limit ? y : NEGATIVE_INFINITY;
-                    }
-                    if (!masked || step.start >= facts.all_from) continue;
-                    const int floor = end - window - column_0;  // columns before it are hidden too
-#pragma unroll
-                    for (int i = 0; i < N_TILES * 2; ++i) {
-                        float& y = p[4 * (i / 2) + 2 * h + i % 2];
-                        y = 8 * (i / 2) + i % 2 >= floor ? y : NEGATIVE_INFINITY;
-                    }
-                }
-            }
-            if (phase == MASKED_WINDOW && step.start + step.count == facts.end) queries_released = true, release(ring.q_empty);
-            release(ring.empty[key_place.unit]);
-
-            // The greatest logits come first: in most steps no row of the warp has a new maximum.
-            const int closes = kind >> CLOSES;
-            float shrink[2] = {1.f, 1.f};
-            bool moves = false, raised = false;  // a maximum moved, in the first part or in the second
-            int wanted = WANTED & ~closes;
-            auto soften = [&](auto multiplies, int part) {
-                constexpr int EACH = N_TILES / PARTS;
-                float* const x = p + part * EACH * 4;
-                float greatest[2];
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    greatest[h] = fmaxf(x[2 * h], x[2 * h + 1]);
-#pragma unroll
-                    for (int j = 1; j < EACH; ++j) greatest[h] = fmaxf(greatest[h], fmaxf(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]));
-                }
-                if (__any_sync(0xffffffffu, greatest[0] > soft[0].top || greatest[1] > soft[1].top)) {
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const float old = soft[h].top, factor = soft[h].raise(quad_max(greatest[h]), unit);
-                        if (part == 0) shrink[h] = factor;
-                        else ((float2*)(row_first + 8 * h))[1] = make_float2(old, factor);
-                    }
-                    if (part == 0) moves = true;
-                    else raised = true;
-                }
-                const float frame[2] = {soft[0].frame() * unit, soft[1].frame() * unit};
-                float even[2] = {0.f, 0.f}, odd[2] = {0.f, 0.f};
-#pragma unroll
-                for (int j = 0; j < EACH; ++j) {
-                    if (multiplies && j % 2 == 0) multiply_values(values, (part * EACH + j) / 2);
-                    if (multiplies && part * EACH + j == N_TILES - 2) wgmma_commit();
-#pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        float &y = x[4 * j + 2 * h], &z = x[4 * j + 2 * h + 1];
-                        y = exp2_approx(y * unit - frame[h]), z = exp2_approx(z * unit - frame[h]);
-                        even[h] += y, odd[h] += z;
-                    }
-                }
-#pragma unroll
-                for (int h = 0; h < 2; ++h) soft[h].open += quad_sum(even[h] + odd[h]);
-                if (!(closes >> part & 1)) return;
-                bool wants = false;
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float before = soft[h].closed, gained = close(h), row_tau = row_state[8 * h].x;
-                    const bool first_gain = before == 0.f;  // RowSoftmax::wants without a branch
-                    wants |= (row_tau >= 0.f) & (gained >= (first_gain ? 0.f : row_tau * before)) & (!first_gain | (soft[h].top > NEGATIVE_INFINITY));
-                    row_state[8 * h].y = gained;
-                    if (PARTS > 1 && part == 0) *(float2*)(row_first + 8 * h) = make_float2(soft[h].closed, gained);
-                }
-                if (__any_sync(0xffffffffu, wants)) wanted |= 1 << part;
-            };
-            if (with_values) {
+            // Most steps: every row sees all their keys, and there are values and nothing special about them.
+            auto walk = [&](auto whole) {
+                await_turn(warpgroup);
                 wgmma_fence();
+                wgmma_rows<false>(p, matrix_descriptor(my_queries, 1024), matrix_descriptor(keys, 1024));
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part) soften(True(), part);
-            } else {
+                for (int d = 1; d < HEAD_DIM / 16; ++d)
+                    wgmma_rows<true>(p, matrix_descriptor(my_queries + (d >> 2) * (Q_PANEL_BYTES / 16) + (d & 3) * 2, 1024),
+                                     matrix_descriptor(keys + (d >> 2) * (PANEL_BYTES / 16) + (d & 3) * 2, 1024));
+                wgmma_commit();
+                pass_turn(warpgroup);
+                // While the keys are multiplied.
+                if (!whole && fresh) fresh = false, begin();
+                resolve();
+                if (whole || late) await(value_place);
+                if (!whole) {
+                    if (late_masked) hide_non_finite(value_place);
+                    late_masked = false;
+                    if (in_tail && phase != TAIL) end_tail();
+                    if (phase == TAIL) prepare_tail(step);
+                }
+                if (!whole && phase == HISTORY && !in_history) in_history = true, close_all();  // the first key tile is held against the window's sum
+                slot = slot + 1 == UNITS ? 0 : slot + 1;
+                const bool with_values = whole || uniform(counts), second = PARTS > 1 && step.count > PART;
+                wgmma_wait<0>();
+                settle(p);
+                if (stopped && phase == HISTORY) {  // its products were for nothing
+                    release(ring.empty[key_place.unit]);
+                    if (whole || counts) multiply_all_values(values);
+                    if (whole || late) release(ring.empty[value_place.unit]);
+                    late = true, counts = false;
+                    return;
+                }
+
+                if (whole || kind & PLAIN) {
+                } else if (phase == TAIL) {
+                    const int thread = thread_here();
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part) soften(False(), part);
-            }
-            pending = phase == HISTORY;
-            if (closes) {
-                if (lane == 0) box.votes[ballots & 3][threadIdx.x / 32] = (unsigned char)wanted, barrier_arrive(vote);
-                voted = true, ++ballots;
-            }
-            await_values();
-            if (late) release(ring.empty[value_place.unit]);
-            if (raised) {  // seldom; so this waits to know whether the second part counts
-                const bool halved = second && closes & 1 && !(read_vote() & 1);
+                    for (int h = 0; h < 2; ++h) {
+                        const float2 tail = ring.state[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4];
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    const float factor = row_first[8 * h].w;
-                    if (halved) soft[h].top = row_first[8 * h].z;
-                    else shrink[h] *= factor;
+                        for (int i = 0; i < N_TILES * 2; ++i) p[4 * (i / 2) + 2 * h + i % 2] = fminf(p[4 * (i / 2) + 2 * h + i % 2] + tail.x, tail.y);
+                    }
+                    const unsigned int bias_at = shared_address(ring.bias[warpgroup]) + 8 * (thread % 4);
 #pragma unroll
-                    for (int i = 0; i < N_TILES; ++i) {
-                        float &y = p[4 * (i / 2) + 2 * h + i % 2], &z = p[2 * N_TILES + 4 * (i / 2) + 2 * h + i % 2];
-                        if (halved) z = 0.f;
-                        else y *= factor;
+                    for (int j = 0; j < N_TILES; ++j) {
+                        const float2 added = load_shared_pair(bias_at + 32 * j);
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) p[4 * j + i] += i % 2 ? added.y : added.x;
+                        if (j % 4 == 3) __syncwarp();  // keeps the compiler from loading all at once, into registers that it lacks
+                    }
+                } else {
+                    const bool masked = phase == MASKED_WINDOW && (step.count < BLOCK_N || step.start < facts.all_from || step.start + step.count > facts.all_until);
+                    const int thread = thread_here(), column_0 = 2 * (thread % 4);
+                    late_masked = masked, late_start = step.start;
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int end = facts.row[warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4] + shift + 1 - step.start;
+                        const int limit = (masked ? min(step.count, end) : step.count) - column_0;  // columns from there on are hidden
+#pragma unroll
+                        for (int i = 0; i < N_TILES * 2; ++i) {
+                            float& y = p[4 * (i / 2) + 2 * h + i % 2];
+                            y = 8 * (i / 2) + i % 2 < limit ? y : NEGATIVE_INFINITY;
+                        }
+                        if (!masked || step.start >= facts.all_from) continue;
+                        const int floor = end - window - column_0;  // columns before it are hidden too
+#pragma unroll
+                        for (int i = 0; i < N_TILES * 2; ++i) {
+                            float& y = p[4 * (i / 2) + 2 * h + i % 2];
+                            y = 8 * (i / 2) + i % 2 >= floor ? y : NEGATIVE_INFINITY;
+                        }
                     }
                 }
-                moves = true;
-            }
-            if (moves) {
+                if (!whole && phase == MASKED_WINDOW && step.start + step.count == facts.end) queries_released = true, release(ring.q_empty);
+                release(ring.empty[key_place.unit]);
+
+                // The greatest logits come first: in most steps no row of the warp has a new maximum.
+                const int closes = kind >> CLOSES;
+                float shrink[2] = {1.f, 1.f};
+                bool moves = false, raised = false;  // a maximum moved, in the first part or in the second
+                int wanted = WANTED & ~closes;
+                auto soften = [&](auto multiplies, int part) {
+                    constexpr int EACH = N_TILES / PARTS;
+                    float* const x = p + part * EACH * 4;
+                    float greatest[2];
 #pragma unroll
-                for (int c = 0; c < O_PARTS; ++c)
+                    for (int h = 0; h < 2; ++h) {
+                        greatest[h] = fmaxf(x[2 * h], x[2 * h + 1]);
 #pragma unroll
-                    for (int i = 0; i < O_COLUMNS / 2; ++i) o[c][i] *= shrink[i / 2 % 2];
-            }
+                        for (int j = 1; j < EACH; ++j) greatest[h] = fmaxf(greatest[h], fmaxf(x[4 * j + 2 * h], x[4 * j + 2 * h + 1]));
+                    }
+                    if (__any_sync(0xffffffffu, greatest[0] > soft[0].top || greatest[1] > soft[1].top)) {
 #pragma unroll
-            for (int j = 0; j < N_TILES; ++j)
+                        for (int h = 0; h < 2; ++h) {
+                            const float old = soft[h].top, factor = soft[h].raise(quad_max(greatest[h]), unit);
+                            if (part == 0) shrink[h] = factor;
+                            else ((float2*)(row_first + 8 * h))[1] = make_float2(old, factor);
+                        }
+                        if (part == 0) moves = true;
+                        else raised = true;
+                    }
+                    const float frame[2] = {soft[0].frame() * unit, soft[1].frame() * unit};
+                    float even[2] = {0.f, 0.f}, odd[2] = {0.f, 0.f};
 #pragma unroll
-                for (int h = 0; h < 2; ++h) weights[2 * j + h] = pack_halves(p[4 * j + 2 * h], p[4 * j + 2 * h + 1]);
-            late = counts = true;
+                    for (int j = 0; j < EACH; ++j) {
+                        if (multiplies && j % 2 == 0) multiply_values(values, (part * EACH + j) / 2);
+                        if (multiplies && part * EACH + j == N_TILES - 2) wgmma_commit();
+#pragma unroll
+                        for (int h = 0; h < 2; ++h) {
+                            float &y = x[4 * j + 2 * h], &z = x[4 * j + 2 * h + 1];
+                            y = exp2_approx(y * unit - frame[h]), z = exp2_approx(z * unit - frame[h]);
+                            even[h] += y, odd[h] += z;
+                        }
+                    }
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) soft[h].open += quad_sum(even[h] + odd[h]);
+                    if (!(closes >> part & 1)) return;
+                    bool wants = false;
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const float before = soft[h].closed, gained = close(h), row_tau = row_state[8 * h].x;
+                        const bool first_gain = before == 0.f;  // RowSoftmax::wants without a branch
+                        wants |= (row_tau >= 0.f) & (gained >= (first_gain ? 0.f : row_tau * before)) & (!first_gain | (soft[h].top > NEGATIVE_INFINITY));
+                        row_state[8 * h].y = gained;
+                        if (PARTS > 1 && part == 0) *(float2*)(row_first + 8 * h) = make_float2(soft[h].closed, gained);
+                    }
+                    if (__any_sync(0xffffffffu, wants)) wanted |= 1 << part;
+                };
+                if (with_values) {
+                    wgmma_fence();
+#pragma unroll
+                    for (int part = 0; part < PARTS; ++part) soften(True(), part);
+                } else {
+#pragma unroll
+                    for (int part = 0; part < PARTS; ++part) soften(False(), part);
+                }
+                pending = phase == HISTORY;
+                if (closes) {
+                    if (lane == 0) box.votes[ballots & 3][threadIdx.x / 32] = (unsigned char)wanted, barrier_arrive(vote);
+                    voted = true, ++ballots;
+                }
+                await_values();
+                if (whole || late) release(ring.empty[value_place.unit]);
+                if (raised) {  // seldom; so this waits to know whether the second part counts
+                    const bool halved = second && closes & 1 && !(read_vote() & 1);
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const float factor = row_first[8 * h].w;
+                        if (halved) soft[h].top = row_first[8 * h].z;
+                        else shrink[h] *= factor;
+#pragma unroll
+                        for (int i = 0; i < N_TILES; ++i) {
+                            float &y = p[4 * (i / 2) + 2 * h + i % 2], &z = p[2 * N_TILES + 4 * (i / 2) + 2 * h + i % 2];
+                            if (halved) z = 0.f;
+                            else y *= factor;
+                        }
+                    }
+                    moves = true;
+                }
+                if (moves) {
+#pragma unroll
+                    for (int c = 0; c < O_PARTS; ++c)
+#pragma unroll
+                        for (int i = 0; i < O_COLUMNS / 2; ++i) o[c][i] *= shrink[i / 2 % 2];
+                }
+#pragma unroll
+                for (int j = 0; j < N_TILES; ++j)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) weights[2 * j + h] = pack_halves(p[4 * j + 2 * h], p[4 * j + 2 * h + 1]);
+                late = counts = true;
+            };
+            if (uniform(kind & PLAIN && counts && !late_masked && !in_tail && !fresh && (phase != HISTORY || in_history))) walk(True());
+            else walk(False());
         }
 
         close_all();

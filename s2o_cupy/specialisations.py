@@ -86,10 +86,10 @@ def sm90_macros(dtype: str, dim_qk: int, dim_v: int, block_k: int) -> dict:
 
 
 def sm90_shared_bytes(macros: dict, pool_blocks: int = 0) -> int:
-    """Dynamic shared memory of attend_sm90.cu, with counters for ``pool_blocks``; its own layout."""
+    """Dynamic shared memory of attend_sm90.cu, with two sets of counters for ``pool_blocks``; its own layout."""
     units, n, dim, dim_v = (macros[name] for name in ("UNITS", "BLOCK_N", "HEAD_DIM", "HEAD_DIM_V"))
     ring = units * (32 + 4 * n) + 9 * n + 5632
-    return 1024 + 256 * dim + 2 * units * n * max(dim, dim_v) + ring + 4 * pool_blocks
+    return 1024 + 256 * dim + 2 * units * n * max(dim, dim_v) + ring + 8 * (pool_blocks + 3)
 
 
 def simt_macros(dtype: str, dim_v: int) -> dict:
