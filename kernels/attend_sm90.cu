@@ -446,7 +446,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                     for (int h = 0; h < 2; ++h) weights[2 * j + h] = pack_halves(p[4 * j + 2 * h], p[4 * j + 2 * h + 1]);
                 late = counts = true;
             };
-            if (uniform(kind & PLAIN && counts && !late_masked && !in_tail && !fresh && (phase != HISTORY || in_history))) walk(True());
+            const bool whole = kind & PLAIN && counts && !late_masked && !in_tail && !fresh && (phase != HISTORY || in_history);
+            if (HEAD_DIM_V <= 128 && uniform(whole)) walk(True());  // a second copy would spill above
             else walk(False());
         }
 
