@@ -25,9 +25,8 @@ __device__ __forceinline__ float to_float(score_t x) { return x; }
 #endif
 
 constexpr int MAX_WARPS = 16;
-// Scores a lane loads before it deals the first of their keys out. 32 times as many are a warp's step, which may come out
-// in any order before they are sorted.
-constexpr int ahead_of(bool narrow) { return narrow ? 4 : 8; }
+constexpr int AHEAD = 8;          // scores a lane loads before it deals the first of their keys out
+constexpr int STEP = 32 * AHEAD;  // keys of a warp's step, which may come out in any order before they are sorted
 
 struct Scale {
     float high, factor;  // level = (high - score) * factor
@@ -188,6 +187,7 @@ template <bool VALUE>
 struct Flag {
     __device__ constexpr bool operator()() const { return VALUE; }
 };
+
 // What of a list is dealt out at a time: places [base, base + limit), in bins [first_bin, stop_bin).
 struct Window {
     int base, limit, first_bin, stop_bin;
@@ -214,14 +214,13 @@ template <bool SPECIAL, bool ALL, bool NARROW>
 __device__ __forceinline__ void deal(
     const score_t* scores, int first, int last, const Scale& scale, const Window& window, unsigned int* next_place,
     int refused, int origin, unsigned short* places) {
-    constexpr int AHEAD = ahead_of(NARROW), STEP = 32 * AHEAD;
     const int lane = threadIdx.x % 32, whole = first + (last - first) / STEP * STEP;
     const bool upper = NARROW && threadIdx.x / 32 % 2;
     const unsigned int one = upper ? 1 << 16 : 1;
     next_place += !SPECIAL, refused -= !SPECIAL;
     const int first_bin = window.first_bin - !SPECIAL;
     const unsigned int bins = window.stop_bin - window.first_bin, limit = window.limit;
-    float x[AHEAD];  // not a parameter of `step`: NVRTC 13.0 crashes on a generic lambda with an array of a template's size
+    float x[AHEAD];
     auto step = [&](int start, auto inside) {
         int bin[AHEAD];
         unsigned int place[AHEAD];  // in the window
@@ -285,7 +284,6 @@ __device__ __forceinline__ void remap_list(
     const score_t* __restrict__ scores, const long long* __restrict__ starts, const int* __restrict__ history,
     const long long* __restrict__ kv_offsets, long long offsets_stride, int* __restrict__ kv_order, int segments,
     int levels, int window_size, int most_planes, const unsigned int* __restrict__ ranges, int part_keys, int parts) {
-    constexpr int STEP = 32 * ahead_of(NARROW);
     extern __shared__ __align__(16) int shared[];
     __shared__ int first_bin, last_bin, before, behind;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x, warps = threads / 32;

@@ -164,8 +164,8 @@ def remap_fit(levels: int, longest: int, listed: int, arch: str) -> tuple[str, i
     """
     planes, listed = max((longest - 1).bit_length() - 16, 0), -(-listed // 128) * 128
     narrow = (shared_limit(arch) + 1024) // 2 - 2048  # two blocks a multiprocessor
-    behind = listed + 2 * 128 + 8
-    if levels and behind < 0xC000 and behind + -(-longest // 2048) * 128 < 2**16:
+    behind = listed + 2 * 256 + 8
+    if levels and behind < 0xC000 and behind + -(-longest // 4096) * 256 < 2**16:
         shared = remap_shared_bytes("remap_narrow", levels, 16, listed, planes)
         if shared <= narrow:
             return "remap_narrow", 16, listed, planes, shared
@@ -181,8 +181,7 @@ def remap_fit(levels: int, longest: int, listed: int, arch: str) -> tuple[str, i
 def remap_shared_bytes(kernel: str, levels: int, warps: int, window: int, planes: int) -> int:
     """Dynamic shared memory of remap.cu's kernels by levels: places, bits of places, counters."""
     narrow, counters = kernel == "remap_narrow", 4 * warps * (levels + 2)
-    step = 128 if narrow else 256
-    places, words = 2 * (window + 2 * step + 8), (window + 2 * step) // 32 + 1
+    places, words = 2 * (window + 520), window // 32 + 17
     kept = max(places, counters) + counters // 2 if narrow else places + counters
     return kept + 4 * (1 + planes) * words + 4 * 32 * warps
 
