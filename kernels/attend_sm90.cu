@@ -25,7 +25,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     int heads_q, int heads_kv, int orders, int kv_start, int n_q, int n_k, int dim_qk, int dim_v,
     int causal, int window, int segment, int segment_start, int tiles_per_segment, int tile_start, int tile_stop, int row_tiles,
     int block_q, int block_k, int log2_pool, float unit, int kv_heads, int* ticket) {
-    const int counters = pool_stride + 3 & ~3;
     const Launch launch = {q, k, v, k_pool, v_pool, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                            out_batch, out_head, pool_stride, k_pool_row, v_pool_row, kv_order, kv_offsets, offsets_stride,
                            query_order, taus, one_tau, heads_q, heads_kv, orders, kv_start, n_q, n_k, causal, window, segment, segment_start,
@@ -56,7 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     }
     take_registers<224>();
 
-    unsigned int* const walked = (unsigned int*)(&ring + 1) + warpgroup * counters;  // keys of each pool block that were accumulated
+    // Keys of each pool block that were accumulated, by warpgroup.
+    unsigned int* const walked = (unsigned int*)(&ring + 1) + warpgroup * (pool_stride + 3 & ~3);
     const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16;
     const int shift = causal ? n_k - n_q : 0;
     Ballots& box = ring.ballots[launch.pairs() ? warpgroup : 0];
