@@ -42,7 +42,7 @@ def small_run(case: int, twins: bool) -> None:
     from s2o_cupy.problem import Problem
     from s2o_cupy.settings import Settings
 
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     from test_cuda_kernels import arrays, empty
 
     assert ml_dtypes
