@@ -508,12 +508,17 @@ def test_dense_rows_are_refused_before_any_work(llama, story, capsys, monkeypatc
 def test_settings_that_are_changed(llama, story, capsys):
     arguments = ["eval", llama, "--text", story, "--length", 2304, "--error", 0.3, "--set", "segment=64"]
     reports = []
-    for more in ((), ("--set", "share_order=true")):
+    for more in ((), ("--set", "share_order=true"), ("--set", "tail=spread")):
         assert command.main([*map(str, arguments), *more, "--json"]) == 0
         reports.append(json.loads(capsys.readouterr().out))
-    assert [x["changed"] for x in reports] == [{"segment": 64}, {"segment": 64, "share_order": True}]
+    assert [x["changed"] for x in reports] == [
+        {"segment": 64},
+        {"segment": 64, "share_order": True},
+        {"segment": 64, "tail": "spread"},
+    ]
     assert reports[0]["mean_density"] != reports[1]["mean_density"]
     assert "unknown setting 'segments'" in refused(capsys, *arguments, "--set", "segments=9")[1]
+    assert "tail is 'long'; allowed: 'pooled', 'spread', None" in refused(capsys, *arguments, "--set", "tail=long")[1]
     with pytest.raises(SystemExit, match="2"):
         command.main([*map(str, arguments), "--set", "segment"])
     assert "'segment' is no setting" in capsys.readouterr().err

@@ -198,11 +198,13 @@ def _layers(text: str) -> list[int]:
 
 
 def _setting(text: str) -> tuple:
-    name, _, value = text.partition("=")
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting, as in segment=512, share_order=true or tail=spread")
     try:
         return name.strip(), json.loads(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no setting, as in segment=512 or share_order=true") from None
+        return name.strip(), value.strip()  # a word, which the settings know or refuse
 
 
 def _count(text: str) -> int:
