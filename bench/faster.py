@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from bench.workloads import PRESETS
 
@@ -44,3 +45,27 @@ def fastest(cases: list[dict], wanted: float) -> list[dict]:
             if case["time"]["median"] < best["time"]["median"]:
                 found[case["n"]] = case
     return [found[n] for n in sorted(found)]
+
+
+def crossings_of(cases: list[dict]) -> dict[str, float | None]:
+    """Of the cases of `scaling`: the length from which the fastest settings beat each dense kernel, at each error."""
+    found = {}
+    for wanted in sorted({case["wanted"] for case in cases if "wanted" in case}, reverse=True):
+        calls = fastest(cases, wanted)
+        for rival in ("dense", "cudnn"):
+            pairs = [(call["n"], call[rival] / call["time"]["median"]) for call in calls if call.get(rival)]
+            found[f"{rival}, error {wanted}"] = crossing(pairs)
+    return found
+
+
+def crossing(points: Sequence[tuple[int, float]]) -> float | None:
+    """The length from which the ratio stays above 1, log-linear between the lengths measured; None: it never does."""
+    points = sorted(points)
+    if not points or points[-1][1] <= 1:
+        return None
+    last = next((i for i in reversed(range(len(points))) if points[i][1] <= 1), None)
+    if last is None:
+        return float(points[0][0])
+    (a, low), (b, high) = points[last], points[last + 1]
+    share = math.log(1 / low) / math.log(high / low)
+    return a * (b / a) ** share

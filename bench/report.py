@@ -15,7 +15,7 @@ import re
 import shlex
 from pathlib import Path
 
-from bench.faster import SLOW, faster, fastest, heads_of
+from bench.faster import SLOW, crossings_of, faster, fastest, heads_of
 from s2o_cupy.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,7 +250,7 @@ def table_lengths(report: dict, n: int | None) -> list[str]:
     for wanted in errors:
         head += [f"error {wanted:g}: ms, density, share of ranking, settings", "GiB"]
     crossed = [
-        f"{name} {'not reached' if at is None else f'{at:.0f}'}" for name, at in report.get("crossings", {}).items()
+        f"{name} {'not reached' if at is None else f'{at:.0f}'}" for name, at in crossings_of(report["cases"]).items()
     ]
     return [*markdown(head, rows), "", f"Sparse is faster from N on (interpolated): {'; '.join(crossed)}."]
 

@@ -6,9 +6,8 @@ and cuDNN's through PyTorch, as far as the time allowed (``--seconds``) goes. A 
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,7 +15,7 @@ import numpy as np
 
 import s2o_cupy as s2o
 from bench import building, ours
-from bench.faster import fastest
+from bench.faster import crossings_of, fastest
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import on_device
@@ -57,12 +56,7 @@ def main(options, record: Record) -> None:
     for n in sorted(options.length):
         with record.section(f"N={n}"), record.attempt("scaling", ours.shape_text(n)):
             one_length(options, n, taus, ends, record)
-    crossings = {}
-    for wanted in ERRORS:
-        calls = fastest(record.report["cases"], wanted)
-        for rival in ("dense", "cudnn"):
-            pairs = [(call["n"], call[rival] / call["time"]["median"]) for call in calls if call.get(rival)]
-            crossings[f"{rival}, error {wanted}"] = crossing(pairs)
+    crossings = crossings_of(record.report["cases"])
     record.put(crossings=crossings)
     print("\nlength from which the whole call is faster, interpolated between measured ones")
     for name, n in crossings.items():
@@ -214,16 +208,3 @@ def timed_stages() -> Iterator[list]:
     finally:
         for name, stage in stages.items():
             setattr(cuda, name, stage)
-
-
-def crossing(points: Sequence[tuple[int, float]]) -> float | None:
-    """The length from which the ratio stays above 1, log-linear between the lengths measured; None: it never does."""
-    points = sorted(points)
-    if not points or points[-1][1] <= 1:
-        return None
-    last = next((i for i in reversed(range(len(points))) if points[i][1] <= 1), None)
-    if last is None:
-        return float(points[0][0])
-    (a, low), (b, high) = points[last], points[last + 1]
-    share = math.log(1 / low) / math.log(high / low)
-    return a * (b / a) ** share

@@ -15,7 +15,7 @@ import pytest
 
 from bench import __main__ as command
 from bench import building, figures, kernels, ours, peers, report, scaling, timing, workloads
-from bench.faster import faster
+from bench.faster import crossing, faster
 from bench.record import Record
 from bench.sweep import Sweep
 from bench.timing import Timing
@@ -273,11 +273,11 @@ def test_the_time_of_a_length_is_expected_from_the_fastest_calls_of_the_last_one
 
 
 def test_a_crossing_lies_between_the_lengths_around_it():
-    assert scaling.crossing([]) is None
-    assert scaling.crossing([(1024, 0.5), (2048, 1.0)]) is None
-    assert scaling.crossing([(1024, 2.0), (2048, 3.0)]) == 1024
-    assert scaling.crossing([(4096, 2.0), (1024, 0.5)]) == pytest.approx(2048)
-    assert 4096 < scaling.crossing([(1024, 2.0), (2048, 0.9), (4096, 0.9), (8192, 1.5)]) < 8192
+    assert crossing([]) is None
+    assert crossing([(1024, 0.5), (2048, 1.0)]) is None
+    assert crossing([(1024, 2.0), (2048, 3.0)]) == 1024
+    assert crossing([(4096, 2.0), (1024, 0.5)]) == pytest.approx(2048)
+    assert 4096 < crossing([(1024, 2.0), (2048, 0.9), (4096, 0.9), (8192, 1.5)]) < 8192
 
 
 # --- whole runs --------------------------------------------------------------------------------------
@@ -615,12 +615,12 @@ def test_lengths_are_a_table_of_the_faster_settings():
         same | {"name": "attention(), x", "n": 2048, "time": {"median": 2.0}, "shares": {"rank": 0.4}},
     ]
     cases.append(cases[0] | {"wanted": 0.02, "density": 1.0})
-    lines = report.table_lengths({"cases": cases, "crossings": {"dense, error 0.05": 1024.0}}, None)
+    lines = report.table_lengths({"cases": cases}, None)
     assert lines[2:4] == [
         "| 1024 | 4 | - | 3, 0.250, dense | 1.00 | 3, 1.000, dense | 1.00 |",
         "| 2048 | 4 | - | 2, 0.250, 40%, x | 1.00 | - | - |",
     ]
-    assert lines[-1].endswith("dense, error 0.05 1024.")
+    assert "dense, error 0.05 1024; cudnn, error 0.05 not reached; dense, error 0.02 1024" in lines[-1]
 
 
 # --- what is committed ---------------------------------------------------------------------------------
