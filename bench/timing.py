@@ -8,7 +8,9 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,9 @@ def machine() -> dict:
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
+    for name in ("torch", "triton"):  # the peers are as fast as theirs
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
     if note := busy(*load):
         found["busy"] = note
     return found
