@@ -9,51 +9,16 @@ from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 from s2o_cupy.specialisations import simt_macros, simt_shared_bytes
 
+from . import attending
+
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
-LOG2_E = 1.4426950408889634
-
-
-def lifts(p, q, k, query_order):
-    """What the rows' products with pooled keys are raised by, compute type."""
-    variance, lift = reference.pool_spread(p, k), np.zeros((p.batch, p.heads_q, p.n_q), p.compute_dtype)
-    for b, h, tile in np.ndindex(p.batch, p.heads_q, len(p.tile_start)):
-        rows = p.tile_start[tile] + np.arange(p.tile_rows[tile])
-        rows = rows if query_order is None else query_order[b, h, rows]
-        blocks = -(-int(p.history[p.tile_segment[tile]]) // p.settings.pool)
-        if blocks:
-            around = variance[b, h // p.group, blocks - 1]
-            lift[b, h, rows] = reference.row_lift(q[b, h, rows].astype(np.float64), around, p.scale) / p.scale
-    return lift
 
 
 def attend(p, q, k, v, order, offsets, query_order, reverse):
-    """The kernel's answer: along the lists, or where `order` is None dense."""
-    s, real = p.settings, np.dtype(p.dtype)
-    heads, row_tiles = p.batch * p.heads_q, len(p.tile_start)
-    out = np.full((p.batch, p.heads_q, p.n_q, p.dim_v), np.nan, real)
-    lse, mass = np.full((heads, p.n_q), np.nan, real), np.full((heads, p.n_q), np.nan, np.float32)
-    tiles, blocks = np.full((heads, row_tiles), -1, np.int32), np.full((heads, row_tiles), -1, np.int32)
-    pools, stats = [None, None], [tiles, blocks, mass]
-    if order is None:
-        stats = [None, None, None]
-    elif s.tail:
-        pools = [
-            np.ascontiguousarray(reference.pool(p, x).reshape(-1, p.pool_blocks, x.shape[-1]), real) for x in (k, v)
-        ]
-    lift = lifts(p, q, k, query_order) if s.tail == "spread" and order is not None else None
     macros = simt_macros(p.dtype, p.dim_v)
-    strides = [(x, *(n // x.itemsize for n in x.strides[:3])) for x in (q, k, v, out)]
-    arguments = [a for x in strides for a in x]
-    arguments += [0, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, query_order, None, s.tau]
-    arguments += [lse, *stats, lift, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
-    arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
-    arguments += [s.block_q, s.block_k, s.pool.bit_length() - 1, p.scale * LOG2_E]
-    run.launch(
-        "attend_simt", (row_tiles * p.group, p.batch * p.heads_kv), 256, arguments,
-        shared=simt_shared_bytes(macros, p.pool_blocks), reverse=reverse, **macros,
-    )  # fmt: skip
-    shape = out.shape[:-1]
-    return out, lse.reshape(shape), tiles.reshape(*shape[:2], -1), blocks.reshape(*shape[:2], -1), mass.reshape(shape)
+    how = {"aligned": 0, "shared": simt_shared_bytes(macros, p.pool_blocks), "macros": macros, "reverse": reverse}
+    grid = len(p.tile_start) * p.group, p.batch * p.heads_kv
+    return attending.attend("attend_simt", grid, 256, p, q, k, v, order, offsets, query_order, **how)
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])

@@ -13,51 +13,17 @@ from s2o_cupy.problem import Problem
 from s2o_cupy.settings import Settings
 from s2o_cupy.specialisations import sm90_macros, sm90_shared_bytes
 
-from .test_attend import lifts
+from . import attending
 
 pytestmark = pytest.mark.skipif(run.compiler() is None, reason="needs g++")
-LOG2_E = 1.4426950408889634
 
 
-def attend(p, q, k, v, order, offsets, reverse, blocks=2, query_order=None, edit=None):
-    """The kernel's answer: along the lists, or where `order` is None dense; few blocks: each takes several tiles."""
-    s = p.settings
-    heads, row_tiles = p.batch * p.heads_q, len(p.tile_start)
-    out = np.zeros((p.batch, p.heads_q, p.n_q, p.dim_v), q.dtype)
-    lse, mass = np.full((heads, p.n_q), np.nan, np.float32), np.full((heads, p.n_q), np.nan, np.float32)
-    tiles, pooled = np.full((heads, row_tiles), -1, np.int32), np.full((heads, row_tiles), -1, np.int32)
-    pools, stats = [None, None], [tiles, pooled, mass]
-    if order is None:
-        stats = [None, None, None]
-    elif s.tail:
-        pools = [
-            np.ascontiguousarray(
-                reference.pool(p, x.astype(np.float64)).reshape(-1, p.pool_blocks, x.shape[-1]), q.dtype
-            )
-            for x in (k, v)
-        ]
-    wide = [x.astype(np.float64) for x in (q, k)]
-    lift = lifts(p, *wide, query_order) if s.tail == "spread" and order is not None else None
-    macros = sm90_macros(p.dtype, p.dim_qk, p.dim_v, s.block_k)
-    strides = [(run.half_bits(x), *(n // x.itemsize for n in x.strides[:3])) for x in (q, k, v, out)]
-    arguments = [a for x in strides for a in x]
-    pools = [x if x is None else run.half_bits(x) for x in pools]
-    taus = (np.array(s.tau, np.float32), 0) if isinstance(s.tau, tuple) else (None, s.tau)
-    arguments += [15, *pools, p.pool_blocks, p.dim_qk, p.dim_v, order, offsets, p.segments + 1, query_order, *taus]
-    arguments += [lse, *stats, lift, p.heads_q, p.heads_kv, p.orders, 0, p.n_q, p.n_k, p.dim_qk, p.dim_v]
-    arguments += [s.causal, p.window, s.segment, 0, p.tiles_per_segment, 0, row_tiles, row_tiles]
-    arguments += [
-        s.block_q,
-        s.block_k,
-        s.pool.bit_length() - 1,
-        p.scale * LOG2_E,
-        p.batch * p.heads_kv,
-        np.zeros(1, np.int32),
-    ]
-    shared = sm90_shared_bytes(macros, p.pool_blocks)
-    run.launch("attend_sm90", (blocks,), 384, arguments, shared=shared, reverse=reverse, edit=edit, **macros)
-    shape = out.shape[:-1]
-    return out, lse.reshape(shape), tiles.reshape(*shape[:2], -1), pooled.reshape(*shape[:2], -1), mass.reshape(shape)
+def attend(p, q, k, v, order, offsets, reverse, query_order=None, edit=None):
+    """By two blocks: each takes several row tiles."""
+    macros = sm90_macros(p.dtype, p.dim_qk, p.dim_v, p.settings.block_k)
+    how = {"aligned": 15, "shared": sm90_shared_bytes(macros, p.pool_blocks), "macros": macros, "reverse": reverse}
+    how |= {"more": (p.batch * p.heads_kv, np.zeros(1, np.int32)), "edit": edit}
+    return attending.attend("attend_sm90", (2,), 384, p, q, k, v, order, offsets, query_order, **how)
 
 
 def arrays(p, scale):

@@ -55,6 +55,11 @@ def ranges(lists, part_keys):
     return found.view(np.uint32), part_keys, parts
 
 
+def check(got, lists, listed, levels):
+    for mine, x, n in zip(got, lists, listed, strict=True):
+        np.testing.assert_array_equal(mine, reference.remap(x, n, levels))
+
+
 def awkward_lists(half):
     rng = np.random.default_rng(5)
     kind = np.float16 if half else np.float32
@@ -75,8 +80,7 @@ def awkward_lists(half):
 def test_remap_is_the_reference_order(levels, half, reverse):
     lists = awkward_lists(half)
     listed = [len(x) if i % 2 else -(-len(x) // 3) for i, x in enumerate(lists)]
-    for got, x, n in zip(remap(lists, listed, levels, half=half, reverse=reverse), lists, listed):
-        np.testing.assert_array_equal(got, reference.remap(x, n, levels))
+    check(remap(lists, listed, levels, half=half, reverse=reverse), lists, listed, levels)
 
 
 @ORDERS
@@ -85,9 +89,7 @@ def test_remap_is_the_reference_order(levels, half, reverse):
 def test_remap_by_any_windows(window, share, reverse):
     lists = awkward_lists(True)
     listed = [max(int(len(x) * share), 1) for x in lists]
-    got = remap(lists, listed, 300, window=window, planes=1, reverse=reverse)
-    for mine, x, n in zip(got, lists, listed):
-        np.testing.assert_array_equal(mine, reference.remap(x, n, 300))
+    check(remap(lists, listed, 300, window=window, planes=1, reverse=reverse), lists, listed, 300)
 
 
 @ORDERS
@@ -97,18 +99,15 @@ def test_remap_of_long_lists(count, reverse):
     x = np.random.default_rng(9).standard_normal(count).astype(np.float16)
     listed = [count, count // 3]
     for levels, window in ((1024, 65536), (3, 4096)):
-        got = remap([x, x], listed, levels, window=window, planes=2, reverse=reverse)
-        for mine, n in zip(got, listed):
-            np.testing.assert_array_equal(mine, reference.remap(x, n, levels))
+        check(remap([x, x], listed, levels, window=window, planes=2, reverse=reverse), [x, x], listed, levels)
 
 
 @ORDERS
 @pytest.mark.parametrize("part_keys", [32, 1024])
 def test_remap_with_known_ranges(part_keys, reverse):
     lists = awkward_lists(True)
-    got = remap(lists, [len(x) for x in lists], 300, part_keys=part_keys, reverse=reverse)
-    for mine, x in zip(got, lists):
-        np.testing.assert_array_equal(mine, reference.remap(x, len(x), 300))
+    listed = [len(x) for x in lists]
+    check(remap(lists, listed, 300, part_keys=part_keys, reverse=reverse), lists, listed, 300)
 
 
 @ORDERS
@@ -120,8 +119,7 @@ def test_remap_with_narrow_places(share, levels, reverse):
     window = -(-max(listed) // 128) * 128
     for warps in (4, 16):
         got = remap(lists, listed, levels, warps=warps, window=window, kernel="remap_narrow", reverse=reverse)
-        for mine, x, n in zip(got, lists, listed):
-            np.testing.assert_array_equal(mine, reference.remap(x, n, levels))
+        check(got, lists, listed, levels)
 
 
 @ORDERS
