@@ -15,6 +15,11 @@ def heads_of(case: dict) -> int | str | None:
     return case.get("n") if case.get("preset") in (None, *PRESETS) else case["preset"]
 
 
+def heads_text(heads: int | str | None) -> str:
+    """Such heads in a heading."""
+    return f"N={heads}" if isinstance(heads, int) else str(heads)
+
+
 def faster(cases: list[dict], heads: int | str) -> dict[str, dict[float, float]]:
     """For each method and wanted error on some heads (`heads_of`): its time over that of our fastest variant there.
 

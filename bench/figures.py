@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from bench.faster import fastest, heads_of
+from bench.faster import fastest, heads_of, heads_text
 from s2o_cupy import plots
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -55,8 +55,7 @@ def matched(report: dict, heads: int | str):
     """
     figure, axes = _figure()
     cases = [case for case in report["cases"] if case.get("time") and heads_of(case) == heads]
-    which = f"N={heads}" if isinstance(heads, int) else heads
-    title = f"{which}, {_heads(cases)}, causal, on {report['machine'].get('gpu', '?')}"
+    title = f"{heads_text(heads)}, {_heads(cases)}, causal, on {report['machine'].get('gpu', '?')}"
     wanted = {case["wanted"] for case in cases if "wanted" in case}
     if len(wanted) == 1:
         axes.set_title(f"{title}; relative error {wanted.pop():g}", loc="right")

@@ -15,7 +15,7 @@ import re
 import shlex
 from pathlib import Path
 
-from bench.faster import SLOW, crossings_of, faster, fastest, heads_of
+from bench.faster import SLOW, crossings_of, faster, fastest, heads_of, heads_text
 from s2o_cupy.files import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -187,11 +187,7 @@ def table_faster(report: dict, n: int | str | None) -> list[str]:
     ours = {case["wanted"]: case for case in sorted(_ours(report, n), key=lambda case: -case["time"]["median"])}
     rows = [["our fastest, ms", *(_ms(ours[e]) for e in errors)]] if errors else []
     rows += [[name, *(_number(row.get(e), 2) for e in errors)] for name, row in found.items()]
-    return markdown([f"{_heads(n)}, time over ours at error", *(f"{e:g}" for e in errors)], rows)
-
-
-def _heads(n: int | str | None) -> str:
-    return f"N={n}" if isinstance(n, int) else str(n)
+    return markdown([f"{heads_text(n)}, time over ours at error", *(f"{e:g}" for e in errors)], rows)
 
 
 def _ours(report: dict, n: int | str | None) -> list[dict]:
@@ -225,7 +221,7 @@ def table_matched(report: dict, n: int | str | None) -> list[str]:
     for name in dict.fromkeys(case["name"] for case in cases if "wanted" in case):
         by_error = {case["wanted"]: case for case in cases if case["name"] == name and "wanted" in case}
         rows.append([name, "", *(cell(by_error[e]) if e in by_error else "-" for e in errors)])
-    return markdown([_heads(n), "dense, ms", *(f"error {e:g}: ms, density" for e in errors)], rows)
+    return markdown([heads_text(n), "dense, ms", *(f"error {e:g}: ms, density" for e in errors)], rows)
 
 
 def table_lengths(report: dict, n: int | None) -> list[str]:
