@@ -125,18 +125,20 @@ def pool(problem: Problem, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ..
 
     With `tail="spread"` also the variances (B, Hkv, pool blocks, D) of K inside its blocks, over the blocks up to each.
     """
-    size, means = problem.settings.pool, []
-    for x in (_storage(k), _storage(v)):
-        mean = np.empty((*x.shape[:2], problem.pool_blocks, x.shape[3]), problem.compute_dtype)
-        entry = _entry(_dense.pool_blocks, _INT, _type(x), _type(mean), _INT, _INT, _INT)
-        _run(entry, [(0, (_pack(x), x, mean, b, h, size)) for b in range(x.shape[0]) for h in range(x.shape[1])])
-        means.append(mean)
-    if problem.settings.tail != "spread":
-        return tuple(means)
-    x, mean, spread = _storage(k), means[0], np.empty_like(means[0])
-    entry = _entry(_dense.pool_spread, _INT, _type(x), _type(mean), _type(spread), _INT, _INT, _INT)
-    _run(entry, [(0, (_pack(x), x, mean, spread, b, h, size)) for b in range(x.shape[0]) for h in range(x.shape[1])])
-    return *means, spread
+    k, v = _storage(k), _storage(v)
+
+    def by_head(kernel, x, *arrays) -> None:
+        entry = _entry(kernel, _INT, _type(x), *map(_type, arrays), _INT, _INT, _INT)
+        where, size = np.ndindex(x.shape[:2]), problem.settings.pool
+        _run(entry, [(0, (_pack(x), x, *arrays, b, h, size)) for b, h in where])
+
+    made = [np.empty((*x.shape[:2], problem.pool_blocks, x.shape[3]), problem.compute_dtype) for x in (k, v)]
+    for x, mean in zip((k, v), made):
+        by_head(_dense.pool_blocks, x, mean)
+    if problem.settings.tail == "spread":
+        made.append(np.empty_like(made[0]))
+        by_head(_dense.pool_spread, k, made[0], made[2])
+    return tuple(made)
 
 
 def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, answer) -> None:
@@ -147,17 +149,8 @@ def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_or
     nothing = np.empty((0, 0, 0, 0), problem.compute_dtype)
     k_pool, v_pool, spread = (*(pooled or (nothing, nothing)), nothing)[:3]
     arrays = [_storage(x) for x in (q, k, v, answer.out)]
-    arrays += [
-        answer.lse,
-        answer.tiles,
-        answer.tail_blocks,
-        answer.tail_mass,
-        kv_order,
-        query_order,
-        k_pool,
-        v_pool,
-        spread,
-    ]
+    arrays += [answer.lse, answer.tiles, answer.tail_blocks, answer.tail_mass]
+    arrays += [kv_order, query_order, k_pool, v_pool, spread]
     sizes = (s.segment, s.block_q, s.block_k, s.pool, problem.tiles_per_segment, problem.shift)
     steps = (absorb_step(problem.compute_dtype).address, _pack(arrays[1]), _pack(k_pool))
     flags = (int(s.causal), int(s.tail is not None), int(guide))

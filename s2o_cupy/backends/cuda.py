@@ -7,6 +7,7 @@ is to find it, take its workspace and launch.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -75,19 +76,17 @@ def pool(problem: Problem, k, v):
 
     With tail "spread" also the running sums over blocks of K's squared departures from them, (B * Hkv, blocks, D).
     """
-    if problem.settings.tail is None or not problem.pool_blocks:
+    made = _pooled(problem, cp.empty, k.dtype)
+    if not made:
         return None
-    made = [cp.empty(_mean_shape(problem, x.shape[3]), x.dtype) for x in (k, v)]
-    if problem.settings.tail == "spread":
-        made.append(cp.empty(_sums_shape(problem), problem.compute_dtype))
-    _run(_pool, problem, None, (k, v), (*made, None)[:3])
-    return tuple(made)
+    _run(_pool, problem, None, (k, v), _three(made))
+    return made
 
 
 def attend(problem: Problem, q, k, v, slab: Slab, kv_order, kv_offsets, query_order, pooled, result) -> None:
     """Stage 3 for the slab's heads and segments: fills out, lse, tiles, tail_blocks and tail_mass."""
     stats = (result.tiles, result.tail_blocks, result.tail_mass)
-    plain = (kv_order, query_order, *(*(pooled or (None, None)), None)[:3], result.lse, *stats)
+    plain = (kv_order, query_order, *_three(pooled or ()), result.lse, *stats)
     _run(_attend, problem, slab, (q, k, v, result.out, kv_offsets), plain)
 
 
@@ -141,10 +140,8 @@ def _kept(tape: Tape, x) -> Place:
 
 
 def _ranked(tape: Tape, p: Problem, _, q, k, v, out, query_order, lse, tiles, tail_blocks, tail_mass, nbytes) -> None:
-    pooled = (None,) * 3
-    if p.settings.tail is not None and p.pool_blocks:
-        means = [tape.room(_mean_shape(p, dim), _type(p)) for dim in (p.dim_qk, p.dim_v)]
-        pooled = (*means, tape.room(_sums_shape(p), p.compute_dtype) if p.settings.tail == "spread" else None)
+    pooled = _three(_pooled(p, tape.room, _type(p)))
+    if pooled[0]:
         _pool(tape, p, None, k, v, *pooled)
     before = tape.top
     for slab in p.split(p.whole, nbytes, "listed"):
@@ -412,12 +409,18 @@ def _pool_row(dim: int) -> int:
     return -(-dim // 8) * 8
 
 
-def _mean_shape(p: Problem, dim: int) -> tuple[int, ...]:
-    return p.batch * p.heads_kv, p.pool_blocks, _pool_row(dim)
+def _pooled(p: Problem, room: Callable, dtype) -> tuple:
+    """Room for what pooling makes: means of K and V, with the spread tail running sums; nothing without a tail."""
+    if p.settings.tail is None or not p.pool_blocks:
+        return ()
+    heads = p.batch * p.heads_kv, p.pool_blocks
+    made = tuple([room((*heads, _pool_row(dim)), dtype) for dim in (p.dim_qk, p.dim_v)])
+    return (*made, room((*heads, p.dim_qk), p.compute_dtype)) if p.settings.tail == "spread" else made
 
 
-def _sums_shape(p: Problem) -> tuple[int, ...]:
-    return p.batch * p.heads_kv, p.pool_blocks, p.dim_qk
+def _three(pooled: tuple) -> tuple:
+    """Means and sums, None for what there is none of."""
+    return (*pooled, None, None, None)[:3]
 
 
 def _attend(
