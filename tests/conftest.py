@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from properties import CPU, CUDA, NUMBA
 
 settings.register_profile("quick", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("quick"), max_examples=15, derandomize=True, print_blob=True)
+settings.register_profile("ci", settings.get_profile("quick"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "quick")
 
 
