@@ -2,6 +2,7 @@
 // A fiber runs until it reaches a barrier or a warp collective; `reversed` runs the threads of a block in the opposite
 // order, so that a missing barrier shows as a difference. Blocks run one after the other.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -38,17 +39,26 @@ struct Copy {
     int bytes;
 };
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // to begin with; from then on it goes on at `place`: unlike swapcontext, without a system call
+    jmp_buf place;
     std::vector<char> stack;
     dim3 index;
     int arrived = 0;       // barriers of the block passed
     int warp_arrived = 0;  // collectives of the warp passed
-    bool done = false;
+    bool begun = false, done = false;
     std::vector<std::vector<Copy>> copies;  // groups of asynchronous copies in flight, the last one open
+};
+// Threads that meet: how many are not done, how many of them have come to the next meeting, how many meetings there were.
+struct Meeting {
+    int live = 0, came = 0, passed = 0;
+    void pass_if_all() {
+        if (live && came == live) came = 0, ++passed;
+    }
 };
 static std::vector<Thread> threads;
 static Thread* current;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
+static Meeting block_meeting, warp_meetings[64];
 static dim3 block_index, grid_size, block_size;
 static std::vector<char> dynamic_shared;
 static std::function<void()> body;
@@ -56,34 +66,26 @@ static int block_votes[2], block_counts[2];
 static unsigned int lanes[2][64][32];
 static double wide_lanes[2][64][32];
 
-static inline void yield() { swapcontext(&current->context, &scheduler); }
+static __attribute__((noinline)) void yield() {
+    if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+}
 static inline int warp() { return current->index.x / 32; }
 
 static void enter() {
     body();
     current->done = true;
-    swapcontext(&current->context, &scheduler);
+    for (Meeting* meeting : {&block_meeting, &warp_meetings[warp()]}) --meeting->live, meeting->pass_if_all();
+    _longjmp(scheduler, 1);
 }
 
 // All live threads of the block, or of the warp, have come as far as the current one.
-static inline void wait_block() {
-    const int mine = ++current->arrived;
-    for (;;) {
-        bool all = true;
-        for (auto& t : threads) all = all && (t.done || t.arrived >= mine);
-        if (all) return;
-        yield();
-    }
+static inline void wait(Meeting& meeting, int mine) {
+    ++meeting.came;
+    meeting.pass_if_all();
+    while (meeting.passed < mine) yield();
 }
-static inline void wait_warp() {
-    const int mine = ++current->warp_arrived, first = warp() * 32;
-    for (;;) {
-        bool all = true;
-        for (int i = first; i < first + 32 && i < (int)threads.size(); ++i) all = all && (threads[i].done || threads[i].warp_arrived >= mine);
-        if (all) return;
-        yield();
-    }
-}
+static inline void wait_block() { wait(block_meeting, ++current->arrived); }
+static inline void wait_warp() { wait(warp_meetings[warp()], ++current->warp_arrived); }
 
 static int vote_sum(int x) {
     static int values[2][2048];
@@ -111,13 +113,14 @@ static void run(dim3 grid, int block, int shared_bytes, int reversed, std::funct
             for (unsigned int x = 0; x < grid.x; ++x) {
                 block_index = {x, y, z};
                 threads.resize(block);
+                block_meeting = {block};
+                for (int w = 0; w < (block + 31) / 32; ++w) warp_meetings[w] = {std::min(32, block - 32 * w)};
                 for (int i = 0; i < block; ++i) {
                     Thread& t = threads[i];
-                    t.index = {(unsigned int)i, 0, 0}, t.arrived = t.warp_arrived = 0, t.done = false, t.copies.clear();
+                    t.index = {(unsigned int)i, 0, 0}, t.arrived = t.warp_arrived = 0, t.begun = t.done = false, t.copies.clear();
                     t.stack.resize(1 << 16);
                     getcontext(&t.context);
                     t.context.uc_stack.ss_sp = t.stack.data(), t.context.uc_stack.ss_size = t.stack.size();
-                    t.context.uc_link = &scheduler;
                     makecontext(&t.context, enter, 0);
                 }
                 for (bool live = true; live;) {
@@ -126,7 +129,10 @@ static void run(dim3 grid, int block, int shared_bytes, int reversed, std::funct
                         Thread& t = threads[reversed ? block - 1 - i : i];
                         if (t.done) continue;
                         live = true, current = &t;
-                        swapcontext(&scheduler, &t.context);
+                        if (_setjmp(scheduler)) continue;
+                        if (t.begun) _longjmp(t.place, 1);
+                        t.begun = true;
+                        setcontext(&t.context);
                     }
                 }
             }
