@@ -295,9 +295,11 @@ def test_resources_of_one_kernel(shell, capsys):
     capsys.readouterr()
     run(shell, "%s2o kernels pool")
     said = capsys.readouterr().out
-    number = r"pool: \d+ registers(, \d+ bytes of local memory)?, \d+ bytes of static shared memory"
-    assert len(re.findall(rf"-D \w+=\w+\n +{number}", said)) >= 4, said  # three types and two halves, and the variant
-    assert re.search(rf"variant #\d+, sm_\w+ -D IS_BF16=1\n +{number}", said), said
+    number = (
+        r"(?: +\w+: [^\n]+\n)*? +pool: \d+ registers(, \d+ bytes of local memory)?, \d+ bytes of static shared memory"
+    )
+    assert len(re.findall(rf"-D \w+=\w+\n{number}", said)) >= 4, said  # three types and two halves, and the variant
+    assert re.search(rf"variant #\d+, sm_\w+ -D IS_BF16=1\n{number}", said), said
 
 
 def test_the_extension_takes_its_magics_away(shell):
