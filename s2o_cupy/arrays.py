@@ -108,6 +108,8 @@ def check_out(out, shape: tuple[int, ...], inputs: dict) -> None:
     if out.dtype != like.dtype:
         swapped = "" if out.dtype.isnative else f" of byte order {out.dtype.byteorder!r}"
         raise TypeError(f"out has dtype {out.dtype.name}{swapped}; allowed: {like.dtype.name}, that of q")
+    if not isinstance(out, np.ndarray) and out.device != like.device:
+        raise ValueError(f"out is on {out.device} and q on {like.device}; allowed: all on one device")
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only; allowed: a writable array")
     if _overlaps_itself(out):

@@ -33,12 +33,26 @@ def get(name: str | None, arrays: dict) -> ModuleType:
         require("cuda")
         if on_cpu:
             raise TypeError(f"{where} is a NumPy array; backend 'cuda' takes CuPy arrays: cupy.asarray({where})")
-        for where, x in arrays.items():
-            _require_rows(where, x.shape, x.strides, x.itemsize)
     if name == "numba":
         _require_numba(where, on_cpu)
+    if not on_cpu:
+        _require_current(where, x.device)
+    if name == "cuda":
+        for where, x in arrays.items():
+            _require_rows(where, x.shape, x.strides, x.itemsize)
     called_on(name)
     return importlib.import_module(NAMES[name])
+
+
+def _require_current(where: str, device) -> None:
+    """Refuse arrays of another device than the current one, which is where kernels run and memory comes from."""
+    import cupy
+
+    if device.id != (current := cupy.cuda.runtime.getDevice()):
+        raise ValueError(
+            f"{where} is on device {device.id} and the current device is {current}; allowed: the current one "
+            f"(with cupy.cuda.Device({device.id}): ...)"
+        )
 
 
 @lru_cache(maxsize=256)

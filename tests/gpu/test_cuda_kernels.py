@@ -229,6 +229,12 @@ def test_another_device():
         there = s2o.attention(*map(cupy.asarray, host), **CALL)
         assert there.device.id == 1
         np.testing.assert_array_equal(there.get(), here)
+        there = call()
+    for refused in (s2o.attention, s2o.dense_attention):
+        with pytest.raises(ValueError, match="q is on device 1 and the current device is 0"):
+            refused(*there)
+    with pytest.raises(ValueError, match="out is on <CUDA Device 1> and q on <CUDA Device 0>"):
+        s2o.attention(*call(), out=there[0])
 
 
 def test_odd_views_and_out():
