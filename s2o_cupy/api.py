@@ -24,7 +24,8 @@ def _explaining_memory(call):
             return call(q, k, *others, **named)
         except MemoryError as error:
             what = f"{call.__name__}() of q {tuple(q.shape)} and k {tuple(k.shape)}, {q.dtype}"
-            error.add_note(f"{what}: a smaller cap or workspace, a smaller batch, or fewer heads at a time take less")
+            ranked = "" if call.__name__ == "dense_attention" else "a smaller cap or workspace, "
+            error.add_note(f"{what}: {ranked}a smaller batch, or fewer heads at a time take less")
             raise
 
     return explained

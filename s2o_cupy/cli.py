@@ -89,7 +89,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _refuse(error: Exception, code: int) -> int:
-    text = str(error) or type(error).__name__
+    text = "; ".join([str(error) or type(error).__name__, *getattr(error, "__notes__", ())])
     if isinstance(error, OSError) and error.strerror and not text.startswith("'"):
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     print(f"s2o: error: {' '.join(text.split())}", file=sys.stderr)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import s2o_cupy as s2o
+from s2o_cupy import cli
+from s2o_cupy.call import Call
 
 
 def s2o_command(*arguments, **kwargs):
@@ -187,3 +189,14 @@ def _limit_file_size() -> None:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+def test_too_little_memory_says_what_takes_less(heads, monkeypatch, capsys):
+    def too_much(*_, **__):
+        raise MemoryError("Unable to allocate 8 GiB")
+
+    monkeypatch.setattr(Call, "take", too_much)
+    assert cli.main(["run", str(heads[0])]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("s2o: error: Unable to allocate 8 GiB; attention() of q (2, 2500, 16) and k (1, 2500, 16), ")
+    assert said.endswith("a smaller cap or workspace, a smaller batch, or fewer heads at a time take less\n")
