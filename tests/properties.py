@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
+import rounding
 from hypothesis import assume
 
 import s2o_cupy as s2o
@@ -346,6 +347,8 @@ def backends_agree(some, case, same_stops=0.999):
         assert_near(result.lse[rows], first.lse[rows], error + 2 * OUTPUT["float32"] * np.abs(first.lse[rows]))
         bound = sum(out_error(b, case, first.out.astype(np.float64), size) for b in (backend, some[0]))
         assert_near(result.out[rows], first.out[rows], bound[rows])
+        together = rounding.miss(result.out[rows], first.out[rows], case.q.dtype.name)
+        assert together <= rounding.TOLERANCE["rounded twice"][case.q.dtype.name], together
         np.testing.assert_array_equal(result.stats.tail_blocks[same], first.stats.tail_blocks[same])
 
 

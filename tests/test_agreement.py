@@ -42,3 +42,18 @@ def test_simulator_agrees_with_the_cpu(dtype, changes):
     tiles = {"segment": 12, "block_q": 4, "block_k": 4, "pool": 4, "tau": 0.1, "rank_terms": 3}
     arrays = (x.astype(DTYPES[dtype]) for x in (q, k, v))
     backends_agree((CPU, NUMBA), Case(*arrays, Settings(**{**tiles, **changes}), "randn", ("plain",) * 3))
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_answers_two_per_cent_off_do_not_agree(dtype):
+    class Off(type(CPU)):
+        def attend(self, case, plan):
+            result = super().attend(case, plan)
+            result.out[...] *= np.float32(1.02)
+            return result
+
+    arrays = workloads.make("diffuse", 512, heads_q=2, heads_kv=1, dim=64, dtype=DTYPES[dtype])
+    case = Case(*(x[None] for x in arrays), Settings(block_q=32, block_k=32), "diffuse", ("plain",) * 3)
+    backends_agree((CPU, CPU), case)
+    with pytest.raises(AssertionError):
+        backends_agree((CPU, Off(CPU.name, CPU.unit)), case)
