@@ -4,9 +4,11 @@ import importlib
 import itertools
 import math
 import re
+import runpy
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
@@ -27,10 +29,17 @@ DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.f
 SCALARS = {"int": (np.int32,), "long long": (np.int64,), "float": (np.float32,), "real_t": (np.float32, np.float64)}
 
 
+class Device(int):
+    """As CuPy's: a number, and how it is named."""
+
+    id = property(int)
+    __str__ = __format__ = lambda self, *_: f"<CUDA Device {int(self)}>"
+
+
 class Array:
     """The attributes of a device array that a call reads."""
 
-    device = "the GPU"
+    device = Device(0)
 
     def __init__(self, shape, dtype=np.float32, strides=None):
         self.shape = (shape,) if isinstance(shape, int) else shape
@@ -101,6 +110,36 @@ def cuda(monkeypatch):
     sys.modules.pop("s2o_cupy.backends.cuda", None)
 
 
+def launch_all(cuda, p) -> None:
+    """Every stage once, and dense."""
+    kind, rows, tiles = DTYPES[p.dtype], (p.batch, p.heads_q, p.n_q), (p.batch, p.heads_q, len(p.tile_start))
+    q = Array((*rows, p.dim_qk), kind)
+    k, v = (Array((p.batch, p.heads_kv, p.n_k, dim), kind) for dim in (p.dim_qk, p.dim_v))
+    offsets, order = Array(p.offsets(p.whole).shape, np.int64), Array(10, np.int32)
+    query_order = Array(rows, np.int32) if p.settings.query_order == "guide" else None
+    result = SimpleNamespace(
+        out=Array((*rows, p.dim_v), kind),
+        lse=Array(rows, p.compute_dtype),
+        tiles=Array(tiles, np.int32),
+        tail_blocks=Array(tiles, np.int32),
+        tail_mass=Array(rows),
+    )
+    cuda.remap(p, cuda.score(p, q, k, p.whole), p.whole, offsets, order)
+    cuda.rank(p, q, k, p.whole, offsets, order)
+    cuda.attend(p, q, k, v, p.whole, order, offsets, query_order, cuda.pool(p, k, v), result)
+    cuda.dense(p, q, k, v, result)
+
+
+def test_the_sanitizer_meets_the_kernels_of_every_stage(cuda):
+    sanitize = runpy.run_path(str(Path(__file__).parents[1] / "gpu" / "sanitize.py"))
+    for case in range(len(sanitize["CASES"])):
+        launch_all(cuda, sanitize["problem"](case))
+    met = """means_128 factors_128 moments_256 factor score_16_128 score_means_128 moments score
+        centres score_square normalise join_parts score_mixture remap remap_narrow remap_digits
+        pool departures running_sums lifts attend attend_sm90 attend_simt"""
+    assert set(met.split()) <= set(Kernel.launched)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "settings",
@@ -120,22 +159,7 @@ def cuda(monkeypatch):
 def test_launches_match_their_kernels(cuda, dtype, settings):
     for dim, dim_v in ((128, 128), (64, 64), (256, 256), (33, 20)):
         p = Problem(1, 4, 2, 700, 900, dim, dim_v, dtype, Settings(**{"segment": 256, "pool": 64, **settings}))
-        kind, rows = DTYPES[dtype], (1, 4, 700)
-        q, k, v = Array((*rows, dim), kind), Array((1, 2, 900, dim), kind), Array((1, 2, 900, dim_v), kind)
-        offsets, order = Array(p.offsets(p.whole).shape, np.int64), Array(10, np.int32)
-        query_order = Array(rows, np.int32) if p.settings.query_order == "guide" else None
-        tiles = (1, 4, len(p.tile_start))
-        result = SimpleNamespace(
-            out=Array((*rows, dim_v), kind),
-            lse=Array(rows, p.compute_dtype),
-            tiles=Array(tiles, np.int32),
-            tail_blocks=Array(tiles, np.int32),
-            tail_mass=Array(rows),
-        )
-        cuda.remap(p, cuda.score(p, q, k, p.whole), p.whole, offsets, order)
-        cuda.rank(p, q, k, p.whole, offsets, order)
-        cuda.attend(p, q, k, v, p.whole, order, offsets, query_order, cuda.pool(p, k, v), result)
-        cuda.dense(p, q, k, v, result)
+        launch_all(cuda, p)
     if dtype in ("float16", "bfloat16"):
         assert "attend_sm90" in Kernel.launched
     means = p.settings.rank == "mean" and dtype in ("float16", "bfloat16")
@@ -266,9 +290,19 @@ def test_too_little_memory_names_the_sizes_and_what_takes_less(cuda, monkeypatch
 
 def test_arrays_in_two_places_are_refused(cuda):
     arrays = call_arrays()
-    arrays["v"].device = "another GPU"
-    with pytest.raises(ValueError, match="q is on the GPU and v on another GPU; allowed: all on one device"):
+    one, other = "<CUDA Device 0>", "<CUDA Device 1>"
+    arrays["v"].device = Device(1)
+    with pytest.raises(ValueError, match=f"q is on {one} and v on {other}; allowed: all on one device"):
         s2o.attention(**arrays)
+    arrays["q"].device = arrays["k"].device = Device(1)
+    for call in (s2o.attention, s2o.dense_attention):
+        with pytest.raises(ValueError, match=r"q is on device 1 and the current device is 0; .*cupy.cuda.Device\(1\)"):
+            call(**arrays)
+    arrays = call_arrays()
+    out = Array((1, 4, 8192, 128), arrays["q"].dtype)
+    out.device = Device(1)
+    with pytest.raises(ValueError, match=f"out is on {other} and q on {one}; allowed: all on one device"):
+        s2o.attention(**arrays, out=out)
     arrays["v"] = np.zeros((1, 2, 8192, 128), ml_dtypes.bfloat16)
     with pytest.raises(ValueError, match=r"q is on the GPU \(CuPy\) and v on the CPU \(NumPy\); allowed: all on one"):
         s2o.attention(**arrays)

@@ -28,28 +28,36 @@ CASES = (
     ("bfloat16", (64, 64), {"rank": "mixture"}),
     ("float16", (256, 256), {"rank": "mixture"}),
     ("float32", (20, 12), {}),
+    ("bfloat16", (128, 128), {"rank_levels": 4096, "tail": "spread", "cap": 0.5, "tau": (0.2, 0.1)}),  # `remap`
+    ("float16", (64, 64), {"window": 100, "rank": "mean", "block_q": 64}),
+    ("float32", (20, 12), {"tail": "spread"}),
     ("float32", (20, 12), {"rank": "mixture"}),
     ("float64", (20, 12), {"rank_levels": None}),
 )
 
 
+def problem(case: int):
+    """The ragged shapes of a case."""
+    from s2o_cupy.problem import Problem
+    from s2o_cupy.settings import Settings
+
+    dtype, dims, settings = CASES[case]
+    settings = Settings(**{"segment": 128, "pool": 32, "block_k": 64, "tau": 0.2, **settings})
+    return Problem(1, 2, 1, 250, 330, *dims, dtype, settings)
+
+
 def small_run(case: int, twins: bool) -> None:
-    """Every stage once, on ragged shapes."""
+    """Every stage once."""
     import cupy
     import ml_dtypes
     import numpy as np
-
-    from s2o_cupy.problem import Problem
-    from s2o_cupy.settings import Settings
 
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     from test_cuda_kernels import arrays, empty
 
     assert ml_dtypes
     backend = importlib.import_module(f"s2o_cupy.backends.{'numba_cuda' if twins else 'cuda'}")
-    dtype, dims, settings = CASES[case]
-    settings = Settings(**{"segment": 128, "pool": 32, "block_k": 64, "tau": 0.2, **settings})
-    p = Problem(1, 2, 1, 250, 330, *dims, dtype, settings)
+    p = problem(case)
     q, k, v = map(cupy.asarray, arrays(p))
     offsets = cupy.asarray(p.offsets(p.whole))
     order, result = cupy.full(int(offsets[-1, -1]), 0, np.int32), empty(p)
@@ -57,7 +65,7 @@ def small_run(case: int, twins: bool) -> None:
     backend.attend(p, q, k, v, p.whole, order, offsets, None, backend.pool(p, k, v), result)
     backend.dense(p, q, k, v, result)
     cupy.cuda.runtime.deviceSynchronize()
-    print(dtype, dims, settings, "ran", flush=True)
+    print(*CASES[case], "ran", flush=True)
 
 
 def sanitize(tool: str, case: int, twins: bool) -> tuple[bool, str]:
