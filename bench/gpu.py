@@ -7,6 +7,10 @@ is our dense attention's time over the case's.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +28,19 @@ CROSSOVER = (2048, 4096, 8192, 16384)
 LOOPS = {"fixed depth": (0, 12.0), "stop each tile": (1, 1e-3), "stop each 4 tiles": (4, 4e-3)}  # chunk, knob
 ENOUGH = 150.0  # ms of repeats of one case
 ALLOWED = 0.02  # relative error of a dense kernel in a 16-bit type
+FIRST_CALL = """
+import time
+import cupy
+q, k, v = (cupy.zeros((1, heads, 8192, 128), "float16") for heads in (32, 8, 8))
+cupy.cuda.runtime.deviceSynchronize()
+start = time.perf_counter()
+import s2o_cupy
+print(time.perf_counter() - start)
+start = time.perf_counter()
+s2o_cupy.attention(q, k, v)
+cupy.cuda.runtime.deviceSynchronize()
+print(time.perf_counter() - start)
+"""
 
 
 def arguments(parser) -> None:
@@ -36,7 +53,7 @@ def arguments(parser) -> None:
 
 
 def main(options, record: Record) -> None:
-    """Every preset at every length, files, where ranking pays, host times, and the Numba twins."""
+    """Every preset at every length, files, where ranking pays, host times, first calls, and the Numba twins."""
     base = Settings(**ours.BASE)
     tasks = building.of_ours([base, *(base.replace(**change) for change in RANKS.values())])
     tasks += [{"task": "loop", "chunk": chunk} for chunk, _ in LOOPS.values()] if options.torch else []
@@ -54,6 +71,8 @@ def main(options, record: Record) -> None:
             for preset in ("diffuse", "randn"):
                 crossover(preset, n, record)
         host_times(record)
+    with record.section("first calls"), record.attempt("first calls", catch=(subprocess.CalledProcessError,)):
+        first_calls(record)
     with record.section("Numba twins"), record.attempt("Numba twins", catch=(Exception,)):
         twins.measure(record)
 
@@ -125,6 +144,9 @@ class Case:
             offsets, order = ours.lists(p)
             calls = [partial(self.backend.rank, p, *x[:2], p.whole, offsets, order) for x in self.inputs]
             self.say(f"plan, {rank}", on_device(calls, 10, 1, enough=ENOUGH))
+        for cap in (1, 0.25):
+            held = _held(partial(s2o.plan, *self.inputs[0][:2], backend="cuda", cap=cap, **ours.BASE))
+            self.say(f"plan(), cap {cap}", note=f"{held / 2**30:.2f} GiB above its inputs", held=held)
         calls = [partial(self.backend.pool, self.problem, *x[1:]) for x in self.inputs]
         self.say("pool", on_device(calls, 10, enough=ENOUGH))
 
@@ -142,11 +164,9 @@ class Case:
             self.say(f"attend, tau {tau:g}", time, tau=tau, tflops=time.rate(self.flop * pairs), **numbers)
 
     def call(self) -> None:
-        pool = _cupy().get_default_memory_pool()
-        pool.free_all_blocks()
-        before = pool.total_bytes()
         calls = [partial(s2o.attention, *x, tau=1e-2, backend="cuda", **ours.BASE) for x in self.inputs]
-        time, held = on_device(calls, 10, 1, enough=ENOUGH), pool.total_bytes() - before
+        held = _held(calls[0])
+        time = on_device(calls, 10, 1, enough=ENOUGH)
         host = on_host(calls[0], 10, 1)
         note = f"{held / 2**30:.2f} GiB above its inputs, host time {1e3 * host.median:.0f} us"
         self.say("attention(), tau 0.01", time, note=note, call_bytes=held, host=host)
@@ -182,6 +202,30 @@ def host_times(record: Record) -> None:
         for name, call in {"attention": s2o.attention, "dense_attention": s2o.dense_attention}.items():
             time = on_host(partial(call, q, k, v, backend="cuda"))
             record.case(f"host time, {name}", ours.shape_text(n, 4, 2), "bfloat16", time=time)
+
+
+def first_calls(record: Record) -> None:
+    """The package's import and first call in new processes that have a context: an empty CuPy cache, then a filled one.
+
+    `attention`'s default settings, all zeros: as long as any call of this shape while kernels are built or loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"CUPY_CACHE_DIR": folder, "PYTHONPATH": str(building.ROOT)}
+        for name in ("empty", "filled"):
+            command = [sys.executable, "-c", FIRST_CALL]
+            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+            parts = dict(zip(("import", "attention"), map(float, done.stdout.split()), strict=True))
+            note = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
+            record.case(f"first call, {name} CuPy cache", ours.shape_text(8192), "float16", note=note, seconds=parts)
+
+
+def _held(call) -> int:
+    """Bytes that CuPy's pool takes for a call and its answer."""
+    pool = _cupy().get_default_memory_pool()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    call()
+    return pool.total_bytes() - before
 
 
 def _backend():

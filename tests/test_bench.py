@@ -408,12 +408,15 @@ def test_gpu_measures_every_stage(small, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command.ON_GPU["gpu"][0], "CROSSOVER", (2048,))
         patch.setattr(command.ON_GPU["gpu"][0].twins, "measure", Missing)
+        patch.setattr(command.ON_GPU["gpu"][0], "FIRST_CALL", "print(0.5)\nprint(1.5)")
         assert run("gpu", *arguments) == 0
     cases = json.loads((tmp_path / "x.json").read_text())["cases"]
     names = [case["name"] for case in cases]
     assert "not measured: ImportError" in cases[names.index("Numba twins")]["note"]
     for name in ("sparse: dense", "sparse: plan, mean", "sparse: attend, tau 0.01", "crossover, randn: attention()"):
         assert name in names
+    assert cases[names.index("first call, empty CuPy cache")]["seconds"] == {"import": 0.5, "attention": 1.5}
+    assert "not measured" not in cases[names.index("sparse: plan(), cap 1")]["note"]
     walks = [case for case in cases if "attend, tau" in case["name"]]
     assert [case["density"] for case in walks] == sorted(case["density"] for case in walks)
 
