@@ -3,7 +3,7 @@
 // 256. score.cu does the rest.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
 //   rows     [order heads of the slab, chunks of 64, WIDTH]  T  mean query, then covariance factors, dealt out; or
-//            centres in order: as tiled.cuh says
+//            centres in order: as tiled.cuh says. An order head's come `head_rows` after those of the one before
 //   tiles    [K/V heads of the slab, chunks of 64, WIDTH]    T  keys as tiled.cuh says, from tile_keys; 0 past the last
 //   offset, partial: as in score.cu, over whole chunks of an order head
 //   history, starts, score: as in score.cu; a list's scores start on the multiple of 64 where those before it end
@@ -153,13 +153,13 @@ template <int PER_LIST, int WIDTH>
 __device__ __forceinline__ void score_tile(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
     const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,
-    unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments) {
+    unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments, int head_rows) {
     constexpr int LISTS = CHUNK_ROWS / PER_LIST, CHUNK = CHUNK_ROWS * WIDTH;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
     const int first_key = blockIdx.y * TILE_KEYS, kv = kv_start + blockIdx.z;
     const int order_head = blockIdx.z * gridDim.x + blockIdx.x;
     const int chunk_stop = tiled_rows(segments, PER_LIST) / CHUNK_ROWS;
-    rows += (long long)order_head * chunk_stop * CHUNK;
+    rows += (long long)order_head * head_rows * WIDTH;
     scores += order_head * starts[segments];
     Layout<WIDTH> layout;
     unsigned int a[WIDTH / 16][4];
@@ -235,12 +235,12 @@ template <int WIDTH>
 __device__ __forceinline__ void means_tile(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
     const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,
-    unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments,
+    unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments, int head_rows,
     unsigned int* __restrict__ ranges, int orders, int part_keys) {
     constexpr int TILE_LISTS = TILE_KEYS, LAG = STAGES - 2;  // chunks on their way that are not waited for
     extern __shared__ __align__(128) char shared_memory[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3, order_head = blockIdx.z;
-    const int head_rows = tiled_rows(segments, 1), part_key = blockIdx.x * part_keys;
+    const int part_key = blockIdx.x * part_keys;
     const int first_list = (gridDim.y - 1 - blockIdx.y) * TILE_LISTS;  // the longest first
     const int last = min(history[min(first_list + TILE_LISTS, segments) - 1], part_key + part_keys);
     if (part_key >= last) return;
@@ -500,9 +500,10 @@ __device__ __forceinline__ void mixture_tile(
     extern "C" __global__ void __launch_bounds__(THREADS + 32, blocks_at(WIDTH)) NAME(                                  \
         const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
         const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,         \
-        unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments) {           \
+        unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments,             \
+        int head_rows) {                                                                                               \
         score_tile<PER_LIST, WIDTH>(k, k_batch, k_head, k_row, aligned, rows, history, starts, scores, heads_kv,        \
-                                    kv_start, n_keys, dim, segments);                                                   \
+                                    kv_start, n_keys, dim, segments, head_rows);                                        \
     }
 #if WIDEST == 256
 SCORE(score_8_256, 8, 256)
@@ -525,9 +526,9 @@ SCORE(score_64_128, 64, 128)
         const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
         const half_t* __restrict__ rows, const int* __restrict__ history, const long long* __restrict__ starts,         \
         unsigned short* __restrict__ scores, int heads_kv, int kv_start, int n_keys, int dim, int segments,             \
-        unsigned int* __restrict__ ranges, int orders, int part_keys) {                                                 \
+        int head_rows, unsigned int* __restrict__ ranges, int orders, int part_keys) {                                  \
         means_tile<WIDTH>(k, k_batch, k_head, k_row, aligned, rows, history, starts, scores, heads_kv, kv_start,        \
-                          n_keys, dim, segments, ranges, orders, part_keys);                                            \
+                          n_keys, dim, segments, head_rows, ranges, orders, part_keys);                                 \
     }
 #if WIDEST == 256
 MEANS(score_means_256, 256)

@@ -10,15 +10,12 @@ typedef sum_t real_t;
 
 constexpr int MOST_COLUMNS = 256, SPREAD_WARPS = 8, TOGETHER = 4;  // rows that a warp has in flight
 
-// grid (blocks, batch * heads_kv)   block 256
-extern "C" __global__ void __launch_bounds__(256) departures(
-    const element_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, real_t* __restrict__ squares,
-    int heads, int n_keys, int dim, int blocks, int pool_size) {
-    __shared__ real_t partial[MOST_COLUMNS];
-    const int first = blockIdx.x * pool_size, count = min(pool_size, n_keys - first);
+// Of one pool block, `count` keys from `k` on, by 256 threads with a number each in `partial`.
+__device__ __forceinline__ void departures(
+    real_t* partial, const element_t* __restrict__ k, long long k_row, int count, int dim, real_t* __restrict__ squares) {
     const int columns = (dim + 31) / 32 * 32, strands = 256 / columns, strand = threadIdx.x / columns, c = threadIdx.x % columns;
     const bool mine = strand < strands && c < dim;
-    k += blockIdx.y / heads * k_batch + blockIdx.y % heads * k_head + first * k_row + c;
+    k += c;
     real_t mean = 0, total = 0;
     for (int pass = 0; pass < 2; ++pass) {
         real_t sum = 0;
@@ -35,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(256) departures(
         for (int s = 0; s < strands; ++s) total += partial[s * columns + c];
         mean = total / (real_t)count;
     }
-    if (mine && strand == 0) squares[((long long)blockIdx.y * blocks + blockIdx.x) * dim + c] = total;
+    if (mine && strand == 0) squares[c] = total;
 }
 
 // Running sums over the blocks, in place: a warp a run of blocks, then each begins with what lies before its run.

@@ -213,31 +213,32 @@ class Problem:
         heads = np.arange((slab.kv_stop - slab.kv_start) * self.orders, dtype=np.int64)
         return heads[:, None] * ends[-1] + ends
 
-    def split(self, slab: Slab, nbytes: int, keys: str) -> tuple[Slab, ...]:
+    def split(self, slab: Slab, nbytes: int, keys: str, step: int = 1) -> tuple[Slab, ...]:
         """Cut a slab into ones of at most `nbytes`, where a list takes 4 bytes a key that is "listed", or of "history".
 
-        Whole K/V heads while one fits, else runs of segments of one K/V head, at least one segment at a time.
+        Whole K/V heads while one fits, else runs of segments of one K/V head, `step` or a multiple of it at a time.
         """
-        return _split(self, slab, nbytes, keys)
+        return _split(self, slab, nbytes, keys, step)
 
-    def parts(self, slab: Slab, nbytes: int, kv_offsets) -> Iterator[tuple[Slab, Any]]:
+    def parts(self, slab: Slab, nbytes: int, kv_offsets, step: int = 1) -> Iterator[tuple[Slab, Any]]:
         """A slab cut into ones whose histories take at most `nbytes`, each with its part of the slab's offsets."""
-        for part in self.split(slab, nbytes, "history"):
+        for part in self.split(slab, nbytes, "history", step):
             heads = slice(*(self.orders * (kv - slab.kv_start) for kv in (part.kv_start, part.kv_stop)))
             segments = slice(part.segment_start - slab.segment_start, part.segment_stop - slab.segment_start + 1)
             yield part, kv_offsets[heads, segments]
 
-    def _slabs(self, slab: Slab, nbytes: int, keys: np.ndarray) -> Iterator[Slab]:
+    def _slabs(self, slab: Slab, nbytes: int, keys: np.ndarray, step: int) -> Iterator[Slab]:
         cost = 4 * self.orders * keys[slab.segment_start : slab.segment_stop]
         head = max(int(cost.sum()), 1)
         if head <= nbytes:
-            step = nbytes // head
-            for kv in range(slab.kv_start, slab.kv_stop, step):
-                yield dataclasses.replace(slab, kv_start=kv, kv_stop=min(kv + step, slab.kv_stop))
+            heads = nbytes // head
+            for kv in range(slab.kv_start, slab.kv_stop, heads):
+                yield dataclasses.replace(slab, kv_start=kv, kv_stop=min(kv + heads, slab.kv_stop))
             return
         for kv in range(slab.kv_start, slab.kv_stop):
             start, used = slab.segment_start, 0
-            for segment, nb in enumerate(cost.tolist(), slab.segment_start):
+            for segment in range(slab.segment_start, slab.segment_stop, step):
+                nb = int(cost[segment - slab.segment_start :][:step].sum())
                 if used and used + nb > nbytes:
                     yield Slab(kv, kv + 1, start, segment)
                     start, used = segment, 0
@@ -270,5 +271,5 @@ def _problem(q, k, v, dtype, settings: Settings) -> Problem:
 
 
 @functools.lru_cache(maxsize=256)
-def _split(problem: Problem, slab: Slab, nbytes: int, keys: str) -> tuple[Slab, ...]:
-    return tuple(problem._slabs(slab, nbytes, getattr(problem, keys)))
+def _split(problem: Problem, slab: Slab, nbytes: int, keys: str, step: int) -> tuple[Slab, ...]:
+    return tuple(problem._slabs(slab, nbytes, getattr(problem, keys), step))

@@ -129,7 +129,7 @@ def test_a_patch_of_a_twin_takes_its_arguments(folder):
 # --- variants ---------------------------------------------------------------------------------
 def test_functions_and_kernels_are_found():
     assert [d.name for d in definitions(POOL)] == ["to_sum", "from_sum", "to_sum", "from_sum", "pool"]
-    assert set(entries(current("pool").text)) == {"pool", "departures", "running_sums", "lifts"}
+    assert set(entries(current("pool").text)) == {"pool", "running_sums", "lifts"}
     assert {"moments", "score"} < set(entries(current("score_simt").text))
     assert {"score_full", "score_1", "normalise"} <= set(entries(current("score").text))
     by_width = [set(entries(current("score_sm90").text, {"WIDEST": widest})) for widest in (128, 256)]
@@ -185,8 +185,8 @@ def test_a_whole_file_is_taken_as_it_is():
         ("__device__ int f() { return 1; }", "patches nothing: f is no function of pool.cu or its headers"),
         ("#include <x>\nint f() { return 1; }", "reads as a whole pool.cu and lacks the kernel pool"),
         ("__device__ float to_sum(int x) { return x; }", r"to_sum is defined more than once \(pool.cu line \d+, pool"),
-        (POOL.replace("int blocks, ", ""), "pool takes 10 parameters; the launcher gives it 11: element_t"),
-        (POOL.replace("int blocks, ", "float blocks, "), "parameter 9 of pool is float; the launcher gives it int"),
+        (POOL.replace("int blocks, ", ""), "pool takes 16 parameters; the launcher gives it 17: element_t"),
+        (POOL.replace("int blocks, ", "float blocks, "), "parameter 15 of pool is float; the launcher gives it int"),
         (POOL.replace('extern "C" ', ""), "lacks the kernel pool"),
     ],
 )

@@ -7,6 +7,7 @@ is to find it, take its workspace and launch.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -26,8 +27,8 @@ from s2o_cupy.specialisations import shared_limit
 RANKING_PAYS_FROM = 4096
 NEEDS_STATS = False  # lse, tiles, tail_blocks and tail_mass may be None
 PART_KEYS = 4096  # of a list, that one block sums up for the mixture rank; a multiple of 64
-SCORE_BYTES = 2**28  # a slab's scores, counted at 4 bytes each; 16-bit inputs keep 2
-LARGE_PART = 2**29  # scores where an order will be
+SCORE_BYTES = 2**28 + 2**24  # a part's scores, counted at 4 bytes each; 16-bit inputs keep 2
+ROW_BYTES = 2**26  # representatives that one launch makes
 _LOG2_E = 1.4426950408889634
 _HALVES = ("float16", "bfloat16")
 
@@ -40,6 +41,32 @@ class Scores:
     starts: cp.ndarray
     history: cp.ndarray
     longest: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Representatives of a slab's lists on the device, `per_list` rows of `width` each, `head_rows` an order head.
+
+    mean: stage 1 of the full covariance alone has one.
+    """
+
+    slab: Slab
+    data: Place
+    mean: Place | None
+    per_list: int
+    head_rows: int
+    width: int
+
+    def of(self, p: Problem, part: Slab) -> Place:
+        """Where those of a part's lists start; its first segment is a multiple of `step` from the slab's."""
+        row = (part.kv_start - self.slab.kv_start) * p.orders * self.head_rows
+        row += (part.segment_start - self.slab.segment_start) * self.per_list
+        return replace(self.data, offset=self.data.offset + row * self.width * np.dtype(_type(p)).itemsize)
+
+    @property
+    def step(self) -> int:
+        """Segments whose rows fill chunks of 64, as they lie on Hopper (kernels/tiled.cuh)."""
+        return max(64 // self.per_list, 1)
 
 
 def ranked(problem: Problem, q, k, v, query_order, result, workspace: int, progress=None) -> None:
@@ -143,68 +170,119 @@ def _ranked(tape: Tape, p: Problem, _, q, k, v, out, query_order, lse, tiles, ta
     pooled = _three(_pooled(p, tape.room, _type(p)))
     if pooled[0]:
         _pool(tape, p, None, k, v, *pooled)
+    slabs = p.split(p.whole, nbytes, "listed")
+    all_rows = _rows_at_once(tape, p, p.whole, q) if slabs[0].segments == p.segments else None
     before = tape.top
-    for slab in p.split(p.whole, nbytes, "listed"):
-        offsets = p.offsets(slab)
-        kv_offsets, kv_order = _kept(tape, offsets), tape.room(int(offsets[-1, -1]), np.int32)
-        _rank(tape, p, slab, q, k, kv_offsets, kv_order)
+    for slab in slabs:
+        rows, offsets = all_rows or _rows_at_once(tape, p, slab, q), p.offsets(slab)
+        order, behind = -(-4 * int(offsets[-1, -1]) // 256) * 256, _most_scores(p, slab, rows)
+        kv_offsets, start = _kept(tape, offsets), tape.top
+        kv_order = tape.room((order + behind) // 4, np.int32)
+        _rank(tape, p, slab, q, k, kv_offsets, kv_order, order + behind, rows)
+        tape.top = start + order
         stats = (lse, tiles, tail_blocks, tail_mass)
         _attend(tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, *pooled, *stats)
         tape.end_step()
         tape.top = before
 
 
-def _rank(tape: Tape, p: Problem, slab: Slab, q, k, kv_offsets, kv_order) -> None:
-    for part, offsets, scores in _parts(p, slab, kv_offsets, kv_order):
+def _rank(tape: Tape, p: Problem, slab: Slab, q, k, kv_offsets, kv_order, nbytes: int = 0, rows: Rows | None = None):
+    """`nbytes`: of the order and of what lies behind it for scores; `rows`: made already."""
+    rows = rows or _rows_at_once(tape, p, slab, q)
+    if kv_order.aligned:
+        nbytes = nbytes or _list_bytes(p, slab, p.listed)
+    for part, offsets, start in _parts(p, slab, kv_offsets, nbytes, rows):
         history, starts, _, longest = _lists(p, part)
-        size = _score_count(p, part)
+        size, before = _score_count(p, part), tape.top
         if longest:
-            before, scores = tape.top, scores or tape.room(size, _score_type(p))
+            own = start is None
+            scores = tape.room(size, _score_type(p)) if own else replace(kv_order, offset=kv_order.offset + start)
             ranges, after = _ranges(tape, p, part, longest), tape.top
-            _score(tape, p, part, q, k, scores, ranges)
+            _score(tape, p, part, q, k, scores, ranges, rows)
             tape.top = after
             lists = scores, tape.keep(starts), tape.keep(history)
             _remap(tape, p, part, offsets, *lists, kv_order, longest, size, ranges)
             tape.top = before
 
 
-def _parts(p: Problem, slab: Slab, kv_offsets, kv_order: Place):
-    """Parts of a slab, their offsets, and where their scores go; None: to memory of their own, SCORE_BYTES at most.
+def _parts(p: Problem, slab: Slab, kv_offsets, nbytes: int, rows: Rows | None):
+    """Parts of a slab, their offsets, and where in the order's `nbytes` their scores start; None: elsewhere.
 
-    Launches of long lists end with idle multiprocessors, so parts are greater where they cost nothing: where scores fit
-    what later heads will fill of the order.
+    Launches of long lists end with idle multiprocessors, so parts are great where they cost nothing: where scores fit
+    between what they and earlier heads fill of the order and its end. What is left goes SCORE_BYTES at a time.
     """
-    heads, segments = slab.kv_stop - slab.kv_start, slice(0, slab.segments + 1)
-    listed, counted = (
-        4 * p.orders * int(x[slab.segment_start : slab.segment_stop].sum()) for x in (p.listed, p.history)
+    heads, segments, done = slab.kv_stop - slab.kv_start, slice(0, slab.segments + 1), 0
+    listed, counted, scores, kept = (
+        n // max(heads, 1)
+        for n in (*(_list_bytes(p, slab, x) for x in (p.listed, p.history)), _score_bytes(p, slab), _row_bytes(p, slab))
     )
-    scores, done = _score_count(p, slab) // max(heads, 1) * np.dtype(_score_type(p)).itemsize, 0
-
-    def start(more: int) -> int:
-        """Where in the order the scores of so many more heads would start, in bytes."""
-        return (heads * listed - more * scores) // 256 * 256
-
-    while _few_rooms(p) and kv_order.aligned:
-        fit = [n for n in range(1, heads - done) if n * scores <= LARGE_PART and start(n) >= (done + n) * listed]
-        more = max(fit, default=0)
-        if more <= SCORE_BYTES // max(counted, 1):
+    end = nbytes // 128 * 128  # scores of a list are a multiple of that
+    while _few_rooms(p):
+        more = min(heads - done, (end - done * listed) // max(listed + scores, 1), ROW_BYTES // max(kept, 1))
+        if more * counted <= SCORE_BYTES:
             break
         part = replace(slab, kv_start=slab.kv_start + done, kv_stop=slab.kv_start + done + more)
-        own = slice(p.orders * done, p.orders * (done + more))
-        yield part, kv_offsets[own, segments], replace(kv_order, offset=kv_order.offset + start(more))
+        yield part, kv_offsets[p.orders * done : p.orders * (done + more), segments], end - more * scores
         done += more
     left = kv_offsets[p.orders * done : p.orders * heads, segments]
-    for part, offsets in p.parts(replace(slab, kv_start=slab.kv_start + done), SCORE_BYTES, left):
-        yield part, offsets, None
+    rest = replace(slab, kv_start=slab.kv_start + done)
+    for part, offsets in p.parts(rest, SCORE_BYTES, left, rows.step if rows else 1):
+        start = end - _score_bytes(p, part)
+        yield part, offsets, start if start >= heads * listed else None
+
+
+def _most_scores(p: Problem, slab: Slab, rows: Rows | None) -> int:
+    """Bytes of the scores of SCORE_BYTES."""
+    parts = p.split(slab, SCORE_BYTES, "history", rows.step if rows else 1)
+    return max((_score_bytes(p, part) for part in parts), default=0)
+
+
+def _list_bytes(p: Problem, slab: Slab, keys: np.ndarray) -> int:
+    """Four a key of a slab's lists, of which each has as many as `keys` says."""
+    return 4 * (slab.kv_stop - slab.kv_start) * p.orders * int(keys[slab.segment_start : slab.segment_stop].sum())
 
 
 def _few_rooms(p: Problem) -> bool:
     """Whether a part needs little memory beside its scores: rows, no moments, no exponentials' sums, no scratch."""
-    if p.settings.rank == "mixture" or p.dtype not in _HALVES or not p.settings.rank_levels:
+    if not _lean(p) or not p.settings.rank_levels:
         return False
     listed = int(p.listed.max(initial=0))
-    levels = kernels.remap_fit(p.settings.rank_levels, p.longest, listed, device_target())
-    return levels is not None and (not p.terms or _one_block(p, kernels.rank_width(p.dim_qk)))
+    return kernels.remap_fit(p.settings.rank_levels, p.longest, listed, device_target()) is not None
+
+
+def _lean(p: Problem) -> bool:
+    """Whether one kernel makes representatives of queries, without scratch."""
+    if p.settings.rank == "mixture" or p.dtype not in _HALVES:
+        return False
+    return not p.terms or _one_block(p, kernels.rank_width(p.dim_qk))
+
+
+def _rows_at_once(tape: Tape, p: Problem, slab: Slab, q) -> Rows | None:
+    """Representatives of all of a slab's lists; None where each part has to make its own."""
+    if not _lean(p) or not slab.size or _row_bytes(p, slab) > ROW_BYTES:
+        return None
+    (heads, *_), per_list = _row_shape(p, slab)
+    first = max(slab.segment_stop - 64 // per_list, slab.segment_start)  # the longest run whose rows fill a chunk
+    run = _list_bytes(p, Slab(0, 1, first, slab.segment_stop), p.history)
+    return _representatives(tape, p, slab, q) if heads < 2**16 and 0 < run <= SCORE_BYTES else None
+
+
+def _row_shape(p: Problem, slab: Slab) -> tuple[tuple[int, int, int], int]:
+    """Representatives of a slab: order heads, rows of one, columns; and how many a list has."""
+    halves, terms = p.dtype in _HALVES, p.terms
+    width = kernels.rank_width(p.dim_qk) if halves else p.dim_qk
+    per_list = width if _full(p) else next(n for n in (1, 8, 16, 32, 64) if 1 + terms <= n) if halves else 1 + terms
+    rows = slab.segments * per_list
+    return ((slab.kv_stop - slab.kv_start) * p.orders, -(-rows // 64) * 64 if _hopper(p) else rows, width), per_list
+
+
+def _row_bytes(p: Problem, slab: Slab) -> int:
+    return math.prod(_row_shape(p, slab)[0]) * np.dtype(_type(p)).itemsize if p.settings.rank != "mixture" else 0
+
+
+def _hopper(p: Problem) -> bool:
+    """Whether score_sm90.cu serves, and representatives lie as tiled.cuh says."""
+    return p.dtype in _HALVES and device_target() == "sm_90a" and not _full(p)
 
 
 def _one_block(p: Problem, width: int) -> bool:
@@ -225,27 +303,18 @@ def _ranges(tape: Tape, p: Problem, slab: Slab, longest: int) -> Place | None:
     return tape.room((slab.kv_stop - slab.kv_start) * p.orders * slab.segments * -(-longest // PART_KEYS), np.uint32)
 
 
-def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None) -> None:
-    halves = p.dtype in _HALVES
-    if p.settings.rank == "mixture":
-        return _score_mixture(tape, p, slab, q, k, scores)
-    heads, segments = (slab.kv_stop - slab.kv_start) * p.orders, slab.segments
-    lists, terms = heads * segments, p.terms
-    full = _full(p)
+def _representatives(tape: Tape, p: Problem, slab: Slab, q) -> Rows:
+    """The rows of each list whose products with a key make its score."""
+    halves, terms, full = p.dtype in _HALVES, p.terms, _full(p)
     if full and terms < p.dim_qk:
         raise ValueError(f"rank_terms is {p.settings.rank_terms}; the CUDA backend supports 1 to 63, or None")
-    width = kernels.rank_width(p.dim_qk) if halves else p.dim_qk
-    per_list = width if full else next(n for n in (1, 8, 16, 32, 64) if 1 + terms <= n) if halves else 1 + terms
-    history, starts, _, longest = _lists(p, slab)
-    history, starts = tape.keep(history), tape.keep(starts)
-
-    hopper = halves and device_target() == "sm_90a" and not full
-    head_rows = -(-segments * per_list // 64) * 64 if hopper else segments * per_list
-    rows = tape.room((heads, head_rows, width), _type(p))
+    segments, (shape, per_list) = slab.segments, _row_shape(p, slab)
+    heads, head_rows, width = shape
+    lists, rows = heads * segments, tape.room(shape, _type(p))
     members, order_start = p.group // p.orders, slab.kv_start * p.orders
     sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
     queries = (q, *q.strides, *([np.int32(q.aligned)] if halves else []))
-    room, tiled, mean = shared_limit(device_target()) - 2048, segments if hopper else 0, None
+    room, tiled, mean = shared_limit(device_target()) - 2048, segments if _hopper(p) else 0, None
     if halves and not terms:
         kernel, _ = _kernel("moments", p.dtype, entry=f"means_{width}")
         arguments = (*queries, rows, *map(np.int32, (*sizes, tiled)), np.float32(p.scale))
@@ -275,9 +344,20 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None) -> Non
         arguments = (totals, counts, moment, rows, mean, *map(np.int32, sizes), np.float32(p.scale))
         kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="factor")
         tape.launch(kernel, (lists,), 512, arguments, shared)
+    return Rows(slab, rows, mean, per_list, head_rows, width)
 
-    keys = (k, *k.strides, *([np.int32(k.aligned)] if halves else []), rows)
-    lengths = history, starts, scores
+
+def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None, rows: Rows | None = None) -> None:
+    """`rows`: those of a slab that holds this one, made already."""
+    if p.settings.rank == "mixture":
+        return _score_mixture(tape, p, slab, q, k, scores)
+    rows = rows or _representatives(tape, p, slab, q)
+    mean, per_list, width = rows.mean, rows.per_list, rows.width
+    halves, full = p.dtype in _HALVES, _full(p)
+    heads, segments = (slab.kv_stop - slab.kv_start) * p.orders, slab.segments
+    history, starts, _, longest = _lists(p, slab)
+    keys = (k, *k.strides, *([np.int32(k.aligned)] if halves else []), rows.of(p, slab))
+    lengths = tape.keep(history), tape.keep(starts), scores
     if not halves:
         kernel, _ = _kernel("score_simt", p.dtype, entry="score")
         sizes = (p.heads_kv, slab.kv_start, p.dim_qk, segments, per_list, p.orders)
@@ -285,14 +365,14 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None) -> Non
         grid = (-(-longest // 32), segments, heads)
         tape.launch(kernel, grid, 256, (*keys, mean, *lengths, *map(np.int32, sizes)), shared)
         return
-    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
-    if hopper and per_list == 1:
+    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments, rows.head_rows)))
+    if _hopper(p) and per_list == 1:
         kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_means_{width}")
         block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
         grid = (-(-longest // PART_KEYS), -(-segments // block), heads)
         parts = (ranges or _ranges(tape, p, slab, longest), np.int32(p.orders), np.int32(PART_KEYS))
         tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes, *parts), shared)
-    elif hopper:
+    elif _hopper(p):
         kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_{per_list}_{width}")
         block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
         grid = (p.orders, -(-longest // block), heads // p.orders)
@@ -343,7 +423,7 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_square")
     block, shared, kv_heads = 32 * macros["WARPS"], kernels.score_shared_bytes(macros), heads // p.orders
     grid = (-(-longest // block), p.orders, kv_heads)
-    tape.launch(kernel, grid, block, (*keys, variance, None, *lengths, *sizes), shared)
+    tape.launch(kernel, grid, block, (*keys, variance, None, *lengths, *sizes, sizes[-1]), shared)
 
     last, parts, part_keys = (np.int32(per_list), unit), -(-longest // PART_KEYS), np.int32(PART_KEYS)
     partial = tape.room((heads, parts, head_rows, 2), np.float32)
@@ -392,17 +472,14 @@ def _remap(
 
 
 def _pool(tape: Tape, p: Problem, _, k, v, k_mean, v_mean, sums) -> None:
+    """Means of K and V, and with the spread tail K's departures from them, by one launch."""
     kernel, _ = _kernel("pool", p.dtype)
-    for x, dim, mean in ((k, p.dim_qk, k_mean), (v, p.dim_v, v_mean)):
-        sizes = (p.heads_kv, p.n_k, dim, _pool_row(dim), p.pool_blocks, p.settings.pool)
-        arguments = (x, *x.strides, mean, *map(np.int32, sizes))
-        tape.launch(kernel, (p.pool_blocks, p.batch * p.heads_kv), 256, arguments)
+    sizes = tuple(map(np.int32, (p.heads_kv, p.n_k, p.dim_qk, p.dim_v, p.pool_blocks, p.settings.pool)))
+    grid = (p.pool_blocks, p.batch * p.heads_kv, 3 if sums else 2)
+    tape.launch(kernel, grid, 256, (k, *k.strides, k_mean, v, *v.strides, v_mean, sums, *sizes))
     if sums:
-        sizes = tuple(map(np.int32, (p.heads_kv, p.n_k, p.dim_qk, p.pool_blocks, p.settings.pool)))
-        kernel, _ = _kernel("pool", p.dtype, entry="departures")
-        tape.launch(kernel, (p.pool_blocks, p.batch * p.heads_kv), 256, (k, *k.strides, sums, *sizes))
         kernel, _ = _kernel("pool", p.dtype, entry="running_sums")
-        tape.launch(kernel, (-(-p.dim_qk // 32), p.batch * p.heads_kv), 256, (sums, sizes[2], sizes[3]))
+        tape.launch(kernel, (-(-p.dim_qk // 32), grid[1]), 256, (sums, sizes[2], sizes[4]))
 
 
 def _pool_row(dim: int) -> int:
@@ -514,6 +591,10 @@ def _type(p: Problem):
 
 def _score_type(p: Problem):
     return np.float16 if p.dtype in _HALVES else np.float32
+
+
+def _score_bytes(p: Problem, slab: Slab) -> int:
+    return _score_count(p, slab) * np.dtype(_score_type(p)).itemsize
 
 
 def _score_count(p: Problem, slab: Slab) -> int:

@@ -153,14 +153,19 @@ def test_a_missing_barrier_shows():
 @pytest.mark.parametrize("dim", [8, 33, 128])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_pool_is_the_mean_of_each_block(dtype, dim, reverse):
-    keys, size, heads = 150, 64, 2
-    x = np.random.default_rng(2).standard_normal((1, heads, keys, dim)).astype(dtype)
-    row, blocks = -(-dim // 8) * 8, -(-keys // size)
-    mean = np.full((heads, blocks, row), np.nan, dtype)
+    """K and V, V wider by a column."""
+    keys, size, heads, rng = 150, 64, 2, np.random.default_rng(2)
+    blocks, arguments, made = -(-keys // size), [], []
+    for columns in (dim, dim + 1):
+        x = rng.standard_normal((1, heads, keys, columns)).astype(dtype)
+        mean = np.full((heads, blocks, -(-columns // 8) * 8), np.nan, dtype)
+        arguments += [x, heads * keys * columns, keys * columns, columns, mean]
+        made.append((x, columns, mean))
     macros = {"IS_BF16": 0} if dtype == np.float16 else {"REAL": {4: "float", 8: "double"}[np.dtype(dtype).itemsize]}
-    arguments = (x, heads * keys * dim, keys * dim, dim, mean, heads, keys, dim, row, blocks, size)
-    run.launch("pool", (blocks, heads), 256, arguments, reverse=reverse, **macros)
-    want = [x[0, :, b * size : (b + 1) * size].astype(np.float64).mean(axis=1) for b in range(blocks)]
+    arguments += [None, heads, keys, dim, dim + 1, blocks, size]
+    run.launch("pool", (blocks, heads, 2), 256, arguments, reverse=reverse, **macros)
     tolerance = {2: 2e-3, 4: 1e-6, 8: 1e-14}[np.dtype(dtype).itemsize]
-    np.testing.assert_allclose(mean[..., :dim], np.stack(want, axis=1), atol=tolerance)
-    assert (mean[..., dim:] == 0).all()
+    for x, columns, mean in made:
+        want = [x[0, :, b * size : (b + 1) * size].astype(np.float64).mean(axis=1) for b in range(blocks)]
+        np.testing.assert_allclose(mean[..., :columns], np.stack(want, axis=1), atol=tolerance)
+        assert (mean[..., columns:] == 0).all()

@@ -172,17 +172,37 @@ def call_arrays(n=8192, dim=128):
     return {name: Array((1, heads, n, dim), ml_dtypes.bfloat16) for name, heads in (("q", 4), ("k", 2), ("v", 2))}
 
 
-def test_a_whole_call_is_six_launches_and_one_workspace(cuda, monkeypatch):
+def test_a_whole_call_is_five_launches_and_one_workspace(cuda, monkeypatch):
     taken = []
     monkeypatch.setattr(sys.modules["cupy"].cuda, "alloc", lambda n: taken.append(n) or SimpleNamespace(ptr=4096))
     s2o.attention(**call_arrays())
     assert len(taken) == 1  # beside the answer
-    assert Kernel.launched == ["pool", "pool", "factors_128", "score_16_128", "remap_narrow", "attend_sm90"]
+    assert Kernel.launched == ["pool", "factors_128", "score_16_128", "remap_narrow", "attend_sm90"]
     for strides in ((2**23, 2**21, 256, 2), (2**23, 256, 1024, 2)):  # the same, then rows of heads in turn
         moved = call_arrays() | {"q": Array((1, 4, 8192, 128), ml_dtypes.bfloat16, strides)}
         s2o.attention(**moved)
-    assert len(Kernel.launched) == 18
+    assert len(Kernel.launched) == 15
     assert cuda._recorded.cache_info().misses == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "launches"),
+    [
+        ({"segment": 512, "block_k": 128, "pool": 256}, 12),  # two slabs of two parts
+        ({"segment": 512, "rank": "mean"}, 12),
+        ({"segment": 512, "tail": "spread"}, 15),
+        ({}, 30),  # four slabs of a K/V head and two runs of segments
+    ],
+)
+def test_launches_and_memory_of_a_long_call(cuda, monkeypatch, settings, launches):
+    taken = []
+    monkeypatch.setattr(sys.modules["cupy"].cuda, "alloc", lambda n: taken.append(n) or SimpleNamespace(ptr=4096))
+    n = 2**17
+    s2o.attention(*[Array((1, heads, n, 128), ml_dtypes.bfloat16) for heads in (32, 8, 8)], **settings)
+    assert len(Kernel.launched) == launches
+    assert [Kernel.launched.count(name) for name in ("pool", "means_128", "factors_128")] in ([1, 0, 1], [1, 1, 0])
+    assert len(taken) == 1
+    assert taken[0] <= 1.25 * 2**30
 
 
 @pytest.mark.parametrize(

@@ -74,26 +74,52 @@ def test_row_tiles_side_by_side_on_hopper(monkeypatch, workspace):
     rounding.check_answer(p, SimpleNamespace(**{name: engine.host(x) for name, x in vars(whole).items()}), want)
 
 
-@pytest.mark.parametrize(("cap", "launches"), [(1.0, 3), (0.5, 3), (0.25, 4)])
-def test_scores_lie_where_an_order_will(monkeypatch, cap, launches):
-    """Parts of several K/V heads while what later heads fill of the order holds their scores, then small ones."""
+@pytest.mark.parametrize(("cap", "alone", "whole"), [(1.0, 3, 2), (0.5, 3, 3), (0.25, 4, 3)])
+def test_scores_lie_where_an_order_will(monkeypatch, cap, alone, whole):
+    """Parts of several K/V heads while what later heads fill of the order holds their scores, then small ones, whose
+    scores a whole call has behind its order."""
     p = Problem(2, 4, 2, 160, 192, 64, 64, "float16", Settings(segment=32, pool=64, rank="mean", cap=cap))
-    rng = np.random.default_rng(7)
-    q, k = (rng.standard_normal((2, h, n, 64)).astype(np.float16) for h, n in ((4, 160), (2, 192)))
-    orders, scored, whole = [], [], int(p.offsets(p.whole)[-1, -1])
+    head = 4 * 2 * int(p.history.sum())
+    made = [ranked(monkeypatch, p, part, "sm_90a") for part in (2**28, head)]  # all in one, a K/V head
+    for (order, call, _), (other_order, other_call, _) in [made]:
+        np.testing.assert_array_equal(order, other_order)
+        np.testing.assert_array_equal(call, other_call)
+    assert [launched.count("score_means_64") for _, _, launched in made] == [1 + 1, alone + whole]
+    assert [launched.count("means_64") for _, _, launched in made] == [2, 2]
 
-    def counted(kernel):
-        return lambda name, entry=None, *a, **m: scored.append(entry) or kernel(name, entry, *a, **m)
 
-    for part in (2**28, 4 * 2 * int(p.history.sum())):  # all in one, a K/V head
-        engine = emulated(monkeypatch, arch="sm_90a")
-        cuda = engine.backend
-        monkeypatch.setattr(cuda, "SCORE_BYTES", part)
-        monkeypatch.setattr(cuda, "LARGE_PART", 2 * 2 * 2 * int(p.history.sum()))  # two K/V heads
-        monkeypatch.setattr(cuda, "get_kernel", counted(engine.kernel))
-        order = engine.guards.empty(whole, np.int32)
-        cuda.rank(p, engine.place(q), engine.place(k), p.whole, engine.place(p.offsets(p.whole)), order)
-        assert engine.guards.broken() == []
-        orders.append(engine.host(order))
-    assert scored.count("score_means_64") == 1 + launches
-    np.testing.assert_array_equal(*orders)
+@pytest.mark.parametrize(("arch", "terms"), [("sm_90a", 15), ("sm_80", 7)])
+def test_representatives_are_made_once(monkeypatch, arch, terms):
+    """Also where one K/V head's scores are too many: a run of segments begins where a chunk of 64 rows does."""
+    p = Problem(1, 4, 2, 128, 128, 64, 64, "float16", Settings(segment=8, pool=16, rank_terms=terms, cap=0.5))
+    head = 4 * 2 * int(p.history.sum())
+    made = [ranked(monkeypatch, p, part, arch) for part in (2**28, head * 3 // 5)]
+    for (order, call, _), (other_order, other_call, _) in [made]:
+        np.testing.assert_array_equal(order, other_order)
+        np.testing.assert_array_equal(call, other_call)
+    scored = [sum(entry.startswith("score_") for entry in launched) for _, _, launched in made]
+    assert [launched.count("factors_64") for _, _, launched in made] == [2, 2]
+    assert scored == [2, 4 + 3]  # two runs of each of two K/V heads; in a whole call the first head is one part
+
+
+def ranked(monkeypatch, p, part: int, arch: str):
+    """The order of all lists, a whole call's answer, and what both launched; `part`: SCORE_BYTES."""
+    rng, launched = np.random.default_rng(7), []
+    engine = emulated(monkeypatch, arch=arch)
+    q, k, v = (
+        engine.place(rng.standard_normal((p.batch, h, n, 64)).astype(np.float16))
+        for h, n in ((p.heads_q, p.n_q), (p.heads_kv, p.n_k), (p.heads_kv, p.n_k))
+    )
+    cuda, kernel = engine.backend, engine.kernel
+    monkeypatch.setattr(cuda, "SCORE_BYTES", part)
+    monkeypatch.setattr(cuda, "_processors", lambda device: 3)
+    monkeypatch.setattr(
+        cuda,
+        "get_kernel",
+        lambda name, entry=None, *a, **m: launched.append(entry or name) or kernel(name, entry, *a, **m),
+    )
+    order, call = engine.guards.empty(int(p.offsets(p.whole)[-1, -1]), np.int32), engine.answer(p)
+    cuda.rank(p, q, k, p.whole, engine.place(p.offsets(p.whole)), order)
+    cuda.ranked(p, q, k, v, None, call, 2**30)
+    assert engine.guards.broken() == []
+    return engine.host(order), engine.host(call.out), launched
