@@ -21,9 +21,9 @@ __device__ __forceinline__ element_t from_sum(sum_t x) { return float_to_half(x)
 #endif
 #include "spread.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, BLOCKS = sizeof(sum_t) == 4 ? 6 : 4;  // of a multiprocessor: departures would take registers
 
-extern "C" __global__ void __launch_bounds__(THREADS) pool(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) pool(
     const element_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, element_t* __restrict__ k_mean,
     const element_t* __restrict__ v, long long v_batch, long long v_head, long long v_row, element_t* __restrict__ v_mean,
     sum_t* __restrict__ squares, int heads, int n_keys, int dim_qk, int dim_v, int blocks, int pool_size) {

@@ -1,8 +1,7 @@
 // score.cu: stage 1, last part. One score for each (order head, segment, history key): a tensor-core product of the
 // keys with every segment's rows (factor.cuh), summed up in registers.
 //   k        [batch, heads_kv, n_keys, dim]               T      element strides given, unit column stride
-//   rows     [order heads of the slab, segments, PER_LIST, WIDTH] T   mean query, then covariance factors; an order
-//            head's come `head_rows` after those of the one before
+//   rows     [order heads of the slab, segments, PER_LIST, WIDTH] T   mean query, then covariance factors
 //   mean     [order heads of the slab, segments, WIDTH]   float  scale * mean query; score_full alone reads it
 //   history  [segments of the slab]                       int32  keys [0, history) are scored
 //   starts   [segments of the slab + 1]                   int64  where a list's scores start in its head's
@@ -137,7 +136,7 @@ __device__ __forceinline__ void score_tile(
     const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,
     const half_t* __restrict__ rows, const float* __restrict__ mean, const int* __restrict__ history,
     const long long* __restrict__ starts, unsigned short* __restrict__ scores,
-    int heads_kv, int kv_start, int n_keys, int dim, int segments, int head_rows) {
+    int heads_kv, int kv_start, int n_keys, int dim, int segments) {
     extern __shared__ __align__(128) char shared_memory[];
     __shared__ int index[TILE_KEYS];
     constexpr int ROWS = PER_LIST == FULL ? WIDTH : PER_LIST == SQUARE ? 1 : PER_LIST;  // of a list
@@ -147,7 +146,7 @@ __device__ __forceinline__ void score_tile(
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, quad = lane & 3;
     const int first_key = blockIdx.x * TILE_KEYS, kv = kv_start + blockIdx.z;
     const int order_head = blockIdx.z * gridDim.y + blockIdx.y;
-    rows += (long long)order_head * head_rows * WIDTH;
+    rows += (long long)order_head * segments * ROWS * WIDTH;
     scores += order_head * starts[segments];
 
     const int first_list = first_list_at<THREADS>(history, segments, first_key);
@@ -221,9 +220,9 @@ __device__ __forceinline__ void score_tile(
         const half_t* __restrict__ k, long long k_batch, long long k_head, long long k_row, int aligned,                \
         const half_t* __restrict__ rows, const float* __restrict__ mean, const int* __restrict__ history,               \
         const long long* __restrict__ starts, unsigned short* __restrict__ scores, int heads_kv, int kv_start,          \
-        int n_keys, int dim, int segments, int head_rows) {                                                             \
+        int n_keys, int dim, int segments) {                                                                            \
         score_tile<PER_LIST>(k, k_batch, k_head, k_row, aligned, rows, mean, history, starts, scores, heads_kv,         \
-                             kv_start, n_keys, dim, segments, head_rows);                                               \
+                             kv_start, n_keys, dim, segments);                                                          \
     }
 SCORE(score_1, 1, 128)
 SCORE(score_8, 8, 64)

@@ -65,7 +65,7 @@ class Rows:
 
     @property
     def step(self) -> int:
-        """Segments whose rows fill chunks of 64, as they lie on Hopper (kernels/tiled.cuh)."""
+        """Segments whose rows fill a chunk of kernels/tiled.cuh."""
         return max(64 // self.per_list, 1)
 
 
@@ -259,7 +259,7 @@ def _lean(p: Problem) -> bool:
 
 def _rows_at_once(tape: Tape, p: Problem, slab: Slab, q) -> Rows | None:
     """Representatives of all of a slab's lists; None where each part has to make its own."""
-    if not _lean(p) or not slab.size or _row_bytes(p, slab) > ROW_BYTES:
+    if not _lean(p) or not _hopper(p) or not slab.size or _row_bytes(p, slab) > ROW_BYTES:
         return None
     (heads, *_), per_list = _row_shape(p, slab)
     first = max(slab.segment_stop - 64 // per_list, slab.segment_start)  # the longest run whose rows fill a chunk
@@ -365,18 +365,19 @@ def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None, rows: 
         grid = (-(-longest // 32), segments, heads)
         tape.launch(kernel, grid, 256, (*keys, mean, *lengths, *map(np.int32, sizes)), shared)
         return
-    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments, rows.head_rows)))
+    sizes = tuple(map(np.int32, (p.heads_kv, slab.kv_start, p.n_k, p.dim_qk, segments)))
+    pitch = np.int32(rows.head_rows)
     if _hopper(p) and per_list == 1:
         kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_means_{width}")
         block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
         grid = (-(-longest // PART_KEYS), -(-segments // block), heads)
         parts = (ranges or _ranges(tape, p, slab, longest), np.int32(p.orders), np.int32(PART_KEYS))
-        tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes, *parts), shared)
+        tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes, pitch, *parts), shared)
     elif _hopper(p):
         kernel, macros = _kernel("score_sm90", p.dtype, p.dim_qk, f"score_{per_list}_{width}")
         block, shared = macros["TILE_KEYS"], kernels.score_sm90_shared_bytes(macros, width)
         grid = (p.orders, -(-longest // block), heads // p.orders)
-        tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes), shared)
+        tape.launch(kernel, grid, 2 * block + 32, (*keys, *lengths, *sizes, pitch), shared)
     else:
         kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_full" if full else f"score_{per_list}")
         block = 32 * macros["WARPS"]
@@ -423,7 +424,7 @@ def _score_mixture(tape: Tape, p: Problem, slab: Slab, q, k, scores) -> None:
     kernel, macros = _kernel("score", p.dtype, p.dim_qk, "score_square")
     block, shared, kv_heads = 32 * macros["WARPS"], kernels.score_shared_bytes(macros), heads // p.orders
     grid = (-(-longest // block), p.orders, kv_heads)
-    tape.launch(kernel, grid, block, (*keys, variance, None, *lengths, *sizes, sizes[-1]), shared)
+    tape.launch(kernel, grid, block, (*keys, variance, None, *lengths, *sizes), shared)
 
     last, parts, part_keys = (np.int32(per_list), unit), -(-longest // PART_KEYS), np.int32(PART_KEYS)
     partial = tape.room((heads, parts, head_rows, 2), np.float32)
