@@ -192,15 +192,14 @@ def as_settings(settings, **changes) -> Settings:
         raise TypeError(f"settings is a {type(settings).__name__}; allowed: Settings, or its fields as keywords")
     if not changes:
         return settings
-    if all(type(value) in _PLAIN for value in changes.values()):  # checks cost more than launches: once is enough
-        return _changed(settings, tuple((name, type(value), value) for name, value in changes.items()))
+    if _PLAIN.issuperset(map(type, changes.values())):  # checks cost more than launches: once is enough
+        return _changed(settings, **changes)
     return settings.replace(**changes)
 
 
-@functools.lru_cache(maxsize=256)
-def _changed(settings: Settings, changes: tuple) -> Settings:
-    """The types are part of the key, because True equals 1."""
-    return settings.replace(**{name: value for name, _, value in changes})
+@functools.lru_cache(maxsize=256, typed=True)  # True equals 1
+def _changed(settings: Settings, **changes) -> Settings:
+    return settings.replace(**changes)
 
 
 def integer(name: str, value, low: int, high: int, also: str = "") -> int:
@@ -235,4 +234,4 @@ def _tau(value) -> float | tuple[float, ...]:
 
 
 _DEFAULTS = Settings()
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = frozenset((bool, int, float, str, type(None)))

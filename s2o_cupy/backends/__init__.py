@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from functools import cache, lru_cache
+import sys
+from functools import cache
 from types import ModuleType
 
 import numpy as np
@@ -39,9 +40,10 @@ def get(name: str | None, arrays: dict) -> ModuleType:
         _require_current(where, x.device)
     if name == "cuda":
         for where, x in arrays.items():
-            _require_rows(where, x.shape, x.strides, x.itemsize)
+            if x.strides[-1] != x.itemsize or abs(x.strides[-2]) >= 2**31:
+                _require_rows(where, x.shape, x.strides, x.itemsize)
     called_on(name)
-    return importlib.import_module(NAMES[name])
+    return sys.modules.get(NAMES[name]) or importlib.import_module(NAMES[name])
 
 
 def _require_current(where: str, device) -> None:
@@ -55,7 +57,6 @@ def _require_current(where: str, device) -> None:
         )
 
 
-@lru_cache(maxsize=256)
 def _require_rows(where: str, shape: tuple, strides: tuple, itemsize: int) -> None:
     """Refuse rows that the CUDA kernels cannot read: they would have to be copied."""
     if shape[-1] > 1 and strides[-1] != itemsize:

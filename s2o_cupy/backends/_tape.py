@@ -119,11 +119,12 @@ class Tape:
         self._addresses = self._values.ctypes.data + 8 * (np.array(slots, np.int64) % max(len(self._values), 1))
         start = iter((self._addresses.ctypes.data + 8 * np.array(starts, np.int64)).tolist())
         self._ready = [[(launch, next(start)) for launch, _ in step] for step in self._steps if step]
+        self._together = [[launch for step in self._ready for launch in step]]
 
     def run(self, stream: int, addresses: list[int], after: Callable[[int], None] | None = None) -> None:
         """Launch on a stream, given the addresses of arrays, then rooms; call `after` with the number of each step."""
         addresses = [*addresses, 0]  # kept arrays are counted from 0
-        for number, launches in enumerate(self._ready):
+        for number, launches in enumerate(self._together if after is None else self._ready):
             with self._lock:  # the driver copies arguments at each launch
                 self._write(self._values, 0, *[addresses[index] + offset for index, offset in self._places])
                 for launch, arguments in launches:
