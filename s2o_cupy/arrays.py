@@ -24,9 +24,11 @@ def on_host(x) -> np.ndarray:
 
 def native(name: str, x):
     """`x` as a NumPy or CuPy array over the same memory; anything that would need a copy is refused."""
-    if isinstance(x, np.ma.MaskedArray):
+    if _is_cupy(x):
+        view = x
+    elif isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array; allowed: a plain array (its mask would be ignored)")
-    if isinstance(x, np.ndarray) or _is_cupy(x):
+    elif isinstance(x, np.ndarray):
         view = x
     elif hasattr(x, "__dlpack__"):
         try:

@@ -120,7 +120,7 @@ class Problem:
         """Keys, its own the last, that a causal query may see: all of them without a window."""
         return min(self.settings.window or self.n_k, self.n_k)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Keys of the longest history."""
         return int(self.history[-1]) if self.segments else 0
