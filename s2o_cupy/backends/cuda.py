@@ -7,7 +7,6 @@ is to find it, take its workspace and launch.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -45,9 +44,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Rows:
-    """Representatives of a slab's lists on the device, `per_list` rows of `width` each, `head_rows` an order head.
+    """Representatives of a slab's lists: `per_list` rows of `width`, `head_rows` of them an order head.
 
-    mean: stage 1 of the full covariance alone has one.
+    mean: with the full covariance alone; step: segments, multiples of which from the slab's first a part may start at.
     """
 
     slab: Slab
@@ -56,17 +55,13 @@ class Rows:
     per_list: int
     head_rows: int
     width: int
+    step: int
 
     def of(self, p: Problem, part: Slab) -> Place:
-        """Where those of a part's lists start; its first segment is a multiple of `step` from the slab's."""
+        """Where those of a part start."""
         row = (part.kv_start - self.slab.kv_start) * p.orders * self.head_rows
         row += (part.segment_start - self.slab.segment_start) * self.per_list
         return replace(self.data, offset=self.data.offset + row * self.width * np.dtype(_type(p)).itemsize)
-
-    @property
-    def step(self) -> int:
-        """Segments whose rows fill a chunk of kernels/tiled.cuh."""
-        return max(64 // self.per_list, 1)
 
 
 def ranked(problem: Problem, q, k, v, query_order, result, workspace: int, progress=None) -> None:
@@ -175,11 +170,12 @@ def _ranked(tape: Tape, p: Problem, _, q, k, v, out, query_order, lse, tiles, ta
     before = tape.top
     for slab in slabs:
         rows, offsets = all_rows or _rows_at_once(tape, p, slab, q), p.offsets(slab)
-        order, behind = -(-4 * int(offsets[-1, -1]) // 256) * 256, _most_scores(p, slab, rows)
+        parts = p.split(slab, SCORE_BYTES, "history", rows.step if rows else 1)
+        order, behind = -(-4 * int(offsets[-1, -1]) // 256) * 256, max(_score_bytes(p, part) for part in parts)
         kv_offsets, start = _kept(tape, offsets), tape.top
         kv_order = tape.room((order + behind) // 4, np.int32)
         _rank(tape, p, slab, q, k, kv_offsets, kv_order, order + behind, rows)
-        tape.top = start + order
+        tape.top = start + order  # what was behind it is free again
         stats = (lse, tiles, tail_blocks, tail_mass)
         _attend(tape, p, slab, q, k, v, out, kv_offsets, kv_order, query_order, *pooled, *stats)
         tape.end_step()
@@ -187,11 +183,9 @@ def _ranked(tape: Tape, p: Problem, _, q, k, v, out, query_order, lse, tiles, ta
 
 
 def _rank(tape: Tape, p: Problem, slab: Slab, q, k, kv_offsets, kv_order, nbytes: int = 0, rows: Rows | None = None):
-    """`nbytes`: of the order and of what lies behind it for scores; `rows`: made already."""
+    """`nbytes`: of the order and of what lies behind it, where that is for scores; `rows`: made already."""
     rows = rows or _rows_at_once(tape, p, slab, q)
-    if kv_order.aligned:
-        nbytes = nbytes or _list_bytes(p, slab, p.listed)
-    for part, offsets, start in _parts(p, slab, kv_offsets, nbytes, rows):
+    for part, offsets, start in _parts(p, slab, kv_offsets, kv_order, nbytes, rows):
         history, starts, _, longest = _lists(p, part)
         size, before = _score_count(p, part), tape.top
         if longest:
@@ -205,20 +199,19 @@ def _rank(tape: Tape, p: Problem, slab: Slab, q, k, kv_offsets, kv_order, nbytes
             tape.top = before
 
 
-def _parts(p: Problem, slab: Slab, kv_offsets, nbytes: int, rows: Rows | None):
-    """Parts of a slab, their offsets, and where in the order's `nbytes` their scores start; None: elsewhere.
+def _parts(p: Problem, slab: Slab, kv_offsets, kv_order: Place, nbytes: int, rows: Rows | None):
+    """Parts of a slab, their offsets, and where in the order's memory their scores start; None: elsewhere.
 
     Launches of long lists end with idle multiprocessors, so parts are great where they cost nothing: where scores fit
     between what they and earlier heads fill of the order and its end. What is left goes SCORE_BYTES at a time.
     """
     heads, segments, done = slab.kv_stop - slab.kv_start, slice(0, slab.segments + 1), 0
-    listed, counted, scores, kept = (
-        n // max(heads, 1)
-        for n in (*(_list_bytes(p, slab, x) for x in (p.listed, p.history)), _score_bytes(p, slab), _row_bytes(p, slab))
+    listed, counted = (
+        4 * p.orders * int(x[slab.segment_start : slab.segment_stop].sum()) for x in (p.listed, p.history)
     )
-    end = nbytes // 128 * 128  # scores of a list are a multiple of that
-    while _few_rooms(p):
-        more = min(heads - done, (end - done * listed) // max(listed + scores, 1), ROW_BYTES // max(kept, 1))
+    scores, end = _score_bytes(p, slab) // max(heads, 1), (nbytes or heads * listed) // 128 * 128  # as scores are
+    while rows and kv_order.aligned and _no_scratch(p):
+        more = min(heads - done, (end - done * listed) // max(listed + scores, 1))
         if more * counted <= SCORE_BYTES:
             break
         part = replace(slab, kv_start=slab.kv_start + done, kv_stop=slab.kv_start + done + more)
@@ -231,53 +224,34 @@ def _parts(p: Problem, slab: Slab, kv_offsets, nbytes: int, rows: Rows | None):
         yield part, offsets, start if start >= heads * listed else None
 
 
-def _most_scores(p: Problem, slab: Slab, rows: Rows | None) -> int:
-    """Bytes of the scores of SCORE_BYTES."""
-    parts = p.split(slab, SCORE_BYTES, "history", rows.step if rows else 1)
-    return max((_score_bytes(p, part) for part in parts), default=0)
-
-
-def _list_bytes(p: Problem, slab: Slab, keys: np.ndarray) -> int:
-    """Four a key of a slab's lists, of which each has as many as `keys` says."""
-    return 4 * (slab.kv_stop - slab.kv_start) * p.orders * int(keys[slab.segment_start : slab.segment_stop].sum())
-
-
-def _few_rooms(p: Problem) -> bool:
-    """Whether a part needs little memory beside its scores: rows, no moments, no exponentials' sums, no scratch."""
-    if not _lean(p) or not p.settings.rank_levels:
-        return False
-    listed = int(p.listed.max(initial=0))
-    return kernels.remap_fit(p.settings.rank_levels, p.longest, listed, device_target()) is not None
-
-
-def _lean(p: Problem) -> bool:
-    """Whether one kernel makes representatives of queries, without scratch."""
-    if p.settings.rank == "mixture" or p.dtype not in _HALVES:
-        return False
-    return not p.terms or _one_block(p, kernels.rank_width(p.dim_qk))
+def _no_scratch(p: Problem) -> bool:
+    """Whether remap needs no memory beside scores and order."""
+    levels, listed = p.settings.rank_levels or 0, int(p.listed.max(initial=0))
+    return kernels.remap_fit(levels, p.longest, listed, device_target()) is not None
 
 
 def _rows_at_once(tape: Tape, p: Problem, slab: Slab, q) -> Rows | None:
-    """Representatives of all of a slab's lists; None where each part has to make its own."""
-    if not _lean(p) or not _hopper(p) or not slab.size or _row_bytes(p, slab) > ROW_BYTES:
+    """Representatives of all of a slab's lists, where one kernel makes them without scratch; None: by part."""
+    width = kernels.rank_width(p.dim_qk)
+    if p.settings.rank == "mixture" or p.dtype not in _HALVES or (p.terms and not _one_block(p, width)):
         return None
-    (heads, *_), per_list = _row_shape(p, slab)
-    first = max(slab.segment_stop - 64 // per_list, slab.segment_start)  # the longest run whose rows fill a chunk
-    run = _list_bytes(p, Slab(0, 1, first, slab.segment_stop), p.history)
-    return _representatives(tape, p, slab, q) if heads < 2**16 and 0 < run <= SCORE_BYTES else None
+    heads, head_rows, step, _ = _row_sizes(p, slab)
+    run = p.history[slab.segment_start : slab.segment_stop][-step:]  # no part is less than such a run of a K/V head
+    fits = 2 * heads * head_rows * width <= ROW_BYTES and 0 < 4 * p.orders * int(run.sum()) <= SCORE_BYTES
+    return _representatives(tape, p, slab, q) if fits and heads < 2**16 else None
 
 
-def _row_shape(p: Problem, slab: Slab) -> tuple[tuple[int, int, int], int]:
-    """Representatives of a slab: order heads, rows of one, columns; and how many a list has."""
-    halves, terms = p.dtype in _HALVES, p.terms
-    width = kernels.rank_width(p.dim_qk) if halves else p.dim_qk
-    per_list = width if _full(p) else next(n for n in (1, 8, 16, 32, 64) if 1 + terms <= n) if halves else 1 + terms
+def _row_sizes(p: Problem, slab: Slab) -> tuple[int, int, int, int]:
+    """Of a slab's representatives: order heads, rows of one, `step` as in `Rows`, rows of a list."""
+    heads, halves, terms = (slab.kv_stop - slab.kv_start) * p.orders, p.dtype in _HALVES, p.terms
+    if _full(p):
+        per_list = kernels.rank_width(p.dim_qk) if halves else p.dim_qk
+    else:
+        per_list = next(n for n in (1, 8, 16, 32, 64) if 1 + terms <= n) if halves else 1 + terms
     rows = slab.segments * per_list
-    return ((slab.kv_stop - slab.kv_start) * p.orders, -(-rows // 64) * 64 if _hopper(p) else rows, width), per_list
-
-
-def _row_bytes(p: Problem, slab: Slab) -> int:
-    return math.prod(_row_shape(p, slab)[0]) * np.dtype(_type(p)).itemsize if p.settings.rank != "mixture" else 0
+    if _hopper(p):  # whole chunks of 64
+        return heads, -(-rows // 64) * 64, 64 // per_list, per_list
+    return heads, rows, slab.segments, per_list
 
 
 def _hopper(p: Problem) -> bool:
@@ -308,9 +282,9 @@ def _representatives(tape: Tape, p: Problem, slab: Slab, q) -> Rows:
     halves, terms, full = p.dtype in _HALVES, p.terms, _full(p)
     if full and terms < p.dim_qk:
         raise ValueError(f"rank_terms is {p.settings.rank_terms}; the CUDA backend supports 1 to 63, or None")
-    segments, (shape, per_list) = slab.segments, _row_shape(p, slab)
-    heads, head_rows, width = shape
-    lists, rows = heads * segments, tape.room(shape, _type(p))
+    width, segments = kernels.rank_width(p.dim_qk) if halves else p.dim_qk, slab.segments
+    heads, head_rows, step, per_list = _row_sizes(p, slab)
+    lists, rows = heads * segments, tape.room((heads, head_rows, width), _type(p))
     members, order_start = p.group // p.orders, slab.kv_start * p.orders
     sizes = (p.heads_order, members, order_start, p.n_q, p.dim_qk, p.settings.segment, slab.segment_start)
     queries = (q, *q.strides, *([np.int32(q.aligned)] if halves else []))
@@ -344,7 +318,7 @@ def _representatives(tape: Tape, p: Problem, slab: Slab, q) -> Rows:
         arguments = (totals, counts, moment, rows, mean, *map(np.int32, sizes), np.float32(p.scale))
         kernel, _ = _kernel("moments" if halves else "score_simt", p.dtype, entry="factor")
         tape.launch(kernel, (lists,), 512, arguments, shared)
-    return Rows(slab, rows, mean, per_list, head_rows, width)
+    return Rows(slab, rows, mean, per_list, head_rows, width, step)
 
 
 def _score(tape: Tape, p: Problem, slab: Slab, q, k, scores, ranges=None, rows: Rows | None = None) -> None:

@@ -74,17 +74,21 @@ def test_row_tiles_side_by_side_on_hopper(monkeypatch, workspace):
     rounding.check_answer(p, SimpleNamespace(**{name: engine.host(x) for name, x in vars(whole).items()}), want)
 
 
-@pytest.mark.parametrize(("cap", "alone", "whole"), [(1.0, 3, 2), (0.5, 3, 3), (0.25, 4, 3)])
-def test_scores_lie_where_an_order_will(monkeypatch, cap, alone, whole):
+@pytest.mark.parametrize(
+    ("arch", "cap", "alone", "whole"),
+    [("sm_90a", 1.0, 3, 2), ("sm_90a", 0.5, 3, 3), ("sm_90a", 0.25, 4, 3), ("sm_80", 1.0, 3, 2)],
+)
+def test_scores_lie_where_an_order_will(monkeypatch, arch, cap, alone, whole):
     """Parts of several K/V heads while what later heads fill of the order holds their scores, then small ones, whose
     scores a whole call has behind its order."""
+    scored = "score_means_64" if arch == "sm_90a" else "score_1"
     p = Problem(2, 4, 2, 160, 192, 64, 64, "float16", Settings(segment=32, pool=64, rank="mean", cap=cap))
     head = 4 * 2 * int(p.history.sum())
-    made = [ranked(monkeypatch, p, part) for part in (2**28, head)]  # all in one, a K/V head
+    made = [ranked(monkeypatch, p, part, arch) for part in (2**28, head)]  # all in one, a K/V head
     for (order, call, _), (other_order, other_call, _) in [made]:
         np.testing.assert_array_equal(order, other_order)
         np.testing.assert_array_equal(call, other_call)
-    assert [launched.count("score_means_64") for _, _, launched in made] == [1 + 1, alone + whole]
+    assert [launched.count(scored) for _, _, launched in made] == [1 + 1, alone + whole]
     assert [launched.count("means_64") for _, _, launched in made] == [2, 2]
 
 
@@ -102,10 +106,10 @@ def test_representatives_are_made_once(monkeypatch, terms):
     assert scored == [2, 4 + 3]  # two runs of each of two K/V heads; in a whole call the first head is one part
 
 
-def ranked(monkeypatch, p, part: int):
+def ranked(monkeypatch, p, part: int, arch: str = "sm_90a"):
     """The order of all lists, a whole call's answer, and what both launched; `part`: SCORE_BYTES."""
     rng, launched = np.random.default_rng(7), []
-    engine = emulated(monkeypatch, arch="sm_90a")
+    engine = emulated(monkeypatch, arch=arch)
     q, k, v = (
         engine.place(rng.standard_normal((p.batch, h, n, 64)).astype(np.float16))
         for h, n in ((p.heads_q, p.n_q), (p.heads_kv, p.n_k), (p.heads_kv, p.n_k))
