@@ -136,7 +136,7 @@ def test_the_sanitizer_meets_the_kernels_of_every_stage(cuda):
         launch_all(cuda, sanitize["problem"](case))
     met = """means_128 factors_128 moments_256 factor score_16_128 score_means_128 moments score
         centres score_square normalise join_parts score_mixture remap remap_narrow remap_digits
-        pool departures running_sums lifts attend attend_sm90 attend_simt"""
+        pool running_sums lifts attend attend_sm90 attend_simt"""
     assert set(met.split()) <= set(Kernel.launched)
 
 
