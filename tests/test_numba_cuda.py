@@ -197,6 +197,36 @@ def test_exact_scores_order_bitwise(scores, levels, cap):
     properties.exact_scores_order_bitwise(NUMBA, scores, rank_levels=levels, cap=cap)
 
 
+@simulator
+@pytest.mark.parametrize("levels", [None, 3, 1024, 65536])
+@pytest.mark.parametrize("cap", [1.0, 0.3])
+def test_lists_of_more_than_a_chunk(levels, cap):
+    """In the simulator a chunk is 68 items, or 36 of an exact order; the last one of a list is filled up."""
+    rng, keys = np.random.default_rng(4), 150
+    scores = np.stack([rng.standard_normal(keys), np.round(3 * rng.standard_normal(keys)), np.ones(keys)])
+    scores[1, ::11], scores[1, 1::13], scores[1, 2::17] = np.inf, np.nan, -np.inf
+    check_remap(scores.astype(np.float32), levels, cap)
+
+
+@simulator
+@pytest.mark.parametrize("levels", [None, 1024])
+def test_remap_of_scores_farther_apart_than_a_float(levels):
+    check_remap(np.array([[1, 3e38, -2, -3e38, 0]], np.float32), levels)
+
+
+def check_remap(scores, levels, cap=1.0):
+    """One list a head, beside the reference's."""
+    heads, keys = scores.shape
+    chosen = Settings(causal=False, segment=4, rank_levels=levels, cap=cap)
+    problem = Problem(1, heads, heads, 4, keys, 2, 2, "float32", chosen)
+    offsets = problem.offsets(problem.whole)
+    order = np.full(int(offsets[-1, -1]), -1, np.int32)
+    backends.get("numba", {"q": scores}).remap(problem, scores, problem.whole, offsets, order)
+    with np.errstate(over="ignore"):
+        wanted = [reference.remap(x, int(problem.listed[0]), levels) for x in scores]
+    np.testing.assert_array_equal(order, np.concatenate(wanted))
+
+
 def wide_case(dim, dtype="float32", rows=12, **changes):
     rng = np.random.default_rng(5)
     q, k, v = (rng.standard_normal((1, h, rows, dim)).astype(DTYPES[dtype]) for h in (2, 1, 1))
@@ -208,11 +238,7 @@ def wide_case(dim, dtype="float32", rows=12, **changes):
 @pytest.mark.parametrize("levels", [None, 3, 1024])
 def test_remap_of_zeros_of_both_signs_infinities_and_nan(levels):
     scores = np.array([[-0.0, 0.0, np.nan, 1, np.inf, -0.0, -1, -np.inf, np.nan, 1, -np.inf, np.inf]], np.float32)
-    problem = Problem(1, 1, 1, 4, 12, 2, 2, "float32", Settings(causal=False, segment=4, rank_levels=levels))
-    order = np.full(12, -1, np.int32)
-    engine = backends.get("numba", {"q": scores})
-    engine.remap(problem, scores, problem.whole, problem.offsets(problem.whole), order)
-    np.testing.assert_array_equal(order, reference.remap(scores[0], 12, levels))
+    check_remap(scores, levels)
 
 
 @simulator
@@ -405,7 +431,7 @@ def test_a_twin_is_short_and_says_what_it_is(path):
     assert len(text.splitlines()) < 150
     header = ast.get_docstring(ast.parse(text))
     assert header.startswith(f"{path.name}: ")
-    assert "REAL" in header or path.stem == "remap_numba"
+    assert re.search("REAL|ITEM", header)
     if path.stem in ("pool_numba", "score_numba", "remap_numba", "attend_numba", "mixture_numba"):
         assert re.search(r"^(norm: )?grid \(.+block .+", header, re.M), "says how it is launched"
 
@@ -439,8 +465,8 @@ needs_numba_cuda = pytest.mark.skipif(
 )
 
 
-def array(dtype, axes):
-    return numba.types.Array(dtype, axes, "A")
+def array(dtype, axes, layout="A"):
+    return numba.types.Array(dtype, axes, layout)
 
 
 def signature(kernel: str, x, real):
@@ -450,7 +476,8 @@ def signature(kernel: str, x, real):
     tuples = [numba.types.UniTuple(i64, n) for n in (3, 9)]
     plan = [array(i32, 1), array(i64, 2), array(i32, 3)]
     answers = [array(t, n) for t, n in ((x, 4), (real, 3), (i32, 3), (i32, 3), (f32, 3))]
-    order = [array(t, n) for t, n in ((f32, 2), (u32, 2), (i32, 1), (i64, 2), (i32, 1), (i64, 3))]
+    item = i64 if kernel == "exact" else i32
+    order = [array(t, n, "C") for t, n in ((f32, 2), (u32, 2), (i32, 1), (i64, 2), (i32, 1), (item, 3))]
     return {
         "pool": (array(x, 4), array(real, 4), i64),
         "departures": (array(x, 4), *[array(real, 4)] * 2, i64),
@@ -458,16 +485,16 @@ def signature(kernel: str, x, real):
         "score": (array(x, 4), array(real, 3), array(i32, 1), array(f32, 2), i64, i64, real),
         "norm": (*mixture, array(real, 2), i64, i64, real),
         "mixture": (*mixture, array(real, 2), array(f32, 2), i64, i64, real),
-        "remap": (*order, i64, i64),
+        "remap": (*order, i64, i64, i64),
         "attend": (*[array(x, 4)] * 3, *[array(real, 4)] * 3, *plan, array(real, 1), *answers, *tuples, real),
-    }["attend" if kernel == "spread" else kernel]
+    }[{"spread": "attend", "exact": "remap"}.get(kernel, kernel)]
 
 
 @needs_numba_cuda
 @pytest.mark.parametrize("cc", [(7, 5), (8, 0), (9, 0)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
 @pytest.mark.parametrize(
-    "kernel", ["pool", "departures", "running", "score", "norm", "mixture", "remap", "attend", "spread"]
+    "kernel", ["pool", "departures", "running", "score", "norm", "mixture", "remap", "exact", "attend", "spread"]
 )
 def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
     from numba import cuda
@@ -476,17 +503,22 @@ def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
     # Compiling a device function asks for the current device, which is all that would need a driver.
     here = SimpleNamespace(compute_capability=cc)
     monkeypatch.setattr("numba.cuda.dispatcher.get_current_device", lambda: here)
-    files = {"norm": "mixture", "departures": "pool", "running": "pool", "spread": "attend"}
-    module, maker = twin(files.get(kernel, kernel)), f"{'attend' if kernel == 'spread' else kernel}_kernel"
     real = numba.float64 if dtype == "float64" else numba.float32
-    sizes = {"attend": (64, False), "spread": (64, True)}.get(
-        kernel, () if files.get(kernel, kernel) == "pool" else (64,)
-    )
-    made = module.remap if kernel == "remap" else getattr(module, maker).__wrapped__(real, *sizes)
+    file, maker, *sizes = {
+        "departures": ("pool", "departures_kernel", real),
+        "running": ("pool", "running_kernel", real),
+        "pool": ("pool", "pool_kernel", real),
+        "norm": ("mixture", "norm_kernel", real, 64),
+        "remap": ("remap", "remap_kernel", numba.int32, 256),
+        "exact": ("remap", "remap_kernel", numba.int64, 256),
+        "attend": ("attend", "attend_kernel", real, 64, False),
+        "spread": ("attend", "attend_kernel", real, 64, True),
+    }.get(kernel, (kernel, f"{kernel}_kernel", real, 64))
+    made = getattr(twin(file), maker).__wrapped__(*sizes)
     x = getattr(cuda_types, dtype)
     ptx, _ = cuda.compile_ptx(made.py_func, signature(kernel, x, real), cc=cc)
     assert f".target sm_{cc[0]}{cc[1]}" in ptx
-    assert (".f64" in ptx) == (dtype == "float64" and kernel != "remap"), "float32 work must not widen to float64"
+    assert (".f64" in ptx) == (dtype == "float64" and file != "remap"), "float32 work must not widen to float64"
 
 
 @needs_numba_cuda
@@ -504,7 +536,7 @@ def test_a_compiled_kernel_is_kept_on_disk(monkeypatch, tmp_path, dtype):
     monkeypatch.setattr(dispatcher._Kernel, "bind", lambda kernel: kernel._codelibrary.get_cubin(cc=(9, 0, "a")))
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     kinds = (np.dtype(DTYPES[dtype]), 4), (np.dtype(np.float32), 4), int
-    made, read = (_compiled.__wrapped__(twin("pool").pool_kernel(numba.float32), kinds, 0) for _ in range(2))
+    made, read = (_compiled.__wrapped__(twin("pool").pool_kernel(numba.float32), kinds, 0, "A") for _ in range(2))
     assert list(tmp_path.glob("*/*.nbc"))
     for kernel, hits in ((made, 0), (read, 1)):
         assert sum(kernel.stats.cache_hits.values()) == hits

@@ -139,15 +139,17 @@ def _centres(p: Problem, xp, x):
 
 def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
     """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
-    xp, levels, kernels = namespace(scores), problem.settings.rank_levels or 0, twin("remap")
-    history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
+    xp, levels, kernels, codes = namespace(scores), problem.settings.rank_levels or 0, twin("remap"), twin("items")
     threads = _THREADS if SIMULATED else kernels.THREADS
-    runs = -(-scores.shape[1] // threads)
-    scratch = xp.empty((2, len(scores), threads << max(runs - 1, 0).bit_length()), np.int64)
-    passes = -(-((levels + 1).bit_length() if levels else 32) // kernels.DIGIT_BITS)
-    grid = (slab.segments, kv_offsets.shape[0])
-    arrays = (scores, scores.view(np.uint32), history, kv_offsets, kv_order, scratch)
-    _launch(kernels.remap, grid, threads, *arrays, levels, passes)
+    passes, key_bits = codes.passes_for(levels), scores.shape[1].bit_length()
+    item = numba.int32 if codes.none_of(passes).bit_length() + key_bits < 32 else numba.int64
+    chunk = threads * kernels.run_of(item)
+    scratch = xp.empty((2, len(scores), -(-scores.shape[1] // chunk) * chunk), np.dtype(str(item)))
+    history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
+    offsets = xp.ascontiguousarray(kv_offsets)
+    arrays = (scores, scores.view(np.uint32), history, offsets, kv_order, scratch)
+    grid = (slab.segments, len(offsets))
+    _launch(kernels.remap_kernel(item, threads), grid, threads, *arrays, levels, passes, key_bits, layout="C")
 
 
 def pool(problem: Problem, k, v):
@@ -220,8 +222,11 @@ def _width(dim: int) -> int:
     return dim if SIMULATED else next(width for width in _WIDTHS if dim <= width)
 
 
-def _launch(kernel, grid, threads: int, *arguments) -> None:
-    """Launch on CuPy's current device and stream, or run in the simulator; an empty grid is no launch."""
+def _launch(kernel, grid, threads: int, *arguments, layout: str = "A") -> None:
+    """Launch on CuPy's current device and stream, or run in the simulator; an empty grid is no launch.
+
+    Arrays are compiled for any strides, or with layout "C" as contiguous, which spares a product an index.
+    """
     if not all(grid):
         return
     if SIMULATED:
@@ -231,13 +236,13 @@ def _launch(kernel, grid, threads: int, *arguments) -> None:
 
     device, stream = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr
     with cuda.gpus[device]:
-        compiled = _compiled(kernel, tuple(map(_kind, arguments)), device)
+        compiled = _compiled(kernel, tuple(map(_kind, arguments)), device, layout)
         _configured(compiled, grid, threads, stream)(*map(_handed, arguments))
 
 
 @cache
-def _compiled(kernel, kinds: tuple, device: int):
-    """The kernel for arguments of these kinds, from Numba's disk cache where it is there; any strides share one."""
+def _compiled(kernel, kinds: tuple, device: int, layout: str):
+    """The kernel for arguments of these kinds, from Numba's disk cache where it is there; one for each layout."""
     from numba.cuda.np.numpy_support import from_dtype  # of numba-cuda, which knows bfloat16
 
     def type_of(kind):
@@ -245,9 +250,11 @@ def _compiled(kernel, kinds: tuple, device: int):
             return numba.int64
         if isinstance(kind, int):
             return numba.types.UniTuple(numba.int64, kind)
-        return from_dtype(kind) if isinstance(kind, np.dtype) else numba.types.Array(from_dtype(kind[0]), kind[1], "A")
+        return (
+            from_dtype(kind) if isinstance(kind, np.dtype) else numba.types.Array(from_dtype(kind[0]), kind[1], layout)
+        )
 
-    function = _named(kernel.py_func, kinds)
+    function = _named(kernel.py_func, (layout, *kinds))
     kept = Path(function.__code__.co_filename).is_file()
     # bfloat16's conversions are linked in LLVM IR; the rest here does not gain from that, and it compiles twice.
     links = any("bfloat16" in str(kind) for kind in kinds)

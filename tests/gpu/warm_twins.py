@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 DTYPES, DIMS = ("bfloat16", "float64", "float32", "float16"), (256, 128, 64)
-STAGES = ("attend", "spread", "gaussian", "mixture", "pool", "remap")
+STAGES = ("attend", "spread", "gaussian", "mixture", "pool", "remap", "exact")
 
 
 def compile_one(stage: str, dtype: str, dim: int) -> float:
@@ -30,7 +30,10 @@ def compile_one(stage: str, dtype: str, dim: int) -> float:
     q = np.random.default_rng(0).standard_normal((1, 1, 24, dim)).astype(getattr(ml_dtypes, dtype, dtype))
     q = cupy.asarray(q)
     rank = stage if stage in ("gaussian", "mixture") else "mean"
-    chosen = Settings(segment=8, block_q=8, block_k=4, pool=4, rank=rank, rank_terms=3, tail="spread")
+    levels = None if stage == "exact" else 1024
+    chosen = Settings(
+        segment=8, block_q=8, block_k=4, pool=4, rank=rank, rank_terms=3, tail="spread", rank_levels=levels
+    )
     p = make_problem(q, q, q, chosen)
     if stage == "attend":
         import s2o_cupy as s2o
@@ -44,7 +47,7 @@ def compile_one(stage: str, dtype: str, dim: int) -> float:
         s2o.attend(q, q, q, plan, backend="numba")
     elif stage == "pool":
         numba_cuda.pool(p, q, q)
-    elif stage == "remap":
+    elif stage in ("remap", "exact"):
         offsets = cupy.asarray(p.offsets(p.whole))
         scores = cupy.zeros((p.segments, int(p.history.max())), "float32")
         numba_cuda.remap(p, scores, p.whole, offsets, cupy.empty(int(offsets[-1, -1]), "int32"))
@@ -57,7 +60,7 @@ def compile_one(stage: str, dtype: str, dim: int) -> float:
 def jobs() -> list[tuple[str, str, int]]:
     """(stage, dtype, head dim) of every kernel, the longest to compile first."""
     wide = [(stage, dtype, dim) for stage in STAGES[:4] for dim in DIMS for dtype in DTYPES]
-    return [("remap", "float32", 64), *wide, *[("pool", dtype, 64) for dtype in DTYPES]]
+    return [("remap", "float32", 64), ("exact", "float32", 64), *wide, *[("pool", dtype, 64) for dtype in DTYPES]]
 
 
 def main() -> int:
