@@ -236,6 +236,7 @@ def _row_tile(problem, softmax, head, rows, s, ranked, tau):
     lift = None
     if settings.tail == "spread" and tiles:
         lift = row_lift(softmax.q, head.spread[-(-history // settings.pool) - 1], problem.scale)
+        lift *= (left.sum() / history) ** 2
     softmax.add(head.k_pool[blocks], head.v_pool[blocks], bias=np.log(left[blocks]), ceiling=ceiling, lift=lift)
     with np.errstate(all="ignore"):
         tail = np.where(softmax.mass > 0, softmax.mass - before * np.exp(frame - softmax.safe_max), 0)

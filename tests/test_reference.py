@@ -167,7 +167,7 @@ def test_spread_lifts_a_rows_pooled_logits_by_its_distance_from_the_mean_query()
     # variances inside the blocks are 3 (log 4 / 4)^2 and 1, the history's their mean. Walked: key 1 alone.
     a = log(4)
     keys = np.array([0, a, 0, 0, -1 - 2 * a, 1 - 2 * a, -1 - 2 * a, 1 - 2 * a])
-    lift = ((3 * (a / 4) ** 2) + 1) / 2 / 2
+    lift = ((3 * (a / 4) ** 2) + 1) / 2 / 2 * (7 / 8) ** 2  # seven keys of eight are left
     settings = ONE_ROW.replace(segment=2, block_q=2, cap=1 / 8, tail="spread")
     answer = walk(settings, column(1, 3), column(*keys), column(*[0] * 4, *[1] * 4), [1])
     for row, query in enumerate((1, 3)):
@@ -360,7 +360,7 @@ def brute_row_tile(p, q, k, v, rows, history, ranked, tau):
     entering = counts >= np.minimum(s.pool, history - blocks * s.pool) / 4
     for block, count in zip(blocks[entering], counts[entering]):
         whole = slice(block * s.pool, (block + 1) * s.pool)
-        mean_logit = p.scale * q[rows] @ k[whole].mean(axis=0) + np.minimum(lift, MOST_LIFT)
+        mean_logit = p.scale * q[rows] @ k[whole].mean(axis=0) + np.minimum(lift, MOST_LIFT) * (len(left) / history) ** 2
         pooled = np.minimum(mean_logit, ceiling) + np.log(count)
         logits, values = np.column_stack([logits, pooled]), np.vstack([values, v[whole].mean(axis=0)])
     return *softmax_over(logits, values), tiles, entering.sum()

@@ -184,7 +184,8 @@ def _walk(work, pack, pack_pooled, tiles, k, v, b, h, ranked, block_k, history, 
             _set_ceiling(work, tiles, keys)
             _restart_sums(work, tiles, STOPPING)
             if tail:
-                _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool, lift)
+                left = (1 - at / history) ** 2 if history else 1.0
+                _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool, lift, left)
             for t in range(tiles.shape[0]):
                 if tiles[t, STATE] == STOPPING:
                     tiles[t, STATE] = STOPPED
@@ -246,18 +247,18 @@ def _vote(work, tiles, tau, keys, last):
 
 
 @inner
-def _shift(work, tiles, lift, sign):
-    """Raise the stopping tiles' maxima and ceilings by sign * lift: pooled logits are then lower by as much."""
+def _shift(work, tiles, lift, share):
+    """Raise the stopping tiles' maxima and ceilings by share * lift: pooled logits are then lower by as much."""
     lean()
     for t in range(tiles.shape[0]):
         if tiles[t, STATE] == STOPPING:
             for lane in range(tiles[t, BEGIN] * work.width, tiles[t, END] * work.width):
-                work.x[work.m + lane] += sign * lift[lane]
-                work.x[work.ceiling + lane] += sign * lift[lane]
+                work.x[work.m + lane] += share * lift[lane]
+                work.x[work.ceiling + lane] += share * lift[lane]
 
 
 @inner
-def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool, lift):
+def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool, lift, left):
     """The stopping tiles take each block with a quarter of its keys left as one pooled key, at most `ceiling` a key."""
     lean()
     index, n, entered = np.empty(TILE, np.int32), 0, 0
@@ -270,7 +271,7 @@ def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool
             pack_rows(pack_pooled, k_pool, b, h, index, 0, n, work.x, work.k, work.dim)
             pack_rows(pack_pooled, v_pool, b, h, index, 0, n, work.x, work.v, work.v_row)
             if not entered:
-                _shift(work, tiles, lift, -1)
+                _shift(work, tiles, lift, -left)
             entered += n
             _absorb_in(work, tiles, STOPPING, n, BIASED + COUNTED)
             for t in range(tiles.shape[0]):
@@ -278,4 +279,4 @@ def _tail(work, pack_pooled, tiles, b, h, skipped, pool, history, k_pool, v_pool
                     tiles[t, POOLED] += n
             n = 0
     if entered:
-        _shift(work, tiles, lift, 1)
+        _shift(work, tiles, lift, left)
