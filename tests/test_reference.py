@@ -360,7 +360,8 @@ def brute_row_tile(p, q, k, v, rows, history, ranked, tau):
     entering = counts >= np.minimum(s.pool, history - blocks * s.pool) / 4
     for block, count in zip(blocks[entering], counts[entering]):
         whole = slice(block * s.pool, (block + 1) * s.pool)
-        mean_logit = p.scale * q[rows] @ k[whole].mean(axis=0) + np.minimum(lift, MOST_LIFT) * (len(left) / history) ** 2
+        lifted = np.minimum(lift, MOST_LIFT) * (len(left) / history) ** 2
+        mean_logit = p.scale * q[rows] @ k[whole].mean(axis=0) + lifted
         pooled = np.minimum(mean_logit, ceiling) + np.log(count)
         logits, values = np.column_stack([logits, pooled]), np.vstack([values, v[whole].mean(axis=0)])
     return *softmax_over(logits, values), tiles, entering.sum()
