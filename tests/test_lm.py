@@ -2,8 +2,10 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ gguf = pytest.importorskip("gguf", reason="gguf is missing: pip install 's2o-cup
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is missing: pip install 's2o-cupy[lm]'")
 
 from examples.lm import __main__ as command
+from examples.lm import evaluate as lm_evaluate
 from examples.lm import text, weights
-from examples.lm.evaluate import calibrate_layers, evaluate, last_rows
+from examples.lm.evaluate import Attention, beside, calibrate_layers, evaluate, last_rows
 from examples.lm.model import dense, logits, prefill
 from examples.lm.needle import Needle, needle
 from examples.lm.weights import Model
@@ -289,7 +292,7 @@ def test_the_decoder_on_a_gpu(tmp_path, story, capsys, arch):
             assert np.linalg.norm(found - exact) <= least * np.linalg.norm(exact)
     for name in ("eval", "needle"):
         arguments = [name, tmp_path / "m.gguf", "--text", story, "--length", 2304, "--error", 0.3, "--device", "cuda"]
-        assert command.main([*map(str, arguments), "--json"]) == 0
+        assert command.main([*map(str, arguments), "--dense-rows", "64", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
         assert (report["device"], report["attention_dtype"]) == ("cuda", "float16")
 
@@ -353,6 +356,65 @@ def test_the_last_rows_are_exact(rows, keys, dtype):
     last_rows(q[:, -rows:], k, v, found[:, -rows:])
     assert np.isnan(found[:, :-rows]).all()
     np.testing.assert_allclose(found[:, -rows:], exact, atol=1e-5 if dtype == np.float32 else 2e-3)
+
+
+class FakeStream:
+    """Notes who waits for whom."""
+
+    def __init__(self, name="other", log=None):
+        self.name, self.log = name, [] if log is None else log
+
+    def record(self):
+        self.log.append(f"{self.name} records")
+        return self.name
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def __enter__(self):
+        self.log.append(f"on {self.name}")
+
+    def __exit__(self, *_):
+        self.log.append(f"off {self.name}")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_runs_beside_begins_after_and_is_waited_for(monkeypatch, fails):
+    log = []
+    cuda = SimpleNamespace(
+        Stream=lambda non_blocking: FakeStream("other", log),
+        get_current_stream=lambda: FakeStream("own", log),
+        get_device_id=lambda: -1,
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(lm_evaluate, "namespace", lambda x: sys.modules["cupy"])
+    lm_evaluate._second_stream.cache_clear()
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(), beside(None) as stream:
+        with stream:
+            log.append("the rows")
+        log.append(f"the rest {1 / (not fails)}")
+    rest = [] if fails else ["the rest 1.0"]
+    before = ["own records", "other waits for own", "on other", "the rows", "off other"]
+    assert log == [*before, *rest, "other records", "own waits for other"]
+    lm_evaluate._second_stream.cache_clear()
+
+
+@pytest.mark.gpu
+def test_rows_beside_a_ranked_call_are_those_of_a_call_of_their_own():
+    if missing := CUDA.missing():
+        pytest.skip(missing)
+    import cupy
+
+    q, k, v = (cupy.random.default_rng(3).standard_normal((h, 8192, 64)).astype(np.float16) for h in (4, 2, 2))
+    attend = Attention({0: s2o.Settings(tau=0.1)}, dense_rows=64)
+    rows = cupy.empty_like(q[:, -64:])
+    last_rows(q[:, -64:], k, v, rows)
+    for _ in range(20):
+        out = attend(0, q, k, v)
+        cupy.testing.assert_array_equal(out[:, -64:], rows)
+        cupy.testing.assert_array_equal(
+            out[:, :-64], s2o.attention(*(x[:, :-64] for x in (q, k, v)), attend.settings[0])
+        )
 
 
 def test_needles_that_cannot_be(llama):

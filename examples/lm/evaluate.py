@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -63,9 +66,11 @@ class Attention:
         check_dense_rows(self.dense_rows, q.shape[1])
         rows, out = q.shape[1] - self.dense_rows, namespace(q).empty_like(q)
         few = q[:, :rows], k[:, :rows], v[:, :rows]
-        self.stats[layer] = s2o.attention(*few, self.settings[layer], out=out[:, :rows], full_output=True).stats
-        if self.dense_rows:
-            last_rows(q[:, rows:], k, v, out[:, rows:])
+        with beside(q) as stream:
+            if self.dense_rows:
+                with stream:
+                    last_rows(q[:, rows:], k, v, out[:, rows:])
+            self.stats[layer] = s2o.attention(*few, self.settings[layer], out=out[:, :rows], full_output=True).stats
         return out
 
     @property
@@ -88,6 +93,33 @@ def check_dense_rows(dense_rows: int, tokens: int) -> None:
     """Refuse what is no number of rows below all."""
     if not 0 <= dense_rows < tokens:
         raise ValueError(f"dense_rows is {dense_rows}; allowed: 0 to {tokens - 1}")
+
+
+@contextmanager
+def beside(x) -> Iterator[AbstractContextManager]:
+    """What is queued within the answer may run at the same time as the rest of this block, and is done at its end.
+
+    On a GPU a stream of its own, joined to the current one by events, so that no host waits and a graph captures both.
+    Arrays that live longer than the block are for both sides to read; memory taken within the answer stays its own.
+    """
+    if namespace(x) is np:
+        yield nullcontext()
+        return
+    import cupy
+
+    own, other = cupy.cuda.get_current_stream(), _second_stream(cupy.cuda.get_device_id())
+    other.wait_event(own.record())
+    try:
+        yield other
+    finally:
+        own.wait_event(other.record())
+
+
+@cache
+def _second_stream(device: int):
+    import cupy
+
+    return cupy.cuda.Stream(non_blocking=True)
 
 
 def last_rows(q, k, v, out) -> None:

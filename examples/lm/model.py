@@ -10,7 +10,7 @@ import s2o_cupy as s2o
 from examples.lm.weights import Model
 from s2o_cupy.arrays import namespace
 
-_ROWS = 1024  # rows of a block of the feed-forward: bounds memory
+_ROWS = {"numpy": 1024, "cupy": 4096}  # of a block of the feed-forward: bounds memory, and a GPU's launches
 
 
 def dense(layer: int, q, k, v):
@@ -73,8 +73,9 @@ def prefill(
         o = attend(layer, q, k, v) if m.is_global(layer) else s2o.dense_attention(q, k, v, window=m.window)
         o = xp.swapaxes(o, 0, 1).reshape(len(ids), -1).astype(np.float32, copy=False) @ w["attn_output"].T
         x = x + (rms(o, w["post_attention_norm"], m.eps) if m.gemma else o)
-        for i in range(0, len(ids), _ROWS):
-            x[i : i + _ROWS] += _feed_forward(m, w, x[i : i + _ROWS])
+        rows = _ROWS[xp.__name__]
+        for i in range(0, len(ids), rows):
+            x[i : i + rows] += _feed_forward(m, w, x[i : i + rows])
         if step is not None:
             step()
     _check_range(greatest)
