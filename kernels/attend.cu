@@ -11,7 +11,8 @@
 //   lse           [batch * heads_q, n_q]                  float  natural log
 //   tiles, tail_blocks [batch * heads_q, row_tiles]       int32  or null
 //   tail_mass     [batch * heads_q, n_q]                  float  share of the softmax sum; or null
-//   lift          [batch * heads_q, n_q]                  float  added to a row's products with pooled keys; or null
+//   lift          [batch * heads_q, n_q]                  float  added to a row's products with pooled keys, times the square of the
+//                                                          share of the history that was not walked; or null
 // T is float16 or bfloat16 (IS_BF16). `unit` is scale * log2 e.
 // grid (row tiles of the slab * group, K/V heads of the slab)   block NUM_WARPS * 32
 // shared memory: see the layout below; compile.attend_shared_bytes computes it
@@ -56,7 +57,7 @@ struct Agreed {
     long long flat_head, out_at;
     int history, shift, window, rows, walked_tiles, blocks_found;
     int all_from, all_until;  // keys that every row sees lie between
-    int last_keys;  // of the last key tile walked
+    int walked_keys;
 };
 
 __device__ __forceinline__ Shared shared_layout(char* base) {
@@ -248,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float& x = sm.ceiling[warp_row + 16 * m + 8 * h + lane / 4];
-                x = agreed.walked_tiles ? soft[m][h].frame() + log2f(x / agreed.last_keys) / unit : -NEGATIVE_INFINITY;
+                x = agreed.walked_tiles ? soft[m][h].frame() + log2f(x / ((agreed.walked_keys - 1) % block_k + 1)) / unit : -NEGATIVE_INFINITY;
             }
     };
 
@@ -296,7 +297,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
         } else if (masked) {
             hide_non_finite(sm, sm.v + stage * V_BYTES);
         } else if (step.phase == HISTORY) {
-            if (threadIdx.x == 0 && step.closes()) ++agreed.walked_tiles, agreed.last_keys = (step.tile_stop - 1) % block_k + 1;
+            if (threadIdx.x == 0 && step.closes()) ++agreed.walked_tiles, agreed.walked_keys = step.tile_stop;
             if (agreed.walk.pool_blocks && (int)threadIdx.x < step.count)
                 atomicAdd(sm.walked + (sm.index[(place & 3) * BLOCK_N + threadIdx.x] >> log2_pool), 1);
         }
@@ -317,7 +318,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attend(
                         floor = end - agreed.window, limit = min(limit, end);
                     }
                     const float ceiling = step.phase == TAIL ? sm.ceiling[r] : -NEGATIVE_INFINITY;
-                    const float lifted = step.phase == TAIL && lift != nullptr && agreed.walked_tiles ? lift[agreed.flat_head * n_q + sm.row[r]] : 0.f;
+                    float lifted = 0.f;
+                    if (step.phase == TAIL && lift != nullptr && agreed.walked_tiles) {
+                        const float left = (float)(agreed.history - agreed.walked_keys) / agreed.history;
+                        lifted = left * left * lift[agreed.flat_head * n_q + sm.row[r]];
+                    }
 #pragma unroll
                     for (int n = 0; n < N_TILES; ++n)
 #pragma unroll

@@ -120,7 +120,8 @@ def attend_kernel(real, width, spread):
         if spread and tiles_walked:
             running = k_spread[batch, head_kv, blocks - 1]
             describe_tile(q[batch, head], running, history, row_of, rows, sound, v_tile)
-            lift = row_lift(query, dim, v_tile, scale)
+            share = real(history - min(tiles_walked * block_k, len(order))) / real(history)
+            lift = share * share * row_lift(query, dim, v_tile, scale)
         for start in range(0, blocks, step):
             count = min(step, blocks - start)
             stage(k_pool[batch, head_kv], v_pool[batch, head_kv], unordered, start, count, staged, 0)

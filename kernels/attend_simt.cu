@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
             mark_top[r] = ends ? frame(r) : top[r];
         }
     };
-    int walked_tiles = 0, blocks_found = 0;
+    int walked_tiles = 0, walked_keys = 0, blocks_found = 0;
     bool in_tail = false;
     Step step = first_step(walk, SEEN_WINDOW, BLOCK_N);
     while (true) {
@@ -134,7 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
             if (!in_tail) mark_tail(false), in_tail = true;
             blocks_found += __syncthreads_count(threadIdx.x < BLOCK_N && bias[threadIdx.x % BLOCK_N] > -infinity());
         }
-        walked_tiles += step.phase == HISTORY && step.closes();
+        if (step.phase == HISTORY && step.closes()) ++walked_tiles, walked_keys = step.tile_stop;
 
         real_t p[4][4] = {};
         for (int d0 = 0; d0 < dim_qk; d0 += CHUNK) {
@@ -178,7 +178,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_simt(
                 floor = end - window, limit = min(limit, end);
             }
             real_t greatest = -infinity();
-            const real_t lifted = step.phase == TAIL && lift != nullptr && walked_tiles && row < rows ? lift[flat_head * n_q + row_of[row]] : (real_t)0;
+            real_t lifted = 0;
+            if (step.phase == TAIL && lift != nullptr && walked_tiles && row < rows) {
+                const real_t left = (real_t)(history - walked_keys) / history;
+                lifted = left * left * lift[flat_head * n_q + row_of[row]];
+            }
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int column = tx + 8 * j;

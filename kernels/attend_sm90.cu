@@ -232,7 +232,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                     // A key behind the last tile in the ranking is not credited with more than that tile's mean weight.
                     const bool some = ring.walked_tiles[warpgroup];
                     const float added = ring.state[r].y / ((ring.walked_keys[warpgroup] - 1) % block_k + 1);
-                    const float lifted = lift != nullptr && some ? lift[facts.part[warpgroup].row_at + facts.row[r]] : 0.f;
+                    const float left = (float)(facts.history - ring.walked_keys[warpgroup]) / facts.history;
+                    const float lifted = lift != nullptr && some ? left * left * lift[facts.part[warpgroup].row_at + facts.row[r]] : 0.f;
                     ring.state[r] = make_float2(lifted, some ? soft[h].frame() + log2f(added) / unit : -NEGATIVE_INFINITY);
                 }
             }

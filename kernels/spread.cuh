@@ -2,7 +2,8 @@
 // exponentials: half the variance that a query's departure from its row tile's mean sees inside the blocks makes up for it.
 //   departures    [batch * heads_kv, blocks, dim]   real_t   a block's squared departures of K from its mean, then their running sums
 //   lift          [batch * heads_q, n_q]            real_t   scale / 2 * sum over columns of (q - mean of the tile)^2 * variance,
-//                                                           at most `most`; 0 behind a key that is not finite
+//                                                           at most `most`; 0 behind a key that is not finite. The attend
+//                                                           kernels multiply it by the squared share of the history not walked
 // Sums run in one order: two runs agree bitwise. element_t, sum_t and to_sum are pool.cu's.
 #pragma once
 

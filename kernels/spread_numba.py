@@ -6,7 +6,7 @@ row_of  [MAX_ROWS]       int32       the tile's rows; afterwards -1 for one that
 about   [2, WIDTH]       REAL        mean of the tile's finite queries, mean squared departure; it may have more rows
 The mean of a block's exps exceeds exp of its mean key's logit: were departures normal and columns independent, by a
 factor exp(lift), lift = 1/2 * sum of (scale * q * departure)^2. The mean query is taken from q first: the heavy keys
-along it were walked.
+along it were walked. attend_numba.py multiplies by the square of the share of the history that was not walked.
 """
 
 from functools import cache
