@@ -19,7 +19,7 @@ tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is missing: pi
 from examples.lm import __main__ as command
 from examples.lm import evaluate as lm_evaluate
 from examples.lm import text, weights
-from examples.lm.evaluate import Attention, beside, calibrate_layers, evaluate, last_rows
+from examples.lm.evaluate import Attention, beside, calibrate_layers, evaluate, last_rows, walked_heads
 from examples.lm.model import dense, logits, prefill
 from examples.lm.needle import Needle, needle
 from examples.lm.weights import Model
@@ -358,6 +358,36 @@ def test_the_last_rows_are_exact(rows, keys, dtype):
     np.testing.assert_allclose(found[:, -rows:], exact, atol=1e-5 if dtype == np.float32 else 2e-3)
 
 
+def test_heads_that_would_walk_most_are_dense(llama, story, tmp_path):
+    model = Model(llama)
+    ids = text.encode(model, story, 2304)
+    chosen = calibrate_layers(model, ids, 0.2, per_head=True, dense_from=0.3)
+    free = calibrate_layers(model, ids, 0.2, per_head=True)
+    for layer, settings in free.items():
+        expected = [0 if d >= 0.3 else t for d, t in zip(settings.evidence[0].density, settings.tau)]
+        assert chosen[layer].tau == tuple(expected)
+    q, k, v = (np.random.default_rng(3).standard_normal((h, 2304, 32)).astype(np.float32) for h in (4, 2, 2))
+    attend = Attention({0: s2o.Settings(tau=(0.0, 0.5, 0.7, 0.0))}, dense_rows=60)
+    out = attend(0, q, k, v)
+    exact, walked = s2o.dense_attention(q, k, v), Attention({0: s2o.Settings(tau=(0.5, 0.7))}, dense_rows=60)
+    np.testing.assert_allclose(out[[0, 3]], exact[[0, 3]], atol=1e-6)
+    np.testing.assert_array_equal(out[1:3], walked(0, q[1:3], k, v))
+    assert attend.density[0] == [1, *walked.density[0], 1]
+
+
+@pytest.mark.parametrize(
+    ("tau", "heads"),
+    [
+        (0.0, [0, 1, 2, 3]),
+        ((0.0, 0.1, 0.0, 0.1), [1, 3]),
+        ((0.0, 0.1, 0.1, 0.1), [0, 1, 2, 3]),  # three heads cannot be shared among two K/V heads
+        ((0.0, 0.0, 0.0, 0.0), []),
+    ],
+)
+def test_which_heads_are_walked(tau, heads):
+    assert walked_heads(tau, 4, 2) == heads
+
+
 class FakeStream:
     """Notes who waits for whom."""
 
@@ -407,11 +437,13 @@ def test_rows_beside_a_ranked_call_are_those_of_a_call_of_their_own():
 
     q, k, v = (cupy.random.default_rng(3).standard_normal((h, 8192, 64)).astype(np.float16) for h in (4, 2, 2))
     attend = Attention({0: s2o.Settings(tau=0.1)}, dense_rows=64)
-    rows = cupy.empty_like(q[:, -64:])
+    some = Attention({0: s2o.Settings(tau=(0.1, 0.0, 0.0, 0.1))}, dense_rows=64)
+    rows, exact = cupy.empty_like(q[:, -64:]), s2o.dense_attention(q, k, v)
     last_rows(q[:, -64:], k, v, rows)
     for _ in range(20):
         out = attend(0, q, k, v)
         cupy.testing.assert_array_equal(out[:, -64:], rows)
+        cupy.testing.assert_allclose(some(0, q, k, v)[1:3], exact[1:3], atol=2e-3)
         cupy.testing.assert_array_equal(
             out[:, :-64], s2o.attention(*(x[:, :-64] for x in (q, k, v)), attend.settings[0])
         )

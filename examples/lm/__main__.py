@@ -107,11 +107,15 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
     seen = ids
     if options.calibrate_text is not None:
         seen = _arrays(options.device).asarray(encode(model, options.calibrate_text, options.length))
+    if not options.dense_from > 0:
+        raise ValueError(f"dense-from is {options.dense_from:g}; allowed: a number above 0")
+    if np.isfinite(options.dense_from) and not options.per_head:
+        raise ValueError("dense-from needs per-head: without it a layer's heads have one tau")
     start = time.perf_counter()
     base = Settings.precise() if options.precise else Settings()
     base = base.replace(**dict(options.set))
     variants = VARIANTS if options.all_variants else TAU_ALONE
-    settings = calibrate_layers(model, seen, options.error, variants, base, options.per_head)
+    settings = calibrate_layers(model, seen, options.error, variants, base, options.per_head, options.dense_from)
     return settings, {
         "model": model.name,
         "device": options.device,
@@ -121,6 +125,7 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
         "settings": "precise" if options.precise else "default",
         "changed": dict(options.set),
         "tau_per_head": options.per_head,
+        "dense_from": options.dense_from if np.isfinite(options.dense_from) else None,
         "error": options.error,
         "calibration_s": time.perf_counter() - start,
     }
@@ -240,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sparse.add_argument(
         "--per-head", action="store_true", help="a tau for each head, so that each comes near the error"
+    )
+    sparse.add_argument(
+        "--dense-from",
+        type=float,
+        default=np.inf,
+        metavar="D",
+        help="with --per-head: heads that would walk a share D of their pairs or more are dense",
     )
     sparse.add_argument(
         "--dense-rows", type=int, default=0, metavar="R", help="rows at the end that stay dense (default 0)"

@@ -30,14 +30,19 @@ class Calibration:
     base: s2o.Settings
     variants: tuple = TAU_ALONE
     per_head: bool = False
+    dense_from: float = np.inf
     settings: dict[int, s2o.Settings] = field(default_factory=dict)
 
     def __call__(self, layer: int, q, k, v):
         choices = {"per_head": self.per_head, "settings": self.base, "variants": self.variants}
         try:
-            self.settings[layer] = s2o.calibrate(q, k, v, self.error, **choices)
+            found = s2o.calibrate(q, k, v, self.error, **choices)
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from None
+        if np.isfinite(self.dense_from):
+            tau = [0.0 if d >= self.dense_from else t for d, t in zip(found.evidence[0].density, found.tau)]
+            found = found.replace(tau=tuple(tau))
+        self.settings[layer] = found
         return dense(layer, q, k, v)
 
 
@@ -49,12 +54,15 @@ class Attention:
     queued on, as in any prefill; on a CPU it is the host's clock.
 
     The last `dense_rows` rows are dense: of a prompt, those that the answer is read from, at a cost of N a row.
+    So are heads whose tau is 0, of which a walk would gather every key, where as many are left of every K/V head.
     """
 
     settings: dict[int, s2o.Settings] | None = None
     dense_rows: int = 0
     spans: dict[int, tuple] = field(default_factory=dict)
     stats: dict[int, s2o.Stats] = field(default_factory=dict)
+    walked: dict[int, list[int]] = field(default_factory=dict)
+    heads: int = 0
 
     def __call__(self, layer: int, q, k, v):
         start = _moment(q)
@@ -65,12 +73,27 @@ class Attention:
     def _sparse(self, layer: int, q, k, v):
         check_dense_rows(self.dense_rows, q.shape[1])
         rows, out = q.shape[1] - self.dense_rows, namespace(q).empty_like(q)
-        few = q[:, :rows], k[:, :rows], v[:, :rows]
+        settings, few = self.settings[layer], (k[:, :rows], v[:, :rows])
+        heads = self.walked[layer] = walked_heads(settings.tau, len(q), len(k))
+        self.heads = len(q)
         with beside(q) as stream:
-            if self.dense_rows:
-                with stream:
+            with stream:
+                if self.dense_rows:
                     last_rows(q[:, rows:], k, v, out[:, rows:])
-            self.stats[layer] = s2o.attention(*few, self.settings[layer], out=out[:, :rows], full_output=True).stats
+                for head in set(range(len(q))).difference(heads):
+                    kv = slice(head * len(k) // len(q), head * len(k) // len(q) + 1)
+                    own = slice(head, head + 1), slice(rows)
+                    s2o.dense_attention(q[own], *(x[kv] for x in few), out=out[own])
+            if len(heads) == len(q):
+                answer = s2o.attention(q[:, :rows], *few, settings, out=out[:, :rows], full_output=True)
+            elif heads:
+                settings = settings.replace(tau=tuple(settings.tau[head] for head in heads))
+                some = namespace(q).stack([q[head, :rows] for head in heads])
+                answer = s2o.attention(some, *few, settings, full_output=True)
+                for head, own in zip(heads, answer.out):
+                    out[head, :rows] = own
+            if heads:
+                self.stats[layer] = answer.stats
         return out
 
     @property
@@ -82,11 +105,24 @@ class Attention:
     def density(self) -> dict[int, list[float]]:
         """Of each layer's heads, over all pairs; waits for the device."""
         answer = {}
-        for layer, stats in self.stats.items():
-            pairs, n = stats.problem.allowed_pairs, stats.problem.n_q + self.dense_rows
-            skipped = pairs * (1 - stats.head_density.reshape(-1))
-            answer[layer] = (1 - skipped / (n * (n + 1) // 2)).tolist()
+        for layer, heads in self.walked.items():
+            density = np.ones(self.heads)
+            if heads:
+                stats = self.stats[layer]
+                pairs, n = stats.problem.allowed_pairs, stats.problem.n_q + self.dense_rows
+                density[heads] -= pairs * (1 - stats.head_density.reshape(-1)) / (n * (n + 1) // 2)
+            answer[layer] = density.tolist()
         return answer
+
+
+def walked_heads(tau, heads: int, heads_kv: int) -> list[int]:
+    """Query heads that walk a ranking: all, or those whose tau is above 0 if they are as many of every K/V head."""
+    every = list(range(heads))
+    if not isinstance(tau, tuple):
+        return every
+    some = [head for head in every if tau[head] > 0]
+    of_each = {sum(head * heads_kv // heads == kv for head in some) for kv in range(heads_kv)}
+    return some if len(of_each) == 1 else every
 
 
 def check_dense_rows(dense_rows: int, tokens: int) -> None:
@@ -144,10 +180,19 @@ def last_rows(q, k, v, out) -> None:
 
 
 def calibrate_layers(
-    model: Model, ids, error: float, variants=TAU_ALONE, base: s2o.Settings | None = None, per_head: bool = False
+    model: Model,
+    ids,
+    error: float,
+    variants=TAU_ALONE,
+    base: s2o.Settings | None = None,
+    per_head: bool = False,
+    dense_from: float = np.inf,
 ) -> dict[int, s2o.Settings]:
-    """Settings of each global layer, from `base` on, whose relative error here is at most `error` in every head."""
-    calibration = Calibration(error, base or s2o.Settings(), tuple(variants), per_head)
+    """Settings of each global layer, from `base` on, whose relative error here is at most `error` in every head.
+
+    With `per_head`, a head that walks a share `dense_from` of its pairs or more gets tau 0, and will be dense.
+    """
+    calibration = Calibration(error, base or s2o.Settings(), tuple(variants), per_head, dense_from)
     with Bar("calibrate", model.layers) as bar:
         prefill(model, ids, calibration, step=bar.step)
     return calibration.settings
