@@ -106,6 +106,9 @@ def check_stages(p, seed=0):
         ((128, 128), {"rank": "mixture", "rank_terms": 31, "segment": 128}),
         ((64, 64), {"rank": "mixture", "rank_terms": 7, "share_order": True, "causal": False}),
         ((256, 256), {"rank": "mixture", "rank_terms": None, "segment": 100}),
+        ((256, 256), {"tail": "spread", "tau": 0.02}),
+        ((128, 128), {"tail": "spread", "cap": 0.5}),
+        ((96, 80), {"tail": "spread", "causal": False, "block_q": 32}),
     ],
 )
 def test_stages(dtype, dims, settings):
@@ -120,6 +123,7 @@ def test_stages(dtype, dims, settings):
     [
         {"tau": 0.2},
         {"tau": 0.05, "block_k": 128, "tail": None},
+        {"tau": 0.1, "tail": "spread"},
         {"tau": 0.3, "causal": False, "block_q": 40},
         {"tau": 0.0, "cap": 0.5},
     ],
@@ -153,6 +157,7 @@ def test_row_tiles_side_by_side_repeat_bitwise():
         ((256, 256), {"causal": False, "cap": 0.5}),
         ((100, 36), {"rank": "mixture", "rank_terms": 31}),
         ((64, 64), {"rank": "mixture", "rank_terms": None, "share_order": True}),
+        ((100, 36), {"tail": "spread", "cap": 0.7}),
     ],
 )
 def test_plain_stages(dtype, dims, settings):
