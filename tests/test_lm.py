@@ -590,6 +590,20 @@ def test_lengths(llama, story, tmp_path, capsys):
         prefill(Model(llama), np.zeros(4097, np.int64))
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--dense-from", "0", "--per-head"), "dense-from is 0; allowed: a number above 0"),
+        (("--dense-from", "nan", "--per-head"), "dense-from is nan; allowed: a number above 0"),
+        (("--dense-from", "0.5"), "dense-from needs per-head: without it a layer's heads have one tau"),
+    ],
+)
+def test_dense_heads_that_cannot_be(llama, story, capsys, flags, message):
+    code, line = refused(capsys, "eval", llama, "--text", story, "--length", 2304, "--error", 0.1, *flags)
+    assert code == 2
+    assert message in line
+
+
 def test_dense_rows_are_refused_before_any_work(llama, story, capsys, monkeypatch):
     monkeypatch.setattr(command, "calibrate_layers", lambda *_: pytest.fail("calibrated"))
     for name in ("eval", "needle"):
