@@ -1,4 +1,4 @@
-"""The CUDA backend: what each stage launches. No call here waits for the device.
+"""The CUDA backend: what each stage launches. No call waits for the device, but the first of a shape for its uploads.
 
 A stage is recorded on a `Tape` for a problem, a slab and the layout of its arrays, and kept: what a call costs the host
 is to find it, take its workspace and launch.
