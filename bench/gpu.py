@@ -167,9 +167,10 @@ class Case:
         calls = [partial(s2o.attention, *x, tau=1e-2, backend="cuda", **ours.BASE) for x in self.inputs]
         held = _held(calls[0])
         time = on_device(calls, 10, 1, enough=ENOUGH)
-        host = on_host(calls[0], 10, 1)
+        host, in_a_row = (on_host(calls[0], 10, 1, idle) for idle in (True, False))
         note = f"{held / 2**30:.2f} GiB above its inputs, host time {1e3 * host.median:.0f} us"
-        self.say("attention(), tau 0.01", time, note=note, call_bytes=held, host=host)
+        note += f", in a row {1e3 * in_a_row.median:.0f}"
+        self.say("attention(), tau 0.01", time, note=note, call_bytes=held, host=host, host_in_a_row=in_a_row)
 
 
 def crossover(preset: str, n: int, record: Record) -> None:

@@ -84,13 +84,17 @@ def queued(call: Callable[[], object], repeats: int = 10, behind: float = 5.0) -
     return Timing.of(times)
 
 
-def on_host(call: Callable[[], object], repeats: int = 30, warmup: int = 5) -> Timing:
-    """Host time until a call returns, with the device idle before it: what launching costs."""
+def on_host(call: Callable[[], object], repeats: int = 30, warmup: int = 5, idle: bool = True) -> Timing:
+    """Host time until a call returns: what launching costs. `idle`: the device is before it, else calls queue up.
+
+    After a long wait for the device what a call needs is no longer in the processor's caches.
+    """
     import cupy
 
     times = []
     for i in range(warmup + repeats):
-        cupy.cuda.runtime.deviceSynchronize()
+        if idle or not i:
+            cupy.cuda.runtime.deviceSynchronize()
         start = time.perf_counter()
         call()
         if i >= warmup:
