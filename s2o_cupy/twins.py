@@ -22,7 +22,7 @@ TWINS = {
     "pool": ("pool", ("pool_kernel", "departures_kernel", "running_kernel")),
     "score": ("score", ("score_kernel",)),
     "mixture": ("score", ("norm_kernel", "mixture_kernel")),
-    "remap": ("remap", ("remap_kernel", "run_of", "THREADS")),
+    "remap": ("remap", ("remap_kernel", "THREADS", "LAST")),
     "attend": ("attend", ("attend_kernel", "MAX_ROWS", "MAX_BLOCKS")),
 }
 SOURCES = "__sources__"  # of a module: its text and that of the twins that it imports

@@ -350,6 +350,16 @@ def test_a_numba_twin(shell):
     assert "compile" not in str(verdict)  # the simulator compiles nothing, and Numba only what is launched
 
 
+def test_a_twin_without_the_spread_tails_lift(shell):
+    text = (kernel_folder() / "attend_numba.py").read_text()
+    lift = "row_lift(query, dim, v_tile, scale)"
+    verdict = run(shell, f"%%s2o_numba attend --check\n{text.replace(lift, 'real(0)')}")
+    assert verdict.status == "wrong"
+    assert [case["label"].split(",")[0] for case in verdict.wrong] == ["spread tail"] * 2
+    verdict = run(shell, f"%%s2o_numba pool --check\n{TWIN.replace('departure * departure', 'departure')}")
+    assert [case["label"].split(",")[0] for case in verdict.wrong] == ["running sums for the spread tail"]
+
+
 def test_a_patch_of_a_twins_inner_function(shell):
     cell = "@cuda.jit(device=True)\ndef exact_code(x, bits):\n    return int64(0)\n"
     verdict = run(shell, f"%%s2o_numba remap --check\n{cell}")

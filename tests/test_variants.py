@@ -122,8 +122,8 @@ def test_a_variant_of_a_twin_stands_in_its_place(folder):
 
 
 def test_a_patch_of_a_twin_takes_its_arguments(folder):
-    with pytest.raises(ValueError, match=r"digit_of takes 1 arguments; items_numba\.py calls it with 3: item, shift"):
-        make_variant("items_numba", "@cuda.jit(device=True)\ndef digit_of(item):\n    return 0\n")
+    with pytest.raises(ValueError, match=r"exact_code takes 1 arguments; remap_numba\.py calls it with 2: x, pattern"):
+        make_variant("remap_numba", "@cuda.jit(device=True)\ndef exact_code(x):\n    return 0\n")
 
 
 # --- variants ---------------------------------------------------------------------------------

@@ -139,11 +139,11 @@ def _centres(p: Problem, xp, x):
 
 def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
     """Stage 2: writes each list of the slab at its offset, the listed keys by descending score."""
-    xp, levels, kernels, codes = namespace(scores), problem.settings.rank_levels or 0, twin("remap"), twin("items")
+    xp, levels, kernels, sort = namespace(scores), problem.settings.rank_levels or 0, twin("remap"), twin("counting")
     threads = _THREADS if SIMULATED else kernels.THREADS
-    passes, key_bits = codes.passes_for(levels), scores.shape[1].bit_length()
-    item = numba.int32 if codes.none_of(passes).bit_length() + key_bits < 32 else numba.int64
-    chunk = threads * kernels.run_of(item)
+    passes, key_bits = sort.passes_for(levels + 1 if levels else kernels.LAST), scores.shape[1].bit_length()
+    item = numba.int32 if sort.none_of(passes).bit_length() + key_bits < 32 else numba.int64
+    chunk = threads * sort.run_of(item)
     scratch = xp.empty((2, len(scores), -(-scores.shape[1] // chunk) * chunk), np.dtype(str(item)))
     history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
     offsets = xp.ascontiguousarray(kv_offsets)

@@ -200,6 +200,11 @@ def _pool_cases(at: Focus, sizes: Sizes) -> list[Case]:
             return [engine.host(mean) for mean in engine.pool(p, *(place(engine, x) for x in _arrays(p)[1:]))]
 
         def judge(means):
+            if len(means) > 2:
+                _, k, _ = _arrays(p)
+                keys = np.minimum(np.arange(1, p.pool_blocks + 1) * p.settings.pool, p.n_k)
+                wanted = reference.pool_spread(p, *_wide(k)) * keys[:, None]
+                yield "k_spread", means[2].reshape(wanted.shape), wanted, 16 * ARITHMETIC[p.dtype] * wanted
             for name, mean, (x, wanted, sizes_of) in zip(("k_pool", "v_pool"), means, known()):
                 got = mean.reshape(*wanted.shape[:3], -1)
                 allowed = UNIT[p.dtype] * np.abs(wanted) + 4 * ARITHMETIC[p.dtype] * sizes_of
@@ -212,6 +217,7 @@ def _pool_cases(at: Focus, sizes: Sizes) -> list[Case]:
     return [
         case("whole blocks", (min(128, most),) * 2),
         case("a partial last block, rows off 16 bytes", (min(33, most), min(17, most)), beside=True),
+        case("running sums for the spread tail", (min(40, most), 8 if most > 8 else most), tail="spread"),
         case("one key a block", (min(64, most), 8 if most > 8 else most), pool=1),
         case("one block for all keys", (most, most), pool=512),
     ]
@@ -389,6 +395,8 @@ def _attend_cases(at: Focus, sizes: Sizes) -> list[Case]:
         case("causal, pooled tail, twice", twice=True),
         case("not causal", causal=False),
         case("no tail, guide order", tail=None, query_order="guide"),
+        case("spread tail, tau 2", tail="spread", tau=2.0),
+        case("spread tail, not causal, guide order", tail="spread", tau=2.0, causal=False, query_order="guide"),
         case("tau=0: every key", tau=0.0),
         case(
             "cap .4, odd tiles and head dims, rows off 16 bytes",
@@ -450,9 +458,21 @@ def _logit_error(p: Problem, q, k) -> float:
 
 def _pooled_error(p: Problem, q, k) -> float:
     """Bound on the relative error of a pooled key's weight: block means are rounded to the input's type."""
-    if p.dtype not in HALVES or p.settings.tail is None:
+    if p.settings.tail is None:
         return 0.0
-    return float(np.expm1(min(UNIT[p.dtype] / 2 * _products(p, q, reference.pool(p, k)), 10)))
+    error = _lift_error(p, q, k) if p.settings.tail == "spread" else 0.0
+    if p.dtype in HALVES:
+        error += UNIT[p.dtype] / 2 * _products(p, q, reference.pool(p, k))
+    return float(np.expm1(min(error, 10)))
+
+
+def _lift_error(p: Problem, q, k) -> float:
+    """Bound on the error of what the spread tail adds to a logit: a row lies at most twice the greatest from a mean."""
+    q, k = (np.where(np.isfinite(x), x, 0) for x in _wide(q, k))
+    farthest = 2 * np.abs(q).max(axis=2, initial=0)
+    variance = np.repeat(reference.pool_spread(p, k).max(axis=2, initial=0), p.group, axis=1)
+    lift = p.scale**2 / 2 * (farthest**2 * variance).sum(axis=-1).max(initial=0)
+    return 4 * ARITHMETIC[p.dtype] * (8 + np.sqrt(p.dim_qk)) * min(lift, reference.MOST_LIFT)
 
 
 def _out_error(p: Problem, v, out, among, error, pooled):
