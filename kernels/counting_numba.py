@@ -37,9 +37,9 @@ def run_of(item):
 
 
 @cuda.jit(device=True)
-def thread():
-    """This thread's number, in a type without sign: Numba then asks of no index whether it is negative."""
-    return uint32(cuda.threadIdx.x)
+def thread(first):
+    """This thread's place of those from `first` on, without sign: Numba asks of other indices if they are negative."""
+    return uint32(first + cuda.threadIdx.x)
 
 
 @cuda.jit(device=True)
@@ -49,20 +49,22 @@ def digit_of(item, i, passes, key_bits):
 
 def counting_functions(run, threads):
     """The device functions for blocks of so many threads, that sort `run` items each at a time."""
+    rounds = -(-DIGITS // threads)  # in which the threads see to every digit
 
     @cuda.jit(device=True)
     def find_starts(counts, starts, passes):
         for i in range(passes):
-            for digit in range(thread(), DIGITS, threads):
-                total = 0
-                for lower in range(digit):
-                    total += counts[i, lower]
-                starts[i, digit] = total
+            for j in range(rounds):
+                digit, total = thread(j * threads), 0
+                if digit < DIGITS:
+                    for lower in range(digit):
+                        total += counts[i, lower]
+                    starts[i, digit] = total
 
     @cuda.jit(device=True)
     def scan_counts(places, totals):
         """Counts, from places[1] on, to first places, in the order of (digit, thread)."""
-        me, total, now, step = thread(), 0, 0, 1
+        me, total, now, step = thread(0), 0, 0, 1
         cuda.syncthreads()
         for j in range(DIGITS):
             total += places[1 + me * DIGITS + j]
@@ -82,7 +84,7 @@ def counting_functions(run, threads):
     @cuda.jit(device=True)
     def sort_chunk(chunk, at, held, places, totals):
         """A chunk by one digit; places[digit * threads] is then where a digit starts in it."""
-        (i, passes, key_bits), me = at, thread()
+        (i, passes, key_bits), me = at, thread(0)
         for digit in range(DIGITS):
             places[1 + digit * threads + me] = 0
         for j in range(run):
@@ -100,27 +102,30 @@ def counting_functions(run, threads):
     @cuda.jit(device=True)
     def sort_pass(at, items, n, sorted_items, kv_order, starts, shared, held):
         """Pass i of `passes` over the first n items, `at` being (i, passes, key_bits)."""
-        (i, passes, key_bits), (chunk, places, totals), me = at, shared, thread()
+        (i, passes, key_bits), (chunk, places, totals), me = at, shared, thread(0)
         places[0] = 0
         for first in range(0, n, run * threads):
+            here = thread(first)
             for j in range(run):  # all loads are out before one is needed
-                held[j] = items[first + j * threads + me]
+                held[j] = items[here + j * threads]
             for j in range(run):
                 chunk[j * threads + me] = held[j]
             cuda.syncthreads()
             sort_chunk(chunk, at, held, places, totals)
-            for digit in range(me, DIGITS, threads):
-                starts[digit] -= places[digit * threads]
+            for j in range(rounds):
+                if j * threads + me < DIGITS:
+                    starts[j * threads + me] -= places[(j * threads + me) * threads]
             cuda.syncthreads()
             for j in range(run):
                 item = chunk[j * threads + me]
-                place = starts[digit_of(item, i, passes, key_bits)] + j * threads + me
+                place = thread(starts[digit_of(item, i, passes, key_bits)] + j * threads)
                 if i + 1 < passes:
                     sorted_items[place] = item
                 elif place < len(kv_order):
                     kv_order[place] = item & ((1 << key_bits) - 1)
             cuda.syncthreads()
-            for digit in range(me, DIGITS, threads):
-                starts[digit] += places[(digit + 1) * threads]
+            for j in range(rounds):
+                if j * threads + me < DIGITS:
+                    starts[j * threads + me] += places[(j * threads + me + 1) * threads]
 
     return find_starts, sort_pass

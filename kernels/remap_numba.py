@@ -8,7 +8,7 @@ kv_order   [keys]                               int32    answer: the first offse
 scratch    [2, lists, places]                   ITEM     items between passes; places: whole chunks, at least a history
 An item is a key in `key_bits` bits, and above them the code that it is sorted by, ascending. levels > 0: finite scores
 are cut into that many equal steps between the list's least and greatest, in float32; 0: exact. +inf leads, -inf and NaN
-close. Items start in the order of their keys and are sorted by counting (counting_numba.py): ties go to the smaller key.
+close. Items start in the order of their keys and are sorted by counting (counting_numba.py): ties go to smaller keys.
 grid (segments, lists' heads)   block THREADS, or what the kernel is made for   all arrays contiguous
 shared memory run * THREADS ITEM, 1 + DIGITS * THREADS uint16, 2 * (MOST_PASSES * DIGITS + THREADS) int32,
 2 * THREADS float32
@@ -52,8 +52,8 @@ def exact_code(x, pattern):
 
 
 @cache
-def remap_kernel(item, threads):
-    """The kernel for items of type `item` (numba.int32 or numba.int64) and blocks of so many threads."""
+def remap_kernel(item, exact, threads):
+    """The kernel for items of type `item` (numba.int32 or numba.int64), exact codes or levels, and so many threads."""
     run = run_of(item)
     chunk_size, counters = run * threads, 1 + DIGITS * threads
     find_starts, sort_pass = counting_functions(run, threads)
@@ -61,16 +61,16 @@ def remap_kernel(item, threads):
     @cuda.jit(device=True)
     def load(scores, first, n, held):
         """A thread's scores of a chunk; all loads are out before one is needed."""
-        me = thread()
+        here = thread(first)
         for j in range(run):
             held[j] = float32(nan)
-            if first + j * threads + me < n:
-                held[j] = scores[first + j * threads + me]
+            if here + j * threads < n:
+                held[j] = scores[here + j * threads]
 
     @cuda.jit(device=True)
     def scale_of(scores, n, levels, held, least, greatest):
         """What level_code needs: the greatest finite score, and the levels over the distance to the least."""
-        me, span, low, high = thread(), threads, float32(inf), float32(-inf)
+        me, span, low, high = thread(0), threads, float32(inf), float32(-inf)
         for first in range(0, n, chunk_size):
             load(scores, first, n, held)
             for j in range(run):
@@ -88,20 +88,25 @@ def remap_kernel(item, threads):
         return (greatest[0], factor) if 0 < factor < inf else (float32(0), float32(0))
 
     @cuda.jit(device=True)
-    def write_items(given, scale, held, counts, items):
+    def write_items(given, scale, held_scores, held, counts, items):
         """A list's items in the order of its keys, no key's behind them, and the counts of all digits."""
-        (scores, patterns, n, levels, passes, key_bits), (high, factor), me = given, scale, thread()
+        (scores, patterns, n, levels, passes, key_bits), (high, factor) = given, scale
         none = ((DIGITS << DIGIT_BITS * (passes - 1)) - 1) << key_bits
         for first in range(0, n, chunk_size):
-            load(scores, first, n, held)
+            load(scores, first, n, held_scores)
+            here = thread(first)
             for j in range(run):
-                key, x = first + j * threads + me, none
-                if key < n:
-                    code = level_code(held[j], high, factor, levels) if levels else exact_code(held[j], patterns[key])
-                    x = (int64(code) << key_bits) + key
-                items[key] = x
-                for i in range(passes):
-                    cuda.atomic.add(counts, (i, digit_of(x, i, passes, key_bits)), 1)
+                key = here + j * threads
+                if exact:
+                    code = exact_code(held_scores[j], patterns[min(key, n - 1)])
+                else:
+                    code = level_code(held_scores[j], high, factor, levels)
+                held[j] = (int64(code) << key_bits) + key if key < n else none
+            for j in range(run):
+                items[here + j * threads] = held[j]
+            for i in range(passes):
+                for j in range(run):
+                    cuda.atomic.add(counts, (i, digit_of(held[j], i, passes, key_bits)), 1)
 
     @cuda.jit
     def remap(scores, patterns, history, kv_offsets, kv_order, scratch, levels, passes, key_bits):
@@ -117,11 +122,11 @@ def remap_kernel(item, threads):
         index, n = head * cuda.gridDim.x + s, history[s]
         order = kv_order[kv_offsets[head, s] : kv_offsets[head, s + 1]]
         for i in range(passes):
-            for digit in range(thread(), DIGITS, threads):
+            for digit in range(thread(0), DIGITS, threads):
                 counts[i, digit] = 0
         scale = scale_of(scores[index], n, levels, held_scores, least, greatest)
         given = scores[index], patterns[index], n, levels, passes, key_bits
-        write_items(given, scale, held_scores, counts, scratch[0, index])
+        write_items(given, scale, held_scores, held, counts, scratch[0, index])
         cuda.syncthreads()
         find_starts(counts, starts, passes)
         shared = chunk, places, totals

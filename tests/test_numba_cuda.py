@@ -509,8 +509,8 @@ def test_kernels_compile_to_ptx(monkeypatch, kernel, dtype, cc):
         "running": ("pool", "running_kernel", real),
         "pool": ("pool", "pool_kernel", real),
         "norm": ("mixture", "norm_kernel", real, 64),
-        "remap": ("remap", "remap_kernel", numba.int32, 256),
-        "exact": ("remap", "remap_kernel", numba.int64, 256),
+        "remap": ("remap", "remap_kernel", numba.int32, False, 256),
+        "exact": ("remap", "remap_kernel", numba.int64, True, 256),
         "attend": ("attend", "attend_kernel", real, 64, False),
         "spread": ("attend", "attend_kernel", real, 64, True),
     }.get(kernel, (kernel, f"{kernel}_kernel", real, 64))

@@ -51,7 +51,7 @@ def rank(problem: Problem, q, k, slab: Slab, kv_offsets, kv_order) -> None:
 def score(problem: Problem, q, k, slab: Slab):
     """Stage 1: (lists of the slab, longest history) float32 scores; beyond a list's history undefined."""
     p, xp = problem, namespace(q)
-    history = xp.asarray(p.history[slab.segment_start : slab.segment_stop].astype(np.int32))
+    history = _history(p, slab, xp)
     lists = (slab.kv_stop - slab.kv_start) * p.orders * slab.segments
     width = int(p.history[slab.segment_start : slab.segment_stop].max(initial=0))
     scores = xp.empty((lists, width), np.float32)
@@ -145,11 +145,25 @@ def remap(problem: Problem, scores, slab: Slab, kv_offsets, kv_order) -> None:
     item = numba.int32 if sort.none_of(passes).bit_length() + key_bits < 32 else numba.int64
     chunk = threads * sort.run_of(item)
     scratch = xp.empty((2, len(scores), -(-scores.shape[1] // chunk) * chunk), np.dtype(str(item)))
-    history = xp.asarray(problem.history[slab.segment_start : slab.segment_stop].astype(np.int32))
-    offsets = xp.ascontiguousarray(kv_offsets)
-    arrays = (scores, scores.view(np.uint32), history, offsets, kv_order, scratch)
-    grid = (slab.segments, len(offsets))
-    _launch(kernels.remap_kernel(item, threads), grid, threads, *arrays, levels, passes, key_bits, layout="C")
+    kernel, grid = kernels.remap_kernel(item, not levels, threads), (slab.segments, len(kv_offsets))
+    arrays = (_history(problem, slab, xp), xp.ascontiguousarray(kv_offsets), kv_order, scratch)
+    given = (scores, scores.view(np.uint32), *arrays, levels, passes, key_bits)
+    _launch(kernel, grid, threads, *given, layout="C")
+
+
+def _history(problem: Problem, slab: Slab, xp):
+    """Scores of each of the slab's segments, int32."""
+    device = None if SIMULATED else xp.cuda.runtime.getDevice()
+    return _kept_history(problem, slab.segment_start, slab.segment_stop, xp, device)
+
+
+@lru_cache(maxsize=1024)
+def _kept_history(problem: Problem, start: int, stop: int, xp, device):
+    """Kept, because a copy to the device costs more than a launch and cannot be captured in a graph."""
+    history = xp.asarray(problem.history[start:stop].astype(np.int32))
+    if not SIMULATED:
+        xp.cuda.get_current_stream().synchronize()  # other streams will read it
+    return history
 
 
 def pool(problem: Problem, k, v):
