@@ -341,6 +341,27 @@ def test_flipped_arrays_on_a_device(dtype):
     properties.reaches_the_reference(NUMBA, flipped)
 
 
+def check_parts(monkeypatch):
+    """Lists ranked a few at a time, so that their offsets are a part of all."""
+    case = wide_case(4, rows=40)
+    whole = NUMBA.plan(case)
+    monkeypatch.setattr(backends.get("numba", {"q": NUMBA.to_device(case.q)}), "SCORE_BYTES", 300)
+    problem = whole.problem
+    assert len(list(problem.split(problem.whole, 300, "history"))) > 2
+    np.testing.assert_array_equal(NUMBA.to_host(NUMBA.plan(case).kv_order), NUMBA.to_host(whole.kv_order))
+
+
+@simulator
+def test_ranking_in_parts(monkeypatch):
+    check_parts(monkeypatch)
+
+
+@pytest.mark.gpu
+def test_ranking_in_parts_on_a_device(monkeypatch):
+    require_device()
+    check_parts(monkeypatch)
+
+
 @simulator
 def test_workspace_does_not_matter(monkeypatch):
     monkeypatch.setattr(backends.get("numba", {"q": np.ones(1)}), "RANKING_PAYS_FROM", 1)
