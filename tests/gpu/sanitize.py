@@ -46,6 +46,15 @@ def problem(case: int):
     return Problem(1, 2, 1, 250, 330, *dims, dtype, settings)
 
 
+def long_list(case: int):
+    """One list of 5000 scores, ordered as a case orders."""
+    from s2o_cupy.problem import Problem
+
+    p = problem(case)
+    settings = p.settings.replace(causal=False, window=None, tau=0.2)
+    return Problem(1, 1, 1, 4, 5000, p.dim_qk, p.dim_v, p.dtype, settings)
+
+
 def small_run(case: int, twins: bool) -> None:
     """Every stage once."""
     import cupy
@@ -65,9 +74,9 @@ def small_run(case: int, twins: bool) -> None:
     backend.attend(p, q, k, v, p.whole, order, offsets, None, backend.pool(p, k, v), result)
     backend.dense(p, q, k, v, result)
     if twins:  # the twin sorts a list chunk by chunk
-        p = Problem(1, 1, 1, 4, 5000, *dims, dtype, settings.replace(causal=False))
-        scores, offsets = cupy.sin(cupy.arange(5000, dtype=np.float32))[None], cupy.asarray(p.offsets(p.whole))
-        backend.remap(p, scores, p.whole, offsets, cupy.empty(5000, np.int32))
+        p = long_list(case)
+        scores, offsets = cupy.sin(cupy.arange(p.n_k, dtype=np.float32))[None], cupy.asarray(p.offsets(p.whole))
+        backend.remap(p, scores, p.whole, offsets, cupy.empty(p.n_k, np.int32))
     cupy.cuda.runtime.deviceSynchronize()
     print(*CASES[case], "ran", flush=True)
 
