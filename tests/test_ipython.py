@@ -357,7 +357,7 @@ def test_a_twin_without_the_spread_tails_lift(shell):
     assert verdict.status == "wrong"
     assert [case["label"].split(",")[0] for case in verdict.wrong] == ["spread tail"] * 2
     verdict = run(shell, f"%%s2o_numba pool --check\n{TWIN.replace('departure * departure', 'departure')}")
-    assert [case["label"].split(",")[0] for case in verdict.wrong] == ["running sums for the spread tail"]
+    assert [case["label"].split(",")[0] for case in verdict.wrong] == ["a partial last block"]
 
 
 def test_a_patch_of_a_twins_inner_function(shell):

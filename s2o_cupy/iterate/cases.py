@@ -216,8 +216,7 @@ def _pool_cases(at: Focus, sizes: Sizes) -> list[Case]:
     most = min(256, sizes.dim)
     return [
         case("whole blocks", (min(128, most),) * 2),
-        case("a partial last block, rows off 16 bytes", (min(33, most), min(17, most)), beside=True),
-        case("running sums for the spread tail", (min(40, most), 8 if most > 8 else most), tail="spread"),
+        case("a partial last block, rows off 16 bytes", (min(33, most), min(17, most)), beside=True, tail="spread"),
         case("one key a block", (min(64, most), 8 if most > 8 else most), pool=1),
         case("one block for all keys", (most, most), pool=512),
     ]
