@@ -229,7 +229,7 @@ def test_without_a_gpu_it_says_what_it_cannot_do(shell):
     [
         ("%%s2o_cuda frob\nint x;", "kernel is 'frob'; allowed: attend, attend_simt"),
         ("%%s2o_cuda pool\nint x;", "the cell is no whole pool.cu and patches nothing: it defines no function"),
-        ("%%s2o_cuda pool\n" + POOL.replace("int blocks, ", ""), "pool takes 10 parameters; the launcher gives it 11"),
+        ("%%s2o_cuda pool\n" + POOL.replace("int blocks, ", ""), "pool takes 16 parameters; the launcher gives it 17"),
         ("%%s2o_cuda pool --against previously\nint x;", "invalid choice: 'previously'"),
         ("%%s2o_cuda attend_simt --against previous\n" + POOL, "is no function of attend_simt.cu|lacks the kernel"),
         ("%%s2o_cuda pool -D 3=4\nint x;", "-D 3=4: allowed: MACRO=VALUE"),
