@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,18 @@ class Arrays:
     tail_mass: Any = None
 
 
+_checked: dict[tuple, tuple[Problem, str]] = {}  # problem and backend of GPU arrays that passed the checks, by layout
+
+
+def _layout(q, k, v, settings: Settings, backend: str | None) -> tuple | None:
+    """All that the checks of a call read, where they are CuPy arrays of four axes."""
+    cupy = sys.modules.get("cupy")
+    if cupy is None or not type(q) is type(k) is type(v) is cupy.ndarray or not q.ndim == k.ndim == v.ndim == 4:
+        return None
+    each = [(x.shape, x.strides, x.dtype, x.device.id) for x in (q, k, v)]
+    return settings, backend, cupy.cuda.runtime.getDevice(), *each
+
+
 @dataclass
 class Call:
     """One call: the user's q and out, out as it is written, native 4-D arrays, problem, backend, what is asked for."""
@@ -42,6 +55,12 @@ class Call:
 
     @classmethod
     def take(cls, q, k, v, settings, backend, out, full_output, finite) -> Call:
+        layout = None if finite or out is not None else _layout(q, k, v, settings, backend)
+        if layout in _checked:
+            problem, name = _checked[layout]
+            return cls(
+                q, None, None, (*q.shape[:-1], problem.dim_v), [q, k, v], problem, backends.module(name), full_output
+            )
         named = natives(q=q, k=k, v=v)
         problem = make_problem(*named.values(), settings)
         shape = (*named["q"].shape[:-1], problem.dim_v)
@@ -52,6 +71,10 @@ class Call:
         if finite:
             check_finite(named)
         arrays = [as_four_axes(name, x) for name, x in named.items()]
+        if layout is not None:
+            if len(_checked) >= 1024:
+                _checked.clear()
+            _checked[layout] = problem, backend or "cuda"
         return cls(q, out, written, shape, arrays, problem, engine, full_output)
 
     @cached_property

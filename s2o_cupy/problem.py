@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from s2o_cupy.settings import MAX_HEAD_DIM, Settings, integer
+from s2o_cupy.settings import MAX_HEAD_DIM, HashedOnce, Settings, integer
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -36,7 +36,7 @@ class Slab:
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(HashedOnce):
     """One call's numbers, all derived here: sizes, positions, histories, lists and row tiles.
 
     A *list* is the ranking of one (order head, segment): order heads are flattened ``b * Ho + h``,
@@ -52,6 +52,8 @@ class Problem:
     dim_v: int | None
     dtype: str
     settings: Settings
+
+    __hash__ = HashedOnce.__hash__
 
     def __post_init__(self):
         s = self.settings

@@ -46,9 +46,23 @@ def _known(cls, fields) -> None:
         raise TypeError(f"unknown setting {unknown[0]!r}; allowed: {', '.join(allowed)}")
 
 
+class HashedOnce:
+    """A frozen dataclass that is the key of caches and keeps its hash: its body says `__hash__` is this one."""
+
+    def __hash__(self):
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple([getattr(self, field.name) for field in dataclasses.fields(self)]))
+
+    def __getstate__(self):  # texts hash otherwise in another process
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+
 @_known_fields_only
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(HashedOnce):
     """How attention is computed: every choice of the method, validated, immutable.
 
     Parameters
@@ -113,6 +127,8 @@ class Settings:
     query_order: str = "position"
     share_order: bool = False
     cap: float = 1.0
+
+    __hash__ = HashedOnce.__hash__
 
     def __post_init__(self):
         for name in ("causal", "share_order"):

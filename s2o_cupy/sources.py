@@ -23,7 +23,8 @@ from pathlib import Path
 SHAPE_MACROS = ("IS_BF16", "REAL", "SCORE_HALF", "HEAD_DIM", "HEAD_DIM_V", "BLOCK_M", "WIDTH")
 # Macros of which a kernel serves no more than what the arrays allow: key tiles end where a step or a part of it does.
 _AT_MOST = (("attend_sm90", "BLOCK_N"), ("attend_sm90", "PARTS"))
-# Files are not looked at again within this time: twenty of them take 40 to 180 us, as much as a call otherwise.
+# Files and S2O_KERNELS are not looked at again within this time: twenty files take 40 to 180 us, as much as a call
+# otherwise, and a variable that is not set a fifth of a call.
 _SECONDS = 0.1
 _INCLUDE = re.compile(r'[ \t]*#[ \t]*include[ \t]+"([^"]+)"')
 _LINE = re.compile(r'#line (\d+) "([^"]+)"')
@@ -60,6 +61,7 @@ _launched: set[Source] = set()
 class _Folder:
     """A folder's files as they were read, each with its stamp, and the kernels made of them."""
 
+    path: str
     looked: float = 0.0
     stamps: dict[str, tuple | None] = field(default_factory=dict)
     texts: dict[str, str | None] = field(default_factory=dict)
@@ -67,12 +69,13 @@ class _Folder:
 
 
 _folders: dict[str, _Folder] = {}
+_last: _Folder | None = None  # that was looked at
 
 
 def current(name: str) -> Source:
     """What ``kernels/NAME.cu`` compiles from now: a variant in use, else the files as they are on disk."""
     variant = variant_of(name)
-    return from_folder(name, _folder(os.environ.get("S2O_KERNELS", ""))) if variant is None else variant
+    return from_folder(name, look().path) if variant is None else variant
 
 
 def variant_of(name: str) -> Source | None:
@@ -84,8 +87,21 @@ def variant_of(name: str) -> Source | None:
 
 
 def version() -> tuple[Hashable, ...]:
-    """Equal for as long as `current` answers the same for every kernel."""
-    return _as_it_is(_folder(os.environ.get("S2O_KERNELS", ""))), *_variants.get().values()
+    """Equal for as long as `current` answers the same for every kernel; up to a tenth of a second longer."""
+    known = _last
+    if known is None or time.monotonic() - known.looked >= _SECONDS:
+        known = look()
+    return known, *_variants.get().values()
+
+
+def look() -> _Folder:
+    """The folder that is named now. After another one it is read anew: what was made meanwhile may be the other's."""
+    global _last
+    folder = _folder(os.environ.get("S2O_KERNELS", ""))
+    if _last is not None and _last.path != folder:
+        _folders.pop(folder, None)
+    _last = _as_it_is(folder)
+    return _last
 
 
 def from_folder(name: str, folder: str) -> Source:
@@ -109,7 +125,7 @@ def _as_it_is(folder: str) -> _Folder:
     known, now = _folders.get(folder), time.monotonic()
     if known is None or now - known.looked >= _SECONDS:
         if known is None or known.stamps != {path: stamp_of(path) for path in list(known.stamps)}:
-            known = _folders[folder] = _Folder()
+            known = _folders[folder] = _Folder(folder)
         known.looked = now
     return known
 

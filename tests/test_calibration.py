@@ -103,6 +103,8 @@ def test_the_result_is_settings_to_use_save_and_load(tmp_path):
     assert hash(loaded) == hash(settings)
     assert settings != loaded.replace(tau=0.0)
     assert pickle.loads(pickle.dumps(settings)).rows == settings.rows == 300
+    assert hash(settings) == hash(settings.replace(**settings.as_dict()))
+    assert "_hash" not in vars(pickle.loads(pickle.dumps(settings)))  # another process hashes texts otherwise
     np.testing.assert_array_equal(s2o.attention(q, k, v, settings), s2o.attention(q, k, v, loaded))
     assert settings.replace(tau=0.5).tau == 0.5
 

@@ -64,6 +64,21 @@ def test_a_folder_without_kernels_is_refused(tmp_path, monkeypatch):
         current("pool")
 
 
+def test_another_folder_is_another_version_and_so_is_the_first_one_later(folder, monkeypatch):
+    """What is recorded between the change and the look that sees it is never found again."""
+    sources.look()
+    first = sources.version()
+    assert sources.version() == first
+    monkeypatch.delenv("S2O_KERNELS")
+    assert sources.version() == first  # not looked at yet
+    current("pool")
+    second = sources.version()
+    monkeypatch.setenv("S2O_KERNELS", str(folder))
+    assert sources.version() == second
+    time.sleep(2 * sources._SECONDS)
+    assert len({first, second, sources.version()}) == 3
+
+
 @pytest.mark.parametrize("name", kernel_names())
 def test_lines_of_inlined_headers_keep_their_file_and_number(name):
     folder, file, number, seen = kernel_folder(), None, 0, set()

@@ -42,6 +42,11 @@ def get(name: str | None, arrays: dict) -> ModuleType:
         for where, x in arrays.items():
             if x.strides[-1] != x.itemsize or abs(x.strides[-2]) >= 2**31:
                 _require_rows(where, x.shape, x.strides, x.itemsize)
+    return module(name)
+
+
+def module(name: str) -> ModuleType:
+    """A backend for a call whose arrays were checked."""
     called_on(name)
     return sys.modules.get(NAMES[name]) or importlib.import_module(NAMES[name])
 

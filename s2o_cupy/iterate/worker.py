@@ -23,7 +23,7 @@ from s2o_cupy.iterate import bench, emulation, engines
 from s2o_cupy.iterate.building import compile_all, launched, serve_resources
 from s2o_cupy.iterate.cases import EMULATED, ON_GPU, SIMULATED, STAGES, cases, focus, worst_of
 from s2o_cupy.iterate.recording import distinct, recorded, recorded_twins
-from s2o_cupy.sources import SHAPE_MACROS, Source, in_use
+from s2o_cupy.sources import SHAPE_MACROS, Source, in_use, look
 from s2o_cupy.specialisations import launch_macros
 from s2o_cupy.twins import TWINS, twin
 
@@ -51,6 +51,7 @@ def main(fd: int, watched: bool = False) -> None:
         job = json.loads(line)
         os.environ["S2O_KERNELS"] = job["kernels"]
         try:
+            look()
             SERVE[job["kind"]](job, gpu, say)
             say("done")
         except KernelCompileError as error:

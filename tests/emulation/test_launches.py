@@ -19,6 +19,7 @@ import pytest
 import s2o_cupy as s2o
 from bench.scaling import timed_stages
 from s2o_cupy import backends, planning, sources
+from s2o_cupy import call as calls
 from s2o_cupy.backends._tape import Place
 from s2o_cupy.iterate import emulation as run
 from s2o_cupy.problem import Problem
@@ -257,6 +258,34 @@ def test_each_call_asks_for_stream_variants_and_saved_files(cuda, tmp_path, monk
     time.sleep(2 * sources._SECONDS)
     (tmp_path / "kernels" / "pool.cu").write_text((kernel_folder() / "pool.cu").read_text() + "// saved\n")
     assert "// saved" in pool()[0]
+
+
+def test_arrays_are_checked_once_a_layout(cuda, monkeypatch):
+    arrays, seen = call_arrays(), []
+    checks = calls.natives
+    monkeypatch.setattr(calls, "natives", lambda **named: seen.append(len(seen)) or checks(**named))
+    monkeypatch.setattr(calls, "_checked", {})
+    for expected, changes in (
+        (1, {}),
+        (1, {}),
+        (1, {"q": Array((1, 4, 8192, 128), ml_dtypes.bfloat16)}),  # another, that lies alike
+        (2, {"q": Array((1, 4, 8192, 128), ml_dtypes.bfloat16, (2**23, 256, 1024, 2))}),
+        (3, {"tau": 1}),
+        (4, {"out": Array((1, 4, 8192, 128), ml_dtypes.bfloat16)}),
+        (5, {"k": Array((1, 2, 8193, 128), ml_dtypes.bfloat16), "v": Array((1, 2, 8193, 128), ml_dtypes.bfloat16)}),
+        (6, {"q": arrays["q"], "backend": "cuda"}),
+    ):
+        s2o.attention(**arrays | changes)
+        assert len(seen) == expected
+    arrays["q"].device = Device(1)
+    for _ in range(2):  # what is refused is checked again
+        with pytest.raises(ValueError, match="allowed: all on one device"):
+            s2o.attention(**arrays)
+    assert len(seen) == 8
+    monkeypatch.setattr(cuda.cp.cuda.runtime, "getDevice", lambda: 1)
+    arrays["q"].device = Device(0)
+    with pytest.raises(ValueError, match="q is on device 0 and the current device is 1"):
+        s2o.attention(**arrays)
 
 
 def test_progress_and_the_workspace_of_several_steps(cuda, monkeypatch):
