@@ -375,6 +375,25 @@ def test_heads_that_would_walk_most_are_dense(llama, story, tmp_path):
     assert attend.density[0] == [1, *walked.density[0], 1]
 
 
+def test_a_layer_may_have_an_error_of_its_own(llama, story, capsys):
+    model = Model(llama)
+    ids = text.encode(model, story, 2304)
+    chosen = calibrate_layers(model, ids, 0.2, of_layer={1: 0.05})
+    assert 0.05 < chosen[0].evidence[0].error.max() <= 0.2
+    assert chosen[1].evidence[0].error.max() <= 0.05
+    arguments = ("eval", llama, "--text", story, "--length", 2304, "--error", 0.2, "--layer-error")
+    assert command.main([str(x) for x in (*arguments, "1=0.05", "--json")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["error_of_layer"] == {"1": 0.05}
+    assert report["tau"] == {"0": chosen[0].tau, "1": chosen[1].tau}
+    code, line = refused(capsys, *arguments, "2=0.05")
+    assert code == 2
+    assert "layer 2 has an error of its own; allowed: 0, 1" in line
+    with pytest.raises(SystemExit, match="2"):
+        command.main([str(x) for x in (*arguments, "a=0.05")])
+    assert "'a=0.05' is no error of a layer, as in 11=0.05" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("tau", "heads"),
     [

@@ -115,7 +115,8 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
     base = Settings.precise() if options.precise else Settings()
     base = base.replace(**dict(options.set))
     variants = VARIANTS if options.all_variants else TAU_ALONE
-    settings = calibrate_layers(model, seen, options.error, variants, base, options.per_head, options.dense_from)
+    choices = (options.per_head, options.dense_from, dict(options.layer_error))
+    settings = calibrate_layers(model, seen, options.error, variants, base, *choices)
     return settings, {
         "model": model.name,
         "device": options.device,
@@ -127,6 +128,7 @@ def _calibrated(options, model: Model, ids) -> tuple[dict, dict]:
         "tau_per_head": options.per_head,
         "dense_from": options.dense_from if np.isfinite(options.dense_from) else None,
         "error": options.error,
+        "error_of_layer": {str(layer): error for layer, error in options.layer_error},
         "calibration_s": time.perf_counter() - start,
     }
 
@@ -180,9 +182,10 @@ def _heading(r: dict) -> list[str]:
     tau = "a tau a head" if r["tau_per_head"] else "a tau a layer"
     changed = "".join(f"{name} {value}, " for name, value in r["changed"].items())
     rows = f"; the last {r['dense_rows']} rows dense" if r["dense_rows"] else ""
+    of_layer = "".join(f" ({error:g} in layer {layer})" for layer, error in r["error_of_layer"].items())
     return [
         f"{r['model']}, {r['text']}, {r['tokens']} tokens, {r['device']}, attention in {r['attention_dtype']}",
-        f"{r['settings']} settings, {changed}{tau}, error {r['error']:g} calibrated on "
+        f"{r['settings']} settings, {changed}{tau}, error {r['error']:g}{of_layer} calibrated on "
         f"{r['calibrated_on']}{same}{rows}",
     ]
 
@@ -200,6 +203,14 @@ def _layers(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",")})
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of layers, as in 8,14") from None
+
+
+def _layer_error(text: str) -> tuple[int, float]:
+    layer, _, error = text.partition("=")
+    try:
+        return int(layer), float(error)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no error of a layer, as in 11=0.05") from None
 
 
 def _setting(text: str) -> tuple:
@@ -233,6 +244,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=run_capture)
     sparse = argparse.ArgumentParser(add_help=False)
     sparse.add_argument("--error", type=float, required=True, metavar="E", help="relative error of a head accepted")
+    sparse.add_argument(
+        "--layer-error",
+        type=_layer_error,
+        action="append",
+        default=[],
+        metavar="LAYER=E",
+        help="another one for a global layer, as in 11=0.05 (may be repeated)",
+    )
     sparse.add_argument("--calibrate-text", metavar="FILE", help="text that settings are found on (default: the same)")
     sparse.add_argument("--precise", action="store_true", help="Settings.precise() in place of the defaults")
     sparse.add_argument(

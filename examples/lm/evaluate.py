@@ -31,12 +31,13 @@ class Calibration:
     variants: tuple = TAU_ALONE
     per_head: bool = False
     dense_from: float = np.inf
+    of_layer: dict[int, float] = field(default_factory=dict)
     settings: dict[int, s2o.Settings] = field(default_factory=dict)
 
     def __call__(self, layer: int, q, k, v):
         choices = {"per_head": self.per_head, "settings": self.base, "variants": self.variants}
         try:
-            found = s2o.calibrate(q, k, v, self.error, **choices)
+            found = s2o.calibrate(q, k, v, self.of_layer.get(layer, self.error), **choices)
         except ValueError as error:
             raise ValueError(f"layer {layer}: {error}") from None
         if np.isfinite(self.dense_from):
@@ -187,12 +188,19 @@ def calibrate_layers(
     base: s2o.Settings | None = None,
     per_head: bool = False,
     dense_from: float = np.inf,
+    of_layer: dict[int, float] | None = None,
 ) -> dict[int, s2o.Settings]:
     """Settings of each global layer, from `base` on, whose relative error here is at most `error` in every head.
 
-    With `per_head`, a head that walks a share `dense_from` of its pairs or more gets tau 0, and will be dense.
+    `of_layer` has other errors for some layers. With `per_head`, a head that walks a share `dense_from` of its pairs or
+    more gets tau 0, and will be dense.
     """
-    calibration = Calibration(error, base or s2o.Settings(), tuple(variants), per_head, dense_from)
+    of_layer = of_layer or {}
+    for layer in of_layer:
+        if not (0 <= layer < model.layers and model.is_global(layer)):
+            allowed = [layer for layer in range(model.layers) if model.is_global(layer)]
+            raise ValueError(f"layer {layer} has an error of its own; allowed: {', '.join(map(str, allowed))}")
+    calibration = Calibration(error, base or s2o.Settings(), tuple(variants), per_head, dense_from, of_layer)
     with Bar("calibrate", model.layers) as bar:
         prefill(model, ids, calibration, step=bar.step)
     return calibration.settings
