@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             for (int i = 0; i < O_COLUMNS / 2; ++i) o[c][i] = 0.f;
         // `late`: the step before this one has values in the ring; `counts`: and weights for them; `pending`: it was of the
         // history, and what it walked is still to be counted.
-        bool late = false, counts = false, voted = false, stopped = false, in_tail = false, found_blocks = false, queries_released = false;
+        bool late = false, counts = false, voted = false, stopped = false, in_tail = false;
         bool in_history = false, late_masked = false, fresh = true, pending = false;
         int late_start = 0;  // first key of the step before this one, if it was masked
 
@@ -127,12 +127,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         auto end_tail = [&]() {
             in_tail = false;
             close_all();
+            warpgroup_sync(warpgroup);
             if (lane % 4) return;
+            const bool found = ring.blocks_found[warpgroup] > 0;
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
                 float2& mark = ring.tail[warp_row + 8 * h + lane / 4];
                 const float before = mark.x * exp2_approx((mark.y - soft[h].frame()) * unit);
-                mark = make_float2(soft[h].closed - before, soft[h].frame());
+                mark = make_float2(found ? soft[h].closed - before : 0.f, soft[h].frame());
             }
         };
         // A masked step's value that is not finite must reach only the rows that see it: it is zeroed, and they become NaN.
@@ -246,7 +248,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
             if (thread < BLOCK_N) ring.bias[warpgroup][thread] = bias;
             const int blocks = warpgroup_count(warpgroup, bias > NEGATIVE_INFINITY);
-            found_blocks |= blocks > 0;
             if (thread == 0) ring.blocks_found[warpgroup] += blocks;
         };
 
@@ -264,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                 if (late_masked) await(value_place), hide_non_finite(value_place);
                 resolve();
                 if (in_tail) end_tail();
-                if (!queries_released) release(ring.q_empty);
+                if (facts.end < 0) release(ring.q_empty);
             }
             if (ends || (stopped && phase == HISTORY)) {  // past a stop, what is left of the history is let go
                 release(ring.empty[key_place.unit]);
@@ -349,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                         }
                     }
                 }
-                if (!whole && phase == MASKED_WINDOW && step.start + step.count == facts.end) queries_released = true, release(ring.q_empty);
+                if (!whole && phase == MASKED_WINDOW && step.start + step.count == facts.end) release(ring.q_empty);
                 release(ring.empty[key_place.unit]);
 
                 // The greatest logits come first: in most steps no row of the warp has a new maximum.
@@ -479,7 +480,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             if (tail_mass != nullptr) {
                 const float2 mark = ring.tail[r];
                 const float share = mark.x * exp2_approx((mark.y - soft[h].frame()) * unit) / soft[h].closed;
-                tail_mass[part.row_at + row] = found_blocks && share > 0.f && !poisoned ? share : 0.f;
+                tail_mass[part.row_at + row] = share > 0.f && !poisoned ? share : 0.f;
             }
         }
         if (tiles != nullptr && thread_here() == 0 && part.tile_at >= 0) {

@@ -35,7 +35,7 @@ struct TileFacts {
     int id;  // -1: no more row tiles
     int history, pool_blocks;
     int all_from, all_until;  // keys that every row sees lie between
-    int end;                  // keys of the masked window end here
+    int end;                  // keys of the masked window end here; -1: there are none
     struct {                  // of the rows of each consumer warpgroup
         int rows;
         float tau;

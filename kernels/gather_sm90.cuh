@@ -99,7 +99,8 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         facts.row[thread] = query_row();
         if (thread == 0) {
             facts.id = id, facts.history = tile.history, facts.pool_blocks = tile.pool_blocks;
-            facts.all_from = highest + shift + 1 - x.window, facts.all_until = lowest + shift + 1, facts.end = walk.masked_stop;
+            facts.all_from = highest + shift + 1 - x.window, facts.all_until = lowest + shift + 1;
+            facts.end = walk.masked_first < walk.masked_stop ? walk.masked_stop : -1;
         }
         if (thread < 2) {  // a warpgroup with nothing to do repeats the first one's head and keeps no row of it
             auto& part = facts.part[thread];
