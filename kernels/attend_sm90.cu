@@ -55,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
     }
     take_registers<224>();
 
-    // Keys of each pool block that were accumulated, by warpgroup.
-    unsigned int* const walked = (unsigned int*)(&ring + 1) + warpgroup * (pool_stride + 3 & ~3);
+    // Keys of each pool block that were accumulated, of each row tile.
+    unsigned int* const walked = (unsigned int*)(&ring + 1) + (launch.pairs() ? warpgroup * (pool_stride + 3 & ~3) : 0);
     const int lane = threadIdx.x & 31, warp_row = threadIdx.x / 32 * 16;
     const int shift = causal ? n_k - n_q : 0;
     Ballots& box = ring.ballots[launch.pairs() ? warpgroup : 0];
@@ -78,28 +78,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         const TileFacts& facts = ring.facts[number & 1];
         if (uniform(facts.id) < 0) break;
 
-        // While the first keys are multiplied: which queries are not finite, and what a row tile counts set to zero.
+        // While the first keys are multiplied: what is kept of the rows, and counts set to zero.
         auto begin = [&]() {
-            const int thread = thread_here(), lane = thread % 32;
-#pragma unroll 1
-            for (int h = 0; h < 2; ++h) {
-                const int r = warp_row + 8 * h + lane / 4;
-                unsigned int seen = 0;
-#pragma unroll
-                for (int chunk = 0; chunk < HEAD_DIM / 8; chunk += 4) {
-                    unsigned int x[4];
-                    load_chunk(x, queries + (chunk >> 3) * Q_PANEL_BYTES + swizzled(r, chunk & 7 | lane % 4));
-                    seen = not_finite(x, seen);
-                }
-                const bool bad = (__ballot_sync(0xffffffffu, seen != 0) >> (lane & 28) & 15) != 0;
-                if (lane % 4 == 0) {
-                    ring.poisoned[r] = bad;
-                    ring.state[r] = make_float2(bad || r % 64 >= facts.part[warpgroup].rows ? -1.f : facts.part[warpgroup].tau, 0.f);
-                    ring.tail[r] = make_float2(0.f, 0.f);
-                }
+            const int thread = thread_here();
+            if (thread < 64) {
+                const int r = 64 * warpgroup + thread;
+                ring.state[r] = make_float2(thread >= facts.part[warpgroup].rows ? -1.f : facts.part[warpgroup].tau, 0.f);
+                ring.tail[r] = make_float2(0.f, 0.f);
             }
-            for (int b = 4 * thread, end = facts.pool_blocks; b < end; b += 512) *(uint4*)(walked + b) = make_uint4(0, 0, 0, 0);
-            if (thread == 0) ring.walked_tiles[warpgroup] = ring.blocks_found[warpgroup] = 0;
+            if (launch.pairs() || warpgroup == 0)
+                for (int b = 4 * thread, end = facts.pool_blocks; b < end; b += 512) *(uint4*)(walked + b) = make_uint4(0, 0, 0, 0);
+            if (thread == 0) ring.walked_keys[warpgroup] = facts.listed, ring.blocks_found[warpgroup] = 0;
             warpgroup_sync(warpgroup);
         };
 
@@ -111,10 +100,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         for (int c = 0; c < O_PARTS; ++c)
 #pragma unroll
             for (int i = 0; i < O_COLUMNS / 2; ++i) o[c][i] = 0.f;
-        // `late`: the step before this one has values in the ring; `counts`: and weights for them; `pending`: it was of the
-        // history, and what it walked is still to be counted.
+        // `late`: the step before this one has values in the ring; `counts`: and weights for them; `voted`: it closed a
+        // key tile, and what all say to that is still to be read.
         bool late = false, counts = false, voted = false, stopped = false, in_tail = false;
-        bool in_history = false, late_masked = false, fresh = true, pending = false;
+        bool in_history = false, late_masked = false, fresh = true;
         int late_start = 0;  // first key of the step before this one, if it was masked
 
         // Here `open` is the same in the row's four lanes.
@@ -193,24 +182,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             if (wanted != WANTED && facts.part[warpgroup].tau == 0.f) wanted = WANTED;  // no row may vote, and tau 0 never stops
             return uniform(wanted);
         };
-        // Once the last step's vote is known: counts what was walked, and drops what lies past the stop.
+        // What the last step's vote says: a stop drops what lies past it.
         auto resolve = [&]() {
-            if (!pending) return;
-            const int past_slot = slot == 0 ? UNITS - 1 : slot - 1;
-            const KeyStep& past = ring.steps[past_slot];
-            bool halved = false;  // the first of two parts stopped the row tile
-            if (voted) {
-                const int wanted = read_vote();
-                stopped = wanted != WANTED, halved = PARTS > 1 && !(wanted & 1);
-                if (stopped && thread_here() == 0) *(volatile int*)(ring.stopped + warpgroup) = number + 1;
-            }
-            const int thread = thread_here(), count = halved ? min(PART, past.count) : past.count;
+            if (!voted) return;
+            voted = false;
+            const int wanted = read_vote();
+            if (wanted == WANTED) return;
+            stopped = true;
+            const KeyStep& past = ring.steps[slot == 0 ? UNITS - 1 : slot - 1];
+            const bool halved = PARTS > 1 && !(wanted & 1);  // the first of two parts stopped the row tile
+            const int thread = thread_here();
             if (thread == 0) {
-                const int closed = past.kind >> CLOSES & (halved ? 1 : WANTED);
-                if (closed) ring.walked_tiles[warpgroup] += __popc(closed), ring.walked_keys[warpgroup] = past.start + (closed == 1 ? min(PART, count) : count);
+                ring.walked_keys[warpgroup] = past.start + (halved ? min(PART, past.count) : past.count);
+                *(volatile int*)(ring.stopped + warpgroup) = number + 1;
             }
-            if (thread < count && facts.pool_blocks) atomicAdd(walked + (ring.index[past_slot][index_of(thread)] >> log2_pool), 1u);
-            pending = voted = false;
             if (!halved || past.count <= PART) return;
             const int r = warpgroup * 64 + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
@@ -221,18 +206,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
         };
 
+        // Counts by pool block the keys that were walked: all at once, while pooled keys are on their way.
+        auto count_walked = [&]() {
+            const bool pairs = launch.pairs();
+            const int keys = ring.walked_keys[warpgroup], together = pairs ? 128 : CONSUMERS;
+            const int* const order = facts.order;
+#pragma unroll 8
+            for (int i = pairs ? thread_here() : threadIdx.x; i < keys; i += together) atomicAdd(walked + (__ldg(order + i) >> log2_pool), 1u);
+            if (pairs) warpgroup_sync(warpgroup);
+            else consumers_sync();
+        };
+
         // What a step of the tail adds to the logits, and the most that they may be.
         auto prepare_tail = [&](const KeyStep& step) {
             const int thread = thread_here();
             warpgroup_sync(warpgroup);
-            if (!in_tail) close_all();
+            if (!in_tail) close_all(), count_walked();
             if (!in_tail && thread % 4 == 0) {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const int r = warpgroup * 64 + thread / 32 * 16 + 8 * h + thread % 32 / 4;
                     ring.tail[r] = make_float2(soft[h].closed, soft[h].frame());
                     // A key behind the last tile in the ranking is not credited with more than that tile's mean weight.
-                    const bool some = ring.walked_tiles[warpgroup];
+                    const bool some = ring.walked_keys[warpgroup] > 0;
                     const float added = ring.state[r].y / ((ring.walked_keys[warpgroup] - 1) % block_k + 1);
                     const float left = (float)(facts.history - ring.walked_keys[warpgroup]) / facts.history;
                     const float lifted = lift != nullptr && some ? left * left * lift[facts.part[warpgroup].row_at + facts.row[r]] : 0.f;
@@ -413,7 +409,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
 #pragma unroll
                     for (int part = 0; part < PARTS; ++part) soften(False(), part);
                 }
-                pending = phase == HISTORY;
                 if (closes) {
                     if (lane == 0) box.votes[ballots & 3][threadIdx.x / 32] = (unsigned char)wanted, barrier_arrive(vote);
                     voted = true, ++ballots;
@@ -456,12 +451,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         close_all();
 
         const auto& part = facts.part[warpgroup];
+        // A row that met no finite logit has the answer 0, or NaN where its query is why.
+        auto poisoned = [&](int row) {
+            const half_t* const query = q + part.q_at + row * q_row;
+            unsigned int x[4], seen = 0;
+#pragma unroll 1
+            for (int d = 0; d < HEAD_DIM; d += 8) load_global_chunk(x, query + d), seen = not_finite(x, seen);
+            return seen != 0;
+        };
         // Normalise and write. A lane has two columns of every eight; four lanes trade, so that each writes 16 bytes.
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int r = warp_row + 8 * h + lane / 4, row = facts.row[r];
-            const bool poisoned = ring.poisoned[r], there = r % 64 < part.rows;
-            const float inverse = poisoned ? not_a_number() : soft[h].closed == 0.f ? 0.f : 1.f / soft[h].closed;
+            const bool there = r % 64 < part.rows;
+            if (soft[h].closed == 0.f && poisoned(row)) soft[h].closed = not_a_number();
+            const float inverse = soft[h].closed == 0.f ? 0.f : 1.f / soft[h].closed;
             half_t* const to = out + part.out_at + row * out_row + 8 * (lane % 4);
 #pragma unroll
             for (int d = 0; d < V_TILES; d += 4) {
@@ -476,15 +480,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
             }
             if (lane % 4 || !there) continue;
             const float natural = soft[h].closed == 0.f ? NEGATIVE_INFINITY : soft[h].top * unit * LN_2 + logf(soft[h].closed);
-            lse[part.row_at + row] = poisoned ? not_a_number() : natural;
+            lse[part.row_at + row] = natural;
             if (tail_mass != nullptr) {
                 const float2 mark = ring.tail[r];
                 const float share = mark.x * exp2_approx((mark.y - soft[h].frame()) * unit) / soft[h].closed;
-                tail_mass[part.row_at + row] = share > 0.f && !poisoned ? share : 0.f;
+                tail_mass[part.row_at + row] = share > 0.f ? share : 0.f;
             }
         }
         if (tiles != nullptr && thread_here() == 0 && part.tile_at >= 0) {
-            tiles[part.tile_at] = ring.walked_tiles[warpgroup];
+            tiles[part.tile_at] = (ring.walked_keys[warpgroup] + block_k - 1) / block_k;
             tail_blocks[part.tile_at] = ring.blocks_found[warpgroup];
         }
     }

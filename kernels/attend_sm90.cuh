@@ -33,7 +33,8 @@ struct False {
 // What the consumers need to know of a row tile.
 struct TileFacts {
     int id;  // -1: no more row tiles
-    int history, pool_blocks;
+    int history, pool_blocks, listed;
+    const int* order;  // the list's keys
     int all_from, all_until;  // keys that every row sees lie between
     int end;                  // keys of the masked window end here; -1: there are none
     struct {                  // of the rows of each consumer warpgroup
@@ -63,8 +64,7 @@ struct Ring {
     // products with pooled keys, and the most that they may be.
     float2 state[BLOCK_M];
     float4 first[BLOCK_M];  // of two parts, after the first: the sum, what it added, the maximum, what the second shrank
-    bool poisoned[BLOCK_M];      // whether a query is not finite
-    int walked_tiles[2], walked_keys[2], blocks_found[2];  // of the row tile, by consumer warpgroup
+    int walked_keys[2], blocks_found[2];  // of the row tile, by consumer warpgroup
     int stopped[2];  // number of the last row tile of this block that stopped, by consumer warpgroup
     int lowest[4], highest[4], ticket;
 };
@@ -168,6 +168,9 @@ __device__ __forceinline__ unsigned int not_finite(unsigned int (&x)[4], unsigne
 }
 __device__ __forceinline__ void load_chunk(unsigned int (&x)[4], unsigned int address) {
     asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_global_chunk(unsigned int (&x)[4], const half_t* from) {
+    asm volatile("ld.global.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "l"(from) : "memory");
 }
 __device__ __forceinline__ void store_chunk(half_t* to, const unsigned int (&x)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]) : "memory");

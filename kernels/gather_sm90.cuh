@@ -98,7 +98,7 @@ __device__ __forceinline__ void produce(Ring& ring, unsigned int queries, unsign
         TileFacts& facts = ring.facts[number & 1];
         facts.row[thread] = query_row();
         if (thread == 0) {
-            facts.id = id, facts.history = tile.history, facts.pool_blocks = tile.pool_blocks;
+            facts.id = id, facts.history = tile.history, facts.pool_blocks = tile.pool_blocks, facts.listed = walk.listed, facts.order = order;
             facts.all_from = highest + shift + 1 - x.window, facts.all_until = lowest + shift + 1;
             facts.end = walk.masked_first < walk.masked_stop ? walk.masked_stop : -1;
         }

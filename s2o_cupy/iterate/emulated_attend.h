@@ -111,6 +111,7 @@ static inline unsigned int not_finite(unsigned int (&x)[4], unsigned int seen) {
     return seen;
 }
 static inline void load_chunk(unsigned int (&x)[4], unsigned int address) { load_shared16(x, address); }
+static inline void load_global_chunk(unsigned int (&x)[4], const half_t* from) { memcpy(x, from, 16); }
 static inline void store_chunk(half_t* to, const unsigned int (&x)[4]) { memcpy(to, x, 16); }
 template <int REGISTERS>
 static inline void take_registers() {}
