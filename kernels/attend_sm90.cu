@@ -106,13 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
         bool in_history = false, late_masked = false, fresh = true;
         int late_start = 0;  // first key of the step before this one, if it was masked
 
-        // Here `open` is the same in the row's four lanes.
-        auto close = [&](int h) {
-            const float gained = soft[h].open;
-            soft[h].closed += gained, soft[h].open = 0.f;
-            return gained;
-        };
-        auto close_all = [&]() { close(0), close(1); };
+        auto close_all = [&]() { soft[0].close(), soft[1].close(); };
         auto end_tail = [&]() {
             in_tail = false;
             close_all();
@@ -388,12 +382,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) attend_sm90(
                         }
                     }
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) soft[h].open += quad_sum(even[h] + odd[h]);
+                    for (int h = 0; h < 2; ++h) soft[h].open += even[h] + odd[h];
                     if (!(closes >> part & 1)) return;
                     bool wants = false;
 #pragma unroll
                     for (int h = 0; h < 2; ++h) {
-                        const float before = soft[h].closed, gained = close(h), row_tau = row_state[8 * h].x;
+                        const float before = soft[h].closed, gained = soft[h].close(), row_tau = row_state[8 * h].x;
                         const bool first_gain = before == 0.f;  // RowSoftmax::wants without a branch
                         wants |= (row_tau >= 0.f) & (gained >= (first_gain ? 0.f : row_tau * before)) & (!first_gain | (soft[h].top > NEGATIVE_INFINITY));
                         row_state[8 * h].y = gained;
