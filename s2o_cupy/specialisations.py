@@ -224,7 +224,7 @@ def shipped(arch: str) -> list[Specialisation]:
             full = rows == 128 and 96 <= dim_v <= 128  # 32 rows a warp: registers are full, a few values spill
             if sm90_serves(arch, dtype, dim, dim_v, 128, 1):
                 for block_k in (64, 128):
-                    add("attend_sm90", sm90_macros(dtype, dim, dim_v, block_k), no_spills=dim < 256)
+                    add("attend_sm90", sm90_macros(dtype, dim, dim_v, block_k))
             else:
                 add("attend", attend_macros(dtype, dim, dim_v, rows, arch), no_spills=not full)
             add("score", score_macros(dtype, dim, arch))

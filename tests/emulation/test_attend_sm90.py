@@ -138,3 +138,17 @@ def test_dense_attention_is_the_reference(window, block_q):
     want = rounding.dense(p, q, k, v, block_q, step=128, across=False)
     out, lse, *_ = attend(p, q, k, v, None, None, False)
     rounding.check_answer(p, SimpleNamespace(out=out, lse=lse), want)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_query_all_of_whose_logits_are_minus_infinity_is_not_a_number(causal):
+    s = Settings(segment=64, block_k=128, pool=64, rank="mean", tau=2.0, causal=causal)
+    p = Problem(1, 2, 1, 128, 700, 64, 64, "bfloat16", s)
+    q, k, v = arrays(p, 1)
+    k[..., 2] = 1 + np.abs(k[..., 2])
+    q[0, 1, 40, 2] = -np.inf
+    wide = [x.astype(np.float64) for x in (q, k, v)]
+    order, offsets, _ = reference.plan(p, *wide[:2])
+    want = wanted(p, *wide, order, offsets)
+    assert np.isnan(want.out[0, 1, 40]).all() and np.isnan(want.out).all(axis=-1).sum() == 1
+    agree(p, want, *attend(p, q, k, v, order, offsets, False))
