@@ -18,16 +18,12 @@ KERNELS = "regex:attend_sm90|factor|moments|score|remap"
 STALLS = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
 COLUMNS = {  # heading: metrics, the first that there is
     "ms": ("gpu__time_duration.sum",),
-    "GHz": ("gpc__cycles_elapsed.avg.per_second", "sm__cycles_elapsed.avg.per_second"),
-    "tensor %": (
-        "sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active",
-        "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
-        "sm__pipe_tensor_op_hmma_cycles_active.avg.pct_of_peak_sustained_active",
-    ),
-    "issue %": ("smsp__issue_active.avg.pct_of_peak_sustained_active", "smsp__issue_active.avg.pct"),
+    "GHz": ("gpc__cycles_elapsed.avg.per_second",),
+    "tensor %": ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",),
+    "exponentials %": ("sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",),
+    "issue %": ("smsp__issue_active.avg.pct_of_peak_sustained_active",),
     "eligible warps": ("smsp__warps_eligible.avg.per_cycle_active",),
-    "L1 %": ("l1tex__throughput.avg.pct_of_peak_sustained_active",),
-    "shared wavefronts %": ("l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct_of_peak_sustained_elapsed",),
+    "shared, L1 %": ("l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",),
     "L2 %": ("lts__throughput.avg.pct_of_peak_sustained_elapsed",),
     "L2 hit %": ("lts__t_sector_hit_rate.pct",),
     "DRAM %": ("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",),
@@ -93,7 +89,7 @@ def table(text: str) -> str:
         if name is None:
             return "-"
         value = float(row[name].replace(",", ""))
-        scale = {"nsecond": 1e-6, "ns": 1e-6, "usecond": 1e-3, "us": 1e-3, "second": 1e3, "s": 1e3}
+        scale = {"nsecond": 1e-6, "ns": 1e-6, "usecond": 1e-3, "us": 1e-3, "second": 1e3, "s": 1e3, "hz": 1e-9}
         return f"{value * scale.get(units[name], 1):.4g}"
 
     out = ["| launch | " + " | ".join(COLUMNS) + " | warp-cycles an instruction, by what they wait for |"]
