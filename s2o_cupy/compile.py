@@ -23,6 +23,7 @@ from s2o_cupy.specialisations import SHARED_LIMIT, Specialisation, shared_limit,
 
 STATIC_SHARED_BYTES = 48 * 1024
 ARCHES = f"sm_({'|'.join(map(str, SHARED_LIMIT))})[af]?"
+REPORT = 2  # what the cache keeps of a specialisation: another number where that changes
 
 
 class KernelCompileError(RuntimeError):
@@ -148,11 +149,12 @@ class Row:
     shared_bytes: int
     cubin_bytes: int
     cached: bool
+    serialised: int = 0  # whether ptxas made its wgmma instructions wait for each other
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A specialisation that did not compile, or spilled although it promises not to."""
+    """A specialisation that did not compile, whose wgmma is serialised, or that spilled although it promises not to."""
 
     arch: str
     kernel: str
@@ -167,7 +169,8 @@ def compile_report(
 ) -> tuple[list[Row], list[Failure]]:
     """Compile every shipped specialisation for each architecture, without a GPU or a driver.
 
-    With ``check``, register spills in a kernel that promises none are failures too.
+    With ``check``, register spills in a kernel that promises none are failures too, and wgmma instructions that the
+    assembler serialises.
     """
     arches = list(arches)
     for arch in arches:
@@ -190,6 +193,8 @@ def compile_report(
                 rows.append(row)
                 if check and spec.no_spills and row.spill_bytes:
                     failures.append(Failure(arch, entry, macros, f"spills {row.spill_bytes} bytes"))
+                if check and row.serialised:
+                    failures.append(Failure(arch, entry, macros, "its wgmma instructions are serialised"))
     return rows, failures
 
 
@@ -270,7 +275,7 @@ def known_resources(arch: str, spec: Specialisation) -> dict | None:
 
 def _kept_at(arch: str, spec: Specialisation) -> Path:
     key = hashlib.sha256(
-        json.dumps([arch, spec.name, spec.macros, current(spec.name).text, _compiler()]).encode()
+        json.dumps([REPORT, arch, spec.name, spec.macros, current(spec.name).text, _compiler()]).encode()
     ).hexdigest()
     return cache_folder() / f"{key[:32]}.json"
 
@@ -293,19 +298,21 @@ def resources(arch: str, spec: Specialisation) -> tuple[dict, bool]:
 
 
 def parse_report(log: str) -> dict[str, dict[str, int]]:
-    """Kernel name to registers, spills, stack and static shared bytes, from what ``ptxas -v`` prints."""
-    found = {}
+    """Kernel name to registers, spills, stack and static shared bytes, and serialised wgmma, from ``ptxas -v``."""
+    found, serialised = {}, set(re.findall(r"wgmma\.mma_async instructions are serialized .* function '(\w+)'", log))
     for block in re.split(r"Compiling entry function '", log)[1:]:
+        name = block.split("'")[0]
 
         def number(pattern, block=block):
             match = re.search(pattern, block)
             return int(match[1]) if match else 0
 
-        found[block.split("'")[0]] = {
+        found[name] = {
             "registers": number(r"Used (\d+) registers"),
             "spill_bytes": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
             "stack_bytes": number(r"(\d+) bytes stack frame"),
             "shared_bytes": number(r"(\d+) bytes smem"),
+            "serialised": int(name in serialised),
         }
     return found
 

@@ -99,8 +99,22 @@ def test_ptxas_report_is_read():
 ptxas info    : Function properties for walk
 ptxas         .     64 bytes stack frame, 40 bytes spill stores, 8 bytes spill loads
 ptxas info    : Used 255 registers, used 1 barriers, 256 bytes smem"""
-    expected = {"registers": 255, "spill_bytes": 48, "stack_bytes": 64, "shared_bytes": 256}
+    expected = {"registers": 255, "spill_bytes": 48, "stack_bytes": 64, "shared_bytes": 256, "serialised": 0}
     assert kernels.parse_report(log) == {"walk": expected}
+    log += """
+ptxas info    : (C7520) Potential Performance Loss: wgmma.mma_async instructions are serialized due to program \
+dependence on compiler-inserted WG.AR in divergent path in the function 'walk'"""
+    assert kernels.parse_report(log) == {"walk": expected | {"serialised": 1}}
+
+
+def test_serialised_wgmma_fails_the_check(monkeypatch):
+    numbers = {"registers": 168, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 0, "cubin_bytes": 9}
+    spec = specialisations.Specialisation("pool", (("IS_BF16", 0),))
+    monkeypatch.setattr(kernels, "shipped", lambda arch: [spec])
+    monkeypatch.setattr(kernels, "resources", lambda arch, spec: ({"pool": numbers | {"serialised": 1}}, False))
+    monkeypatch.setattr(kernels, "_compiler_classes", lambda: None)
+    assert [x.message for x in kernels.compile_report(["sm_90a"], True)[1]] == ["its wgmma instructions are serialised"]
+    assert not kernels.compile_report(["sm_90a"], False)[1]
 
 
 def test_a_prepared_launch_hands_the_driver_all_that_it_needs():
