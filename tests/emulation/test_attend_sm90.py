@@ -59,6 +59,7 @@ def wanted(p, q, k, v, order, offsets, query_order=None):
         ((64, 64), 1, {"tau": 0.0, "cap": 0.7}),
         ((64, 64), 1, {"tau": 3.0, "block_k": 192}),  # a tile ends where the first part of a step does
         ((64, 64), 1, {"tau": 2.0, "block_k": 128}),
+        ((64, 64), 1, {"tau": 9.0, "block_k": 256}),  # a tile of two steps: the one after its end does not close one
         ((128, 128), 4, {"tau": 2.0, "causal": False}),
         ((192, 128), 1, {"tau": 2.0}),  # steps of 64 keys
         ((64, 64), 1, {"tau": 2.0, "tail": "spread"}),
