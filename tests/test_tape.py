@@ -34,7 +34,7 @@ def test_arguments_and_addresses():
     tape.launch(first, (1, 2), 64, (x, np.int32(-7), None, np.float64(0.1), np.int64(-(2**40)), room), 128)
     tape.end_step()
     tape.launch(second, (3,), 32, [np.float32(0.5), tape.keep(kept)[1:2, 2:3], zeros, np.int32(-7)])
-    tape.pack()
+    tape.pack(list)
     assert (tape.zeroed, tape.offsets, tape.nbytes) == (256, [256, 0], 512)
     for base, stream in ((1000, 1), (2**47, 2)):
         steps = []
@@ -52,7 +52,7 @@ def test_rooms_given_away_are_used_again():
     tape.room((10, 100), np.float32)
     tape.top = before
     tape.room(64, np.int64)
-    tape.pack()
+    tape.pack(list)
     assert tape.offsets == [0, 512, 512]
     assert tape.nbytes == 512 + 4096
 

@@ -89,21 +89,25 @@ class Tape:
         return Place(self._given + len(self.rooms) - 1)
 
     def launch(self, kernel, grid, block: int, arguments, shared_mem: int = 0) -> None:
-        """Record a launch of a `Kernel`. Arguments: places, None for null, NumPy scalars."""
-        self._kept.append(kernel)
-        self._steps[-1].append((kernel.prepared(grid, block, arguments, shared_mem), arguments))
+        """Record a launch of a kernel, as `pack` will look it up. Arguments: places, None for null, NumPy scalars."""
+        self._steps[-1].append((kernel, (grid, block, arguments, shared_mem), arguments))
 
     def end_step(self) -> None:
         """End a step: a run may look up here."""
         self._steps.append([])
 
-    def pack(self) -> None:
-        """End the recording: lay out the workspace, the arguments (a place once), and their addresses by launch."""
+    def pack(self, built: Callable[[list], list]) -> None:
+        """End the recording: lay out the workspace, the arguments (a place once), and their addresses by launch.
+
+        `built` makes `Kernel`s of all that was to be launched, in its order.
+        """
+        kernels = built([kernel for step in self._steps for kernel, *_ in step])
+        self._kept += kernels
         self.nbytes = self.zeroed + self._most
         self.offsets = [room.offset + (0 if room.zeroed else self.zeroed) for room in self.rooms]
         places: dict[tuple[int, int], int] = {}
         scalars, slots, starts = [], [], []
-        for _, arguments in (launch for step in self._steps for launch in step):
+        for *_, arguments in (launch for step in self._steps for launch in step):
             starts.append(len(slots))
             for x in arguments:
                 if type(x) in _FORMS:
@@ -118,7 +122,9 @@ class Tape:
         self._values[len(places) :] = np.frombuffer(packed, np.uint64)[::-1]  # the first scalar last
         self._addresses = self._values.ctypes.data + 8 * (np.array(slots, np.int64) % max(len(self._values), 1))
         start = iter((self._addresses.ctypes.data + 8 * np.array(starts, np.int64)).tolist())
-        self._ready = [[(launch, next(start)) for launch, _ in step] for step in self._steps if step]
+        each = iter(kernels)
+        launches = [[next(each).prepared(*how) for _, how, _ in step] for step in self._steps]
+        self._ready = [[(launch, next(start)) for launch in step] for step in launches if step]
         self._together = [[launch for step in self._ready for launch in step]]
 
     def run(self, stream: int, addresses: list[int], after: Callable[[int], None] | None = None) -> None:

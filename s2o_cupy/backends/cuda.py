@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -140,7 +141,7 @@ def _recorded(stage, device: int, sources, p: Problem, slab: Slab | None, layout
     places = [layout and Place.of(i, 0, *layout) for i, layout in enumerate(layouts)]
     places += [Place(i) if there else None for i, there in enumerate(given, len(layouts))]
     stage(tape, p, slab, *places, *numbers)
-    tape.pack()
+    tape.pack(_built)
     return tape
 
 
@@ -547,11 +548,30 @@ def _processors(device: int) -> int:
     return cp.cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
 
 
+def _built(wanted: list[tuple]) -> list:
+    """The kernels that `_kernel` named, on the current device; several new ones are compiled at the same time."""
+    device = cp.cuda.runtime.getDevice()
+
+    def build(name, entry, source, macros):
+        cp.cuda.runtime.setDevice(device)  # a thread has its own current device
+        return get_kernel(name, entry, source, **dict(macros))
+
+    new, kernels = [one for one in dict.fromkeys(wanted) if (device, one) not in _asked_for], {}
+    if len(new) > 1:
+        with ThreadPoolExecutor(len(new)) as pool:
+            kernels = dict(zip(new, pool.map(lambda one: build(*one), new)))
+        _asked_for.update((device, one) for one in new)
+    return [kernels.pop(one, None) or build(*one) for one in wanted]
+
+
+_asked_for: set[tuple] = set()
+
+
 def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=None, block=None):
-    """A kernel on the current device, and its macros."""
+    """A kernel as `_built` takes it, and its macros."""
     source, arch = current(name), device_target()
     macros = source.applied(kernels.launch_macros(name, dtype, dim, dim_v, block, arch))
-    return get_kernel(name, entry, source, **macros), macros
+    return (name, entry, source, tuple(sorted(macros.items()))), macros
 
 
 @functools.lru_cache(maxsize=256)
