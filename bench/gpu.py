@@ -221,12 +221,11 @@ def first_calls(record: Record) -> None:
 
 
 def _held(call) -> int:
-    """Bytes that CuPy's pool takes for a call and its answer."""
-    pool = _cupy().get_default_memory_pool()
-    pool.free_all_blocks()
-    before = pool.total_bytes()
-    call()
-    return pool.total_bytes() - before
+    """Bytes that a pool of its own takes for a call and its answer."""
+    pool = _cupy().cuda.MemoryPool()
+    with _cupy().cuda.using_allocator(pool.malloc):
+        call()
+    return pool.total_bytes()
 
 
 def _backend():

@@ -5,6 +5,7 @@ Nothing here says how fast or right a kernel is; times are host times.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import types
@@ -30,6 +31,9 @@ class Pool:
 
     def total_bytes(self):
         return 0
+
+    def malloc(self, nbytes):
+        """Never called: NumPy allocates."""
 
 
 class Device:
@@ -60,6 +64,8 @@ def install(monkeypatch) -> types.ModuleType:
         get_current_stream=lambda: types.SimpleNamespace(synchronize=lambda: None),
         runtime=runtime,
         get_elapsed_time=lambda a, b: 1e3 * (b.at - a.at),
+        MemoryPool=Pool,
+        using_allocator=lambda _: contextlib.nullcontext(),
         nvrtc=types.SimpleNamespace(getVersion=lambda: (0, 0)),
     )
     rng = np.random.default_rng(0)
