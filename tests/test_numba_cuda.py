@@ -249,10 +249,10 @@ def test_a_block_with_less_than_a_quarter_left_stays_out():
 
 
 def spread_case(dtype="float64", dim=4, **changes):
-    """Two query heads a K/V head; row tiles of 4, 3 and, at the end, 1 row that walk 2 keys of their history."""
+    """Two query heads a K/V head; row tiles of 4, 3 and, at the end, 1 row that walk 1 key of their history."""
     rng = np.random.default_rng(7)
     q, k, v = ((1.5 * rng.standard_normal((1, h, 19, dim))).astype(DTYPES[dtype]) for h in (4, 2, 2))
-    chosen = Settings(segment=7, block_q=4, block_k=2, pool=4, tau=100.0, rank="mean", tail="spread")
+    chosen = Settings(segment=7, block_q=4, block_k=1, pool=4, tau=100.0, rank="mean", tail="spread")
     return Case(q, k, v, chosen.replace(**changes), "randn", ("plain",) * 3)
 
 
@@ -273,7 +273,7 @@ def test_the_spread_tail_reaches_the_reference(dtype, changes):
     plan = NUMBA.plan(case)
     spread, pooled = (NUMBA.attend(case, plan, tail=tail) for tail in ("spread", "pooled"))
     np.testing.assert_array_equal(spread.stats.tail_blocks, pooled.stats.tail_blocks)
-    assert (spread.stats.tail_mass > pooled.stats.tail_mass + 0.01).mean() > 0.2, "the case tells the tails apart"
+    assert (spread.stats.tail_mass > pooled.stats.tail_mass + 0.01).mean() > 0.3, "the case tells the tails apart"
 
 
 @simulator
