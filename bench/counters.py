@@ -16,17 +16,17 @@ from pathlib import Path
 SECTIONS = ("SpeedOfLight", "ComputeWorkloadAnalysis", "WarpStateStats", "SchedulerStats", "MemoryWorkloadAnalysis")
 KERNELS = "regex:attend_sm90|factor|moments|score|remap"
 STALLS = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
-COLUMNS = {  # heading: metrics, the first that there is
-    "ms": ("gpu__time_duration.sum",),
-    "GHz": ("gpc__cycles_elapsed.avg.per_second",),
-    "tensor %": ("sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",),
-    "exponentials %": ("sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",),
-    "issue %": ("smsp__issue_active.avg.pct_of_peak_sustained_active",),
-    "eligible warps": ("smsp__warps_eligible.avg.per_cycle_active",),
-    "shared, L1 %": ("l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",),
-    "L2 %": ("lts__throughput.avg.pct_of_peak_sustained_elapsed",),
-    "L2 hit %": ("lts__t_sector_hit_rate.pct",),
-    "DRAM %": ("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",),
+COLUMNS = {  # heading: metric
+    "ms": "gpu__time_duration.sum",
+    "GHz": "gpc__cycles_elapsed.avg.per_second",
+    "tensor %": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "exponentials %": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+    "issue %": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "eligible warps": "smsp__warps_eligible.avg.per_cycle_active",
+    "shared, L1 %": "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
+    "L2 %": "lts__throughput.avg.pct_of_peak_sustained_elapsed",
+    "L2 hit %": "lts__t_sector_hit_rate.pct",
+    "DRAM %": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
 }
 WAITS = ("wait", "gmma", "long_scoreboard", "short_scoreboard", "barrier", "no_instruction", "math_pipe_throttle")
 WAITS += ("mio_throttle", "lg_throttle", "dispatch_stall", "branch_resolving", "membar", "sleeping", "selected")
@@ -99,7 +99,7 @@ def table(text: str) -> str:
         label = f"{name}: {next(labels)}" if name == "attend_sm90" else name
         waits = {w: number(row, [STALLS.format(w), STALLS.format(w.replace("resolving", "resolve"))]) for w in WAITS}
         most = sorted((w for w in waits if waits[w] != "-"), key=lambda w: -float(waits[w]))[:7]
-        cells = [number(row, names) for names in COLUMNS.values()]
+        cells = [number(row, [metric]) for metric in COLUMNS.values()]
         out.append(f"| {label} | {' | '.join(cells)} | {', '.join(f'{w} {waits[w]}' for w in most)} |")
     return "\n".join(out)
 

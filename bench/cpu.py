@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -17,9 +16,8 @@ import numpy as np
 import s2o_cupy as s2o
 from bench.ours import causal_pairs, shape_text
 from bench.record import Record
-from bench.timing import Timing, commit
+from bench.timing import ROOT, Timing, commit, first_calls
 
-ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 7
 ROWS = 48  # query rows of a head that the float64 check looks at
 # (name, settings): the published defaults, then what is fastest at a relative error of .02 and of .05.
@@ -138,14 +136,9 @@ def sparse(record: Record) -> None:
 
 def first_call(record: Record) -> None:
     """Import, first dense and first sparse call in new processes: an empty Numba cache, then a filled one."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"NUMBA_CACHE_DIR": folder, "PYTHONPATH": str(ROOT)}
-        for name in ("empty", "filled"):
-            command = [sys.executable, "-c", FIRST_CALL]
-            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
-            parts = dict(zip(("import", "dense_attention", "attention"), map(float, done.stdout.split()), strict=True))
-            note = f"{sum(parts.values()):.1f} s: " + ", ".join(f"{k} {t:.1f}" for k, t in parts.items())
-            record.case(f"first calls, {name} Numba cache", note=note, seconds=parts)
+    for name, parts in first_calls(FIRST_CALL, "NUMBA_CACHE_DIR", ("import", "dense_attention", "attention")):
+        note = f"{sum(parts.values()):.1f} s: " + ", ".join(f"{k} {t:.1f}" for k, t in parts.items())
+        record.case(f"first calls, {name} Numba cache", note=note, seconds=parts)
 
 
 def _exact(out, q, k, v) -> float:

@@ -7,15 +7,12 @@ is our dense attention's time over the case's.
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import s2o_cupy as s2o
-from bench import building, ours, twins, workloads
+from bench import building, ours, timing, twins, workloads
 from bench.record import Record
 from bench.timing import noise, on_device, on_host
 from s2o_cupy.exact import exact_rows, sample_rows
@@ -210,14 +207,9 @@ def first_calls(record: Record) -> None:
 
     `attention`'s default settings, all zeros: as long as any call of this shape while kernels are built or loaded.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"CUPY_CACHE_DIR": folder, "PYTHONPATH": str(building.ROOT)}
-        for name in ("empty", "filled"):
-            command = [sys.executable, "-c", FIRST_CALL]
-            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
-            parts = dict(zip(("import", "attention"), map(float, done.stdout.split()), strict=True))
-            note = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
-            record.case(f"first call, {name} CuPy cache", ours.shape_text(8192), "float16", note=note, seconds=parts)
+    for name, parts in timing.first_calls(FIRST_CALL, "CUPY_CACHE_DIR", ("import", "attention")):
+        note = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in parts.items())
+        record.case(f"first call, {name} CuPy cache", ours.shape_text(8192), "float16", note=note, seconds=parts)
 
 
 def _held(call) -> int:

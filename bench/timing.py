@@ -6,14 +6,18 @@ import itertools
 import math
 import os
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,19 @@ def on_host(call: Callable[[], object], repeats: int = 30, warmup: int = 5, idle
     return Timing.of(times)
 
 
+def first_calls(source: str, variable: str, parts: Sequence[str]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Seconds that a program prints of its parts, in new processes whose cache folder is empty, then as they left it.
+
+    `variable` names the folder in the environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {variable: folder, "PYTHONPATH": str(ROOT)}
+        for name in ("empty", "filled"):
+            command = [sys.executable, "-c", source]
+            done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
+            yield name, dict(zip(parts, map(float, done.stdout.split()), strict=True))
+
+
 def noise(calls: Sequence[Callable[[], object]], repeats: int = 10) -> float:
     """Relative difference of one case timed twice."""
     first, second = (on_device(calls, repeats).median for _ in range(2))
@@ -151,9 +168,10 @@ def busy(utilisation: str = "", used_mib: str = "") -> str:
 
 def commit() -> str:
     """The checkout's commit; ``S2O_COMMIT`` names it where the sources travelled without their history."""
-    folder = str(Path(__file__).resolve().parents[1])
     return (
-        os.environ.get("S2O_COMMIT") or _output(["git", "-C", folder, "describe", "--always", "--dirty"]) or "unknown"
+        os.environ.get("S2O_COMMIT")
+        or _output(["git", "-C", str(ROOT), "describe", "--always", "--dirty"])
+        or "unknown"
     )
 
 
