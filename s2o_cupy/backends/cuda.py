@@ -548,6 +548,9 @@ def _processors(device: int) -> int:
     return cp.cuda.runtime.getDeviceProperties(device)["multiProcessorCount"]
 
 
+_asked_for: set[tuple] = set()  # what was built together with others, by device
+
+
 def _built(wanted: list[tuple]) -> list:
     """The kernels that `_kernel` named, on the current device; several new ones are compiled at the same time."""
     device = cp.cuda.runtime.getDevice()
@@ -562,9 +565,6 @@ def _built(wanted: list[tuple]) -> list:
             kernels = dict(zip(new, pool.map(lambda one: build(*one), new)))
         _asked_for.update((device, one) for one in new)
     return [kernels.pop(one, None) or build(*one) for one in wanted]
-
-
-_asked_for: set[tuple] = set()
 
 
 def _kernel(name: str, dtype: str, dim=None, entry: str | None = None, dim_v=None, block=None):
